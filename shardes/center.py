@@ -1,0 +1,200 @@
+"""θ on this rank: perturb, restore, update.
+
+`restore: copy` keeps the center in float32 beside the live weights (on the host, where the model is on a
+GPU): a member is live = cast(center + σ·ε), restoring copies, the update lands in float32.
+`restore: subtract` is the paper's way: the live weights are the center, restoring subtracts the same noise;
+what rounding leaves behind is measured.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import sqrt
+
+import torch
+
+from shardes.config import Restore
+from shardes.noise import add_noise
+from shardes.shards import BLOCK, Shard, digest
+from shardes.weights import WeightFiles, load
+from shardes.world import World
+
+SAMPLE = 256  # subtract mode watches one element in this many for drift
+
+
+class Center(ABC):
+    """The weights being trained, on this rank. Between members the live weights are the center's."""
+
+    def __init__(self, shards: Sequence[Shard], world: World):
+        self._shards = shards
+        self._world = world
+
+    @abstractmethod
+    def values(self, shard: Shard) -> torch.Tensor:
+        """The center's part for `shard`: flat, without padding."""
+
+    @abstractmethod
+    def perturb(self, seed: int, sigma: float) -> None:
+        """Make the live weights those of the member: θ + σ·ε(seed)."""
+
+    @abstractmethod
+    def restore(self, seed: int, sigma: float) -> None:
+        """Make the live weights the center's again, after `perturb(seed, sigma)`, complete or not."""
+
+    @abstractmethod
+    def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
+        """θ += Σ c_n·ε(s_n), in member order. Returns what metrics should say of it."""
+
+    def digest(self) -> str:
+        """The digest of the whole center, over all ranks of the replica: 16 hexadecimal digits."""
+        parts = (digest(shard.name, shard.regions, self.values(shard)) for shard in self._shards if shard.owned)
+        return f"{self._world.sum_uint64(sum(parts) % 2**64):016x}"
+
+    def distance(self, base: WeightFiles) -> dict[str, float]:
+        """How far the center is from the base model: L2 norm of θ − θ₀, and that over the norm of θ₀."""
+        moved = total = 0.0
+        for shard in self._shards:
+            for where, regions in shard.blocks() if shard.owned else ():
+                theta = self.values(shard)[where].to("cpu", torch.float32)
+                origin = torch.empty_like(theta)
+                base.read(shard.name, regions, origin)
+                moved += torch.sum((theta - origin).double() ** 2).item()
+                total += torch.sum(origin.double() ** 2).item()
+        moved, total = self._world.sum(moved, total)
+        return {"distance": sqrt(moved), "distance_relative": sqrt(moved / total)}
+
+    def _unmoved(self, same: int) -> dict[str, float]:
+        """The share of all weights that `same` of this rank's are, where the live dtype can lose updates."""
+        if self._shards[0].tensor.dtype == torch.float32:
+            return {}
+        owned = sum(shard.numel for shard in self._shards if shard.owned)
+        same, owned = self._world.sum(same, owned)
+        return {"unmoved": same / owned}
+
+
+class CopyCenter(Center):
+    """An exact float32 center beside the live weights."""
+
+    def __init__(self, shards: Sequence[Shard], world: World, source: WeightFiles):
+        super().__init__(shards, world)
+        pinned = world.device.type == "cuda"
+        self._thetas = {
+            shard.name: torch.empty(shard.numel, dtype=torch.float32, pin_memory=pinned) for shard in shards
+        }
+        for shard in shards:
+            source.read(shard.name, shard.regions, self.values(shard))
+            shard.values.copy_(self.values(shard))
+
+    def values(self, shard: Shard) -> torch.Tensor:
+        return self._thetas[shard.name]
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        for shard in self._shards:
+            for where, regions, theta in self._staged(shard):
+                add_noise(theta, shard.name, regions, [seed], [sigma], out=shard.values[where])
+
+    def restore(self, seed: int, sigma: float) -> None:
+        for shard in self._shards:
+            shard.values.copy_(self.values(shard))
+
+    def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
+        same = 0
+        for shard in self._shards:
+            for where, regions, theta in self._staged(shard):
+                add_noise(theta, shard.name, regions, seeds, coefficients)
+                self.values(shard)[where].copy_(theta)
+                still = _write(shard.values[where], theta)
+                same += still if shard.owned else 0
+        return self._unmoved(same)
+
+    def _staged(self, shard: Shard):
+        """The center's part for `shard` where the live weights are: itself, or block by block a copy of it."""
+        theta = self.values(shard)
+        if shard.tensor.device == theta.device:
+            yield slice(None), shard.regions, theta
+        else:
+            for where, regions in shard.blocks():
+                yield where, regions, theta[where].to(shard.tensor.device, non_blocking=True)
+
+
+class SubtractCenter(Center):
+    """The live weights are the center; what perturbing and subtracting leaves behind is measured."""
+
+    def __init__(self, shards: Sequence[Shard], world: World, source: WeightFiles):
+        super().__init__(shards, world)
+        load(source, shards)
+        self._perturbed: list[Shard] = []
+        self._watch()
+
+    def values(self, shard: Shard) -> torch.Tensor:
+        return shard.values
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        for shard in self._shards:
+            add_noise(shard.values, shard.name, shard.regions, [seed], [sigma])
+            self._perturbed.append(shard)
+
+    def restore(self, seed: int, sigma: float) -> None:
+        while self._perturbed:
+            shard = self._perturbed.pop()
+            add_noise(shard.values, shard.name, shard.regions, [seed], [-sigma])
+
+    def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
+        metrics = self._drift()
+        same = 0
+        for shard in self._shards:
+            for where, regions in shard.blocks():
+                live = shard.values[where]
+                before = live.clone()
+                add_noise(live, shard.name, regions, seeds, coefficients)
+                same += int(torch.sum(live == before)) if shard.owned else 0
+        self._watch()
+        return metrics | self._unmoved(same)
+
+    def _watch(self) -> None:
+        """Remember a sample of the center, to be compared after the iteration's members."""
+        self._sample = [shard.values[::SAMPLE].clone() for shard in self._shards]
+
+    def _drift(self) -> dict[str, float]:
+        """What is left of this iteration's members: root mean square, and the share of weights changed."""
+        squares, changed, count = 0.0, 0, 0
+        for shard, before in zip(self._shards, self._sample, strict=True):
+            if shard.owned:
+                left = shard.values[::SAMPLE].double() - before.double()
+                squares += torch.sum(left**2).item()
+                changed += int(torch.count_nonzero(left))
+                count += left.numel()
+        squares, changed, count = self._world.sum(squares, changed, count)
+        return {"drift": sqrt(squares / count), "drifted": changed / count}
+
+
+def _write(live: torch.Tensor, theta: torch.Tensor) -> int:
+    """live = cast(theta), in bounded memory; returns how many live elements that left as they were."""
+    same = 0
+    for old, new in zip(live.split(BLOCK), theta.split(BLOCK), strict=True):
+        new = new.to(live.dtype)
+        same += int(torch.sum(old == new))
+        old.copy_(new)
+    return same
+
+
+def open_center(mode: Restore, shards: Sequence[Shard], world: World, source: WeightFiles) -> Center:
+    """The center with the weights of `source`, which it also makes the live ones."""
+    return {Restore.copy: CopyCenter, Restore.subtract: SubtractCenter}[mode](shards, world, source)
+
+
+@contextmanager
+def member(
+    center: Center, seed: int, sigma: float, clock: Callable[[str], AbstractContextManager] = nullcontext
+) -> Iterator[None]:
+    """A context in which the live weights are θ + σ·ε(seed); the center's again afterwards, come what may.
+
+    `clock("perturb")` and `clock("restore")` are contexts around the two parts.
+    """
+    try:
+        with clock("perturb"):
+            center.perturb(seed, sigma)
+        yield
+    finally:
+        with clock("restore"):
+            center.restore(seed, sigma)

@@ -1,0 +1,210 @@
+"""Every setting, typed, and checked before anything heavy starts."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """The user's mistake: the message names the key, its value and what to do. Exit code 2."""
+
+
+class Engine(Enum):
+    deepspeed = "deepspeed"
+
+
+class DType(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Gather(Enum):
+    member = "member"
+    layer = "layer"
+
+
+class Restore(Enum):
+    copy = "copy"
+    subtract = "subtract"
+
+
+def _key(meaning: str, default: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class ModelConfig:
+    path: str = _key("checkpoint directory (safetensors, config.json, tokenizer) or hub id", MISSING)
+    dtype: DType = _key("dtype of the live weights: float32, bfloat16 or float16", DType.bfloat16)
+
+
+@dataclass
+class ShardingConfig:
+    replicas: int | None = _key("copies of the model, each evaluating its own members; null: fill the world", None)
+    shard: int = _key("ranks over which ZeRO-3 spreads a replica's weights; they split a member's prompts", 1)
+    tensor: int = _key("ranks that compute each layer together (tensor parallel)", 1)
+    gather: Gather = _key(
+        "where shard > 1: member gathers the weights once per member and generates at full speed; "
+        "layer gathers layer by layer, for models whose tensor-parallel slice does not fit",
+        Gather.member,
+    )
+
+
+@dataclass
+class ESConfig:
+    population_size: int = _key("members N evaluated per iteration", 30)
+    sigma: float = _key("σ, standard deviation of the perturbation", 0.001)
+    alpha: float = _key("α, step size (the paper's 1/σ is digested into it)", 0.0005)
+    iterations: int = _key("iterations in all", 500)
+    seed: int = _key("run seed, from which every member's seed is drawn", 0)
+    restore: Restore = _key(
+        "copy: an exact float32 center beside the live weights; "
+        "subtract: the paper's way, no second copy, the live weights drift by rounding",
+        Restore.copy,
+    )
+
+
+@dataclass
+class GenerationConfig:
+    max_new_tokens: int = _key("longest response, in tokens", 1024)
+    stop: list[str] = _key("strings that end a response (they stay in it), besides the end-of-sequence tokens", [])
+    batch_tokens: int = _key(
+        "prompts decoded together on a rank: at most this many tokens, prompt and longest response", 65536
+    )
+
+
+@dataclass
+class TaskConfig:
+    name: str | None = _key("a built-in task: conciseness", None)
+    path: str | None = _key("your own task: file.py:Class", None)
+
+
+@dataclass
+class EvalConfig:
+    every: int = _key("iterations between evaluations of the center; 0: at the start and the end only", 10)
+
+
+@dataclass
+class RunConfig:
+    dir: str = _key("run directory: config, metrics, journal, samples, TensorBoard files", MISSING)
+    timeout: float = _key("seconds that a rank waits for another before the run stops", 1800.0)
+
+
+@dataclass
+class Config:
+    engine: Engine = _key("what holds the model: deepspeed", Engine.deepspeed)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    es: ESConfig = field(default_factory=ESConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every dotted key with its default and its meaning."""
+    found = {}
+    for entry in fields(config):
+        if is_dataclass(entry.type):
+            found |= keys(entry.type, f"{prefix}{entry.name}.")
+        else:
+            default = entry.default_factory() if callable(entry.default_factory) else entry.default
+            found[prefix + entry.name] = (default, entry.metadata["help"])
+    return found
+
+
+def help_text() -> str:
+    """One line per key: name, default, meaning."""
+    lines = []
+    for key, (default, meaning) in keys().items():
+        shown = default.value if isinstance(default, Enum) else {None: "null", MISSING: "required"}.get(
+            default if not isinstance(default, list) else "[]", default
+        )
+        lines.append(f"  {key:<28} {shown!s:<10} {meaning}")
+    return "\n".join(lines)
+
+
+def load(path: str, overrides: list[str]) -> Config:
+    """The settings of a YAML file with `key=value` overrides, typed and checked.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such config file")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: overrides are written key=value")
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:  # whatever the YAML reader raises, it is the user's file
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.from_dotlist(overrides))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(error.full_key)) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def _unknown_key(key: str) -> str:
+    near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.4)
+    return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "; see --help for every key")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for values that no run could use, whatever the world."""
+    es, generation, sharding = config.es, config.generation, config.sharding
+    rules = [
+        (config.model.path != MISSING, "model.path", "is required: a checkpoint directory or a hub id"),
+        (config.run.dir != MISSING, "run.dir", "is required: where the run is written"),
+        (es.sigma > 0, "es.sigma", "must be positive"),
+        (es.alpha >= 0, "es.alpha", "must not be negative"),
+        (es.population_size >= 2, "es.population_size", "must be at least 2: rewards are compared with each other"),
+        (es.iterations >= 1, "es.iterations", "must be at least 1"),
+        (es.seed >= 0, "es.seed", "must not be negative"),
+        (sharding.shard >= 1, "sharding.shard", "must be at least 1"),
+        (sharding.tensor >= 1, "sharding.tensor", "must be at least 1"),
+        (sharding.replicas is None or sharding.replicas >= 1, "sharding.replicas", "must be at least 1, or null"),
+        (generation.max_new_tokens >= 1, "generation.max_new_tokens", "must be at least 1"),
+        (generation.batch_tokens >= 1, "generation.batch_tokens", "must be at least 1"),
+        (all(generation.stop), "generation.stop", "must not hold an empty string"),
+        (config.eval.every >= 0, "eval.every", "must not be negative"),
+        (config.run.timeout > 0, "run.timeout", "must be positive"),
+    ]
+    for holds, key, demand in rules:
+        if not holds:
+            section, name = key.split(".")
+            raise ConfigError(f"{key}={getattr(getattr(config, section), name)}: {demand}")
+
+
+def check_layout(config: Config, world_size: int) -> int:
+    """The number of replicas that the layout makes of `world_size` ranks; ConfigError where it does not divide."""
+    s = config.sharding
+    ranks = s.shard * s.tensor
+    replicas = s.replicas if s.replicas is not None else max(world_size // ranks, 1)
+    if replicas * ranks != world_size:
+        given = "" if s.replicas is None else f"sharding.replicas={s.replicas} × "
+        raise ConfigError(
+            f"{given}sharding.shard={s.shard} × sharding.tensor={s.tensor}: does not "
+            f"{'fill' if s.replicas is not None else 'divide'} the {world_size} ranks that were started"
+        )
+    return replicas
+
+
+def write(config: Config, path: Path) -> None:
+    """Write the resolved settings as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,66 @@
+"""Who holds the model. Engines know nothing of evolution strategies."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shardes.config import Config, ConfigError
+from shardes.shards import Shard
+from shardes.world import World
+
+
+class Engine(Protocol):
+    """One replica's model, spread over its ranks.
+
+    `shards` are this rank's parts of every parameter, in the order of the unsharded model's
+    `named_parameters()`; writing to their tensors changes the model that the next `ready()` shows.
+    `lockstep` says that every forward pass is collective over the shard axis, so that its ranks must make
+    the same number of them.
+    """
+
+    shards: list[Shard]
+    device: torch.device
+    lockstep: bool
+
+    def ready(self) -> AbstractContextManager[nn.Module]:
+        """A context in which the module computes with the weights that the shards hold at its start."""
+        ...
+
+
+def empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The causal language model that config.json describes: parameters on the meta device, buffers real.
+
+    Raises:
+        ConfigError: config.json is missing, unreadable, or of an architecture that transformers does not know.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        module.tie_weights()  # moving to the meta device untied them
+        return module
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={directory}: {str(error).strip().splitlines()[0]}") from error
+
+
+def check_model(config: Config, module: nn.Module) -> None:
+    """Raise ConfigError where the engine cannot take the model, or its layout, or its dtype."""
+    tensor = config.sharding.tensor
+    heads = getattr(module.config, "num_key_value_heads", None) or module.config.num_attention_heads
+    if tensor > heads:
+        raise ConfigError(
+            f"sharding.tensor={tensor}: {config.model.path} has {heads} key-value heads, "
+            "and a tensor rank needs one at least"
+        )
+
+
+def build(config: Config, module: nn.Module, world: World) -> Engine:
+    """The engine that `config` names, around an `empty_model`. The shards' values are left unset."""
+    from shardes.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(module, world, config.sharding.gather)

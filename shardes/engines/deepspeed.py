@@ -1,0 +1,163 @@
+"""ZeRO-3 × AutoTP, without optimizer.
+
+The way to a model that no rank ever holds whole: build it without storage (meta tensors), let AutoTP replace
+its layers by their tensor-parallel slices, still without storage, then let ZeRO-3 partition one parameter at
+a time. The shards' values are left unset; `weights.load` or a center fills them.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject import set_autotp_mode
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import logger
+from torch import nn
+
+from shardes.config import ConfigError, Gather
+from shardes.shards import Region, Shard, cut, run, strided_regions
+from shardes.world import World
+
+logger.setLevel(logging.WARNING)
+
+
+class _Engine(Engine):
+    """DeepSpeed's engine for a model that has no values yet."""
+
+    def _broadcast_model(self):
+        # Called between AutoTP and ZeRO-3. There are no values to broadcast. ZeRO-3 wants memory to
+        # partition: untouched pages of an empty CPU tensor cost none.
+        fresh: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+        for module in self.module.modules():
+            for key, param in module._parameters.items():
+                if param is not None and param not in fresh:
+                    fresh[param] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
+                    fresh[param].__dict__.update(param.__dict__)  # AutoTP's notes on its cut
+                module._parameters[key] = fresh.get(param)
+
+
+class DeepSpeedEngine:
+    """A causal language model under ZeRO-3 × AutoTP: implements `engines.Engine`.
+
+    Args:
+        module: the unsharded model on the meta device (buffers real), in its dtype.
+        world: this rank's replica.
+        gather: member or layer (see config); without a shard axis nothing is gathered at all.
+    """
+
+    def __init__(self, module: nn.Module, world: World, gather: Gather):
+        shards, tensors = world.mesh.shape
+        shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
+        module.requires_grad_(False).eval()
+        deepspeed.init_distributed(dist_init_required=False)
+        set_autotp_mode(training=True)
+        engine = _Engine(
+            args=None,
+            model=module,
+            config_class=DeepSpeedConfig(_settings(tensors)),
+            dont_change_device=True,
+        )
+        if tensors > 1:
+            # DeepSpeed's check of the first batch across ranks: broadcasts pickled inputs, caches included.
+            engine.first_dataloader_check.remove()
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(world.device)
+
+        self.device = world.device
+        self._module = module
+        self._params = dict(module.named_parameters())
+        assert list(self._params) == list(shapes)
+        self.shards = [_shard(name, shapes[name], param, world) for name, param in self._params.items()]
+        self._group = world.mesh.get_group("shard")
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._gather = gather if shards > 1 else None
+        self.lockstep = self._gather is Gather.layer
+        if not self.lockstep:
+            engine.optimizer.destroy()  # the per-layer hooks
+        if self._gather is None:
+            for param in self._params.values():
+                _show(param, param.ds_tensor)
+        elif self._gather is Gather.member:
+            self._buffers = {
+                name: torch.empty(param.ds_tensor.numel() * shards, dtype=param.dtype, device=self.device)
+                for name, param in self._params.items()
+            }
+        self._engine = engine
+
+    @contextmanager
+    def ready(self) -> Iterator[nn.Module]:
+        """The module, ready to generate with the shards' present weights."""
+        if self._gather is not Gather.member:
+            yield self._module
+            return
+        for name, param in self._params.items():
+            dist.all_gather_into_tensor(self._buffers[name], param.ds_tensor, group=self._group)
+            _show(param, self._buffers[name])
+        try:
+            yield self._module
+        finally:
+            for param in self._params.values():
+                param.data = torch.empty(0, dtype=param.dtype, device=self.device)
+                param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _settings(tensors: int) -> dict:
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    if tensors > 1:
+        # A vocabulary-parallel head leaves each rank with other logits, hence other tokens.
+        settings["tensor_parallel"] = {"autotp_size": tensors, "vocab_parallel_lm_head": False}
+    return settings
+
+
+def _show(param: nn.Parameter, flat: torch.Tensor) -> None:
+    """Let the module compute with `flat`, which holds the parameter's tensor-parallel slice and padding."""
+    param.data = flat[: param.ds_numel].view(param.ds_shape)
+    param.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
+    """This rank's ZeRO slice of its tensor-parallel slice of a parameter."""
+    shard_rank, tensor_rank = world.mesh.get_coordinate()
+    regions, owned = _slice_regions(name, shape, param, tensor_rank)
+    assert sum(region.numel for region in regions) == param.ds_numel, name
+    size = param.ds_tensor.numel()
+    return Shard(name, shape, param.ds_tensor, cut(regions, shard_rank * size, (shard_rank + 1) * size), owned)
+
+
+def _slice_regions(
+    name: str, shape: tuple[int, ...], param: nn.Parameter, tensor_rank: int
+) -> tuple[tuple[Region, ...], bool]:
+    """The regions of a parameter's tensor-parallel slice, and whether this rank counts its elements."""
+    meta = getattr(param, "ds_autotp_universal_checkpoint_meta", None)
+    if meta is None:
+        if tuple(param.ds_shape) != shape:
+            raise ConfigError(f"engine=deepspeed: AutoTP cut {name} without saying how; use sharding.tensor=1")
+        return (run(0, prod(shape)),), tensor_rank == 0
+    layout = meta["conversion"].get("affine_map")
+    if layout is None:
+        raise ConfigError(f"engine=deepspeed: AutoTP does not say how it cut {name}; use sharding.tensor=1")
+    regions: list[Region] = []
+    filled = 0
+    for piece in sorted(layout["ranks"][tensor_rank]["pieces"], key=lambda piece: piece["dest"][0]):
+        (source, source_strides), (dest, dest_strides) = piece["source"], piece["dest"]
+        if "scale" in piece or dest != filled or not _dense(piece["shape"], dest_strides):
+            raise ConfigError(f"engine=deepspeed: AutoTP's cut of {name} is none of regions; use sharding.tensor=1")
+        regions += strided_regions(piece["shape"], source, source_strides)
+        filled += prod(piece["shape"])
+    owners = {min(piece["locations"]) == tensor_rank for piece in layout["ranks"][tensor_rank]["pieces"]}
+    assert len(owners) <= 1, name
+    return tuple(regions), owners != {False}
+
+
+def _dense(shape: list[int], strides: list[int]) -> bool:
+    """Whether a view of these strides is contiguous."""
+    return all(n == 1 or s == prod(shape[d + 1 :]) for d, (n, s) in enumerate(zip(shape, strides, strict=True)))

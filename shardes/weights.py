@@ -1,0 +1,116 @@
+"""A model directory's safetensors files, of which each rank reads only its own bytes."""
+
+import json
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from shardes.config import ConfigError
+from shardes.shards import BLOCK, Region, Shard
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def model_directory(path: str) -> Path:
+    """The local directory of a model: `path` itself, or the hub's files of that id (downloaded if need be)."""
+    if Path(path).is_dir():
+        return Path(path)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(f"model.path={path}: no such directory, and not a hub id (owner/name) either")
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path={path}: not a directory here, and the hub says: {reason}") from error
+
+
+class WeightFiles:
+    """The tensors of a model directory: `model.safetensors`, or several files with an index.
+
+    Opening reads the headers only and checks that every file named is there and as long as its header says.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._files = {}
+        index, single = directory / INDEX, directory / SINGLE
+        if index.exists():
+            self._file_of = json.loads(index.read_text())["weight_map"]
+            for file in sorted(set(self._file_of.values())):
+                self._open(file)
+            for name, file in self._file_of.items():
+                if name not in self._files[file].keys():  # noqa: SIM118 (safe_open is no mapping)
+                    raise ConfigError(f"model.path={directory}: {INDEX} places {name} in {file}, which lacks it")
+        elif single.exists():
+            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        else:
+            raise ConfigError(f"model.path={directory}: neither {SINGLE} nor {INDEX} is there")
+
+    def _open(self, file: str):
+        try:
+            self._files[file] = safe_open(self.directory / file, framework="pt")
+        except FileNotFoundError:
+            raise ConfigError(f"model.path={self.directory}: {file} is missing; fetch it again") from None
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"model.path={self.directory}: {file} is truncated or not a safetensors file ({error}); "
+                "fetch it again"
+            ) from None
+        return self._files[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def check(self, shapes: dict[str, Sequence[int]]) -> None:
+        """Raise ConfigError where a parameter is absent or has another shape than the model's config says."""
+        for name, shape in shapes.items():
+            if name not in self:
+                raise ConfigError(f"model.path={self.directory}: the files have no tensor {name}")
+            if self.shape(name) != tuple(shape):
+                raise ConfigError(
+                    f"model.path={self.directory}: {name} has shape {self.shape(name)}, "
+                    f"where config.json asks for {tuple(shape)}"
+                )
+
+    def read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
+        """Copy the elements of `regions`, in order, to the front of the flat tensor `out`, cast to its dtype."""
+        shape, offset = self.shape(name), 0
+        for region in regions:
+            # Whole rows at a time: a strided block must not be split within a row.
+            step = max(BLOCK // region.cols, 1) * region.cols if region.rows > 1 else BLOCK
+            for first in range(0, region.numel, step):
+                for piece in region.cut(first, min(first + step, region.numel)):
+                    target = out[offset : offset + piece.numel].view(piece.rows, piece.cols)
+                    target.copy_(self._piece(name, shape, piece))
+                    offset += piece.numel
+
+    def _piece(self, name: str, shape: tuple[int, ...], region: Region) -> torch.Tensor:
+        """One region's elements, shape (rows, cols)."""
+        if not shape:
+            return self._slice(name)[...].view(1, 1)
+        row_size = prod(shape[1:])
+        first, column = divmod(region.start, row_size)
+        end = region.start + (region.rows - 1) * region.stride + region.cols
+        if len(shape) == 2 and region.stride == row_size and region.rows > 1:
+            return self._slice(name)[first : first + region.rows, column : column + region.cols]
+        rows = self._slice(name)[first : -(-end // row_size)].reshape(-1)
+        return rows.as_strided((region.rows, region.cols), (region.stride, 1), rows.storage_offset() + column)
+
+    def _slice(self, name: str):
+        return self._files[self._file_of[name]].get_slice(name)
+
+
+def load(files: WeightFiles, shards: Sequence[Shard]) -> None:
+    """Fill the shards' live weights."""
+    for shard in shards:
+        files.read(shard.name, shard.regions, shard.tensor)

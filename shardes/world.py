@@ -1,0 +1,141 @@
+"""The processes of a run: replicas × shard × tensor ranks, and how they meet.
+
+Each replica is a world of its own: its `shard × tensor` ranks form their own default process group, so that
+DeepSpeed and transformers see a plain world. Replicas meet in one key-value store and nowhere else.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numba
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass
+class Job:
+    """What the launcher started: this process's global rank, their number, and the store they all see."""
+
+    rank: int
+    size: int
+    store: dist.Store
+
+
+@dataclass
+class World:
+    """This rank's replica, and its place in it."""
+
+    job: Job
+    replica: int
+    replicas: int
+    mesh: DeviceMesh  # axes "shard" and "tensor"
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its replica in the store."""
+        return dist.get_rank() == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank prints and writes the run directory: rank 0 of replica 0."""
+        return self.job.rank == 0
+
+    def sum_uint64(self, value: int) -> int:
+        """The sum over the replica's ranks, modulo 2**64, of an integer in [0, 2**64)."""
+        total = torch.tensor([value - 2**64 if value >= 2**63 else value], device=self.device)
+        dist.all_reduce(total)
+        return total.item() % 2**64
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums over the replica's ranks, in float64."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def broadcast(self, values: list[float] | None, count: int) -> list[float]:
+        """The leading rank's `count` float64 values, on every rank of the replica."""
+        shared = torch.tensor(values or [0.0] * count, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return shared.tolist()
+
+
+def join_job(timeout: float) -> Job:
+    """Meet the processes that the launcher started (`deepspeed`, `torchrun`, or none: a world of one)."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ |= alone | {"MASTER_PORT": str(_free_port())}
+    _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    except (dist.DistError, TimeoutError, RuntimeError) as error:
+        raise RuntimeError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:.0f} s: {error}"
+        ) from error
+    return Job(rank, size, store)
+
+
+def agree(job: Job, problem: str | None, say: Callable[[str], None]) -> bool:
+    """Whether no rank has a problem; if one has, rank 0 hands the first to `say`.
+
+    Every rank calls this once its cheap checks are done, before any starts heavy work, so that a mistake
+    that only some ranks can see (a file missing on one host) ends them all.
+    """
+    job.store.set(f"checked/{job.rank}", problem or "")
+    if job.rank == 0:
+        problems = [job.store.get(f"checked/{rank}").decode() for rank in range(job.size)]
+        seen = [text if rank == 0 else f"{text} (seen by rank {rank})" for rank, text in enumerate(problems) if text]
+        if seen:
+            say(seen[0])
+        job.store.set("agreed", "" if seen else "yes")
+    agreed = bool(job.store.get("agreed"))
+    # Rank 0 may serve the store, and the launcher ends everyone when the first one fails: it leaves last.
+    heard = job.store.add("heard", 1)
+    deadline = time.monotonic() + 10
+    while not agreed and job.rank == 0 and heard < job.size and time.monotonic() < deadline:
+        time.sleep(0.05)
+        heard = job.store.add("heard", 0)
+    return agreed
+
+
+def form_replica(job: Job, replicas: int, shard: int, tensor: int, timeout: float) -> World:
+    """Make this rank's replica its default process group; the environment then shows the replica's world."""
+    ranks = shard * tensor
+    assert replicas * ranks == job.size
+    replica, rank = divmod(job.rank, ranks)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"replica{replica}", job.store),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+    )
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    mesh = init_device_mesh(device.type, (shard, tensor), mesh_dim_names=("shard", "tensor"))
+    return World(job, replica, replicas, mesh, device)
+
+
+def _share_cores(processes: int) -> None:
+    """Give each process of this host its part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(len(os.sched_getaffinity(0)) // processes, 1)
+        torch.set_num_threads(threads)
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
