@@ -12,7 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from shardes import environment
+
+environment.prepare()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numba
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -70,7 +69,6 @@ def join_job(timeout: float) -> Job:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ |= alone | {"MASTER_PORT": str(_free_port())}
-    _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     except (dist.DistError, TimeoutError, RuntimeError) as error:
@@ -125,14 +123,6 @@ def form_replica(job: Job, replicas: int, shard: int, tensor: int, timeout: floa
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     mesh = init_device_mesh(device.type, (shard, tensor), mesh_dim_names=("shard", "tensor"))
     return World(job, replica, replicas, mesh, device)
-
-
-def _share_cores(processes: int) -> None:
-    """Give each process of this host its part of the cores, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        threads = max(len(os.sched_getaffinity(0)) // processes, 1)
-        torch.set_num_threads(threads)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 def _free_port() -> int:

@@ -110,7 +110,11 @@ class DeepSpeedEngine:
 def _settings(tensors: int) -> dict:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,  # an autograd function in place of F.linear: nothing to save here
+        },
     }
     if tensors > 1:
         # A vocabulary-parallel head leaves each rank with other logits, hence other tokens.
