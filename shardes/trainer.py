@@ -66,31 +66,36 @@ class Trainer:
     def run(self) -> None:
         """Train, from iteration 0 to the last."""
         started = time.monotonic()
-        means, held_out = [], []
+        means, evaluations = [], []
         for iteration in range(self.config.es.iterations):
             every = self.config.eval.every
-            evaluated = self.evaluate(iteration) if iteration == 0 or every and iteration % every == 0 else {}
+            due = iteration == 0 or (every > 0 and iteration % every == 0)
+            evaluated = self.evaluate(iteration) if due else {}
             metrics = self.iterate(iteration)
             means.append(metrics["reward_mean"])
-            held_out += [evaluated["held_out_reward"]] if evaluated else []
+            evaluations += [evaluated] if due else []
             if self.reporter:
                 self.reporter.iteration(metrics | evaluated)
-        final = self.evaluate(self.config.es.iterations)
+        evaluations.append(self.evaluate(self.config.es.iterations))
         digest = self.center.digest()
         if self.reporter:
+            first, last = evaluations[0], evaluations[-1]
             summary = {
                 "iterations": len(means),
                 "reward_mean_first": means[0],
                 "reward_mean_last": means[-1],
-                "held_out_reward_first": held_out[0],
-                "held_out_reward_last": final["held_out_reward"],
+                **{f"{name}_first": first[name] for name in ("center_reward", "held_out_reward")},
+                **{f"{name}_last": last[name] for name in ("center_reward", "held_out_reward")},
+                "distance": last["distance"],
+                "distance_relative": last["distance_relative"],
                 "digest": digest,
                 "seconds": time.monotonic() - started,
             }
-            self.reporter.summary(summary | {key: value for key, value in final.items() if key not in summary})
+            self.reporter.summary(summary)
             self.reporter.say(
-                f"done: reward {means[0]:.2f} → {means[-1]:.2f}, held-out {held_out[0]:.2f} → "
-                f"{final['held_out_reward']:.2f}, {summary['seconds']:.0f} s, center {digest}"
+                f"done: member reward {means[0]:.2f} → {means[-1]:.2f}, center's {first['center_reward']:.2f} → "
+                f"{last['center_reward']:.2f}, held-out {first['held_out_reward']:.2f} → "
+                f"{last['held_out_reward']:.2f}; {summary['seconds']:.0f} s, center {digest}"
             )
 
     def iterate(self, iteration: int) -> dict[str, float]:
@@ -183,9 +188,9 @@ class Trainer:
         table = torch.zeros(-(-count // ranks), 1 + width, dtype=torch.long, device=self.world.device)
         for row, tokens in zip(table, mine, strict=False):
             row[: 1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
-        tables = table.new_empty(ranks, *table.shape)
+        tables = table.new_empty(ranks * len(table), 1 + width)
         dist.all_gather_into_tensor(tables, table, group=group)
-        rows = tables.transpose(0, 1).reshape(-1, 1 + width)[:count].tolist()
+        rows = tables.view(ranks, *table.shape).transpose(0, 1).reshape(-1, 1 + width)[:count].tolist()
         return [row[1 : 1 + row[0]] for row in rows]
 
     def reward(self, split: str, responses: Responses) -> float:
