@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
@@ -147,7 +147,10 @@ def load(path: str, overrides: list[str]) -> Config:
     try:
         given = OmegaConf.load(path)
     except Exception as error:  # whatever the YAML reader raises, it is the user's file
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not readable as YAML: {reason}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path}: holds no settings (key: value lines); see configs/ for examples")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.from_dotlist(overrides))
         config = OmegaConf.to_object(merged)

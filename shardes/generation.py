@@ -145,6 +145,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> lis
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
+        elif not isinstance(prompt, list):
+            raise ConfigError(f"task: prompt {number} is neither a str nor a list of messages: {prompt!r}")
         elif tokenizer.chat_template is None:
             raise ConfigError(
                 f"task: prompt {number} is a chat, but the tokenizer of {tokenizer.name_or_path} has no chat "

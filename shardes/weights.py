@@ -39,23 +39,30 @@ class WeightFiles:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._files = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._file_of: dict[str, str] = {}
         index, single = directory / INDEX, directory / SINGLE
         if index.exists():
-            self._file_of = json.loads(index.read_text())["weight_map"]
+            try:
+                self._file_of = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ConfigError(f"model.path={directory}: {INDEX} is unreadable ({error!r}); fetch it again") from None
             for file in sorted(set(self._file_of.values())):
-                self._open(file)
+                self._read_header(file)
             for name, file in self._file_of.items():
-                if name not in self._files[file].keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name not in self._shapes:
                     raise ConfigError(f"model.path={directory}: {INDEX} places {name} in {file}, which lacks it")
         elif single.exists():
-            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            self._read_header(SINGLE)
+            self._file_of = dict.fromkeys(self._shapes, SINGLE)
         else:
             raise ConfigError(f"model.path={directory}: neither {SINGLE} nor {INDEX} is there")
 
-    def _open(self, file: str):
+    def _read_header(self, file: str) -> None:
         try:
-            self._files[file] = safe_open(self.directory / file, framework="pt")
+            with safe_open(self.directory / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    self._shapes[name] = tuple(opened.get_slice(name).get_shape())
         except FileNotFoundError:
             raise ConfigError(f"model.path={self.directory}: {file} is missing; fetch it again") from None
         except (SafetensorError, OSError) as error:
@@ -63,13 +70,12 @@ class WeightFiles:
                 f"model.path={self.directory}: {file} is truncated or not a safetensors file ({error}); "
                 "fetch it again"
             ) from None
-        return self._files[file]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._shapes[name]
 
     def check(self, shapes: dict[str, Sequence[int]]) -> None:
         """Raise ConfigError where a parameter is absent or has another shape than the model's config says."""
@@ -84,30 +90,31 @@ class WeightFiles:
 
     def read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
         """Copy the elements of `regions`, in order, to the front of the flat tensor `out`, cast to its dtype."""
-        shape, offset = self.shape(name), 0
-        for region in regions:
-            # Whole rows at a time: a strided block must not be split within a row.
-            step = max(BLOCK // region.cols, 1) * region.cols if region.rows > 1 else BLOCK
-            for first in range(0, region.numel, step):
-                for piece in region.cut(first, min(first + step, region.numel)):
-                    target = out[offset : offset + piece.numel].view(piece.rows, piece.cols)
-                    target.copy_(self._piece(name, shape, piece))
-                    offset += piece.numel
+        offset = 0
+        # Opened for each parameter, and closed again: what was read of a mapped file stays resident until then.
+        with safe_open(self.directory / self._file_of[name], framework="pt") as opened:
+            source = opened.get_slice(name)
+            for region in regions:
+                # Whole rows at a time: a strided block must not be split within a row.
+                step = max(BLOCK // region.cols, 1) * region.cols if region.rows > 1 else BLOCK
+                for first in range(0, region.numel, step):
+                    for piece in region.cut(first, min(first + step, region.numel)):
+                        target = out[offset : offset + piece.numel].view(piece.rows, piece.cols)
+                        target.copy_(_piece(source, self.shape(name), piece))
+                        offset += piece.numel
 
-    def _piece(self, name: str, shape: tuple[int, ...], region: Region) -> torch.Tensor:
-        """One region's elements, shape (rows, cols)."""
-        if not shape:
-            return self._slice(name)[...].view(1, 1)
-        row_size = prod(shape[1:])
-        first, column = divmod(region.start, row_size)
-        end = region.start + (region.rows - 1) * region.stride + region.cols
-        if len(shape) == 2 and region.stride == row_size and region.rows > 1:
-            return self._slice(name)[first : first + region.rows, column : column + region.cols]
-        rows = self._slice(name)[first : -(-end // row_size)].reshape(-1)
-        return rows.as_strided((region.rows, region.cols), (region.stride, 1), rows.storage_offset() + column)
 
-    def _slice(self, name: str):
-        return self._files[self._file_of[name]].get_slice(name)
+def _piece(source, shape: tuple[int, ...], region: Region) -> torch.Tensor:
+    """One region's elements of a slice that safetensors has opened: shape (rows, cols)."""
+    if not shape:
+        return source[...].view(1, 1)
+    row_size = prod(shape[1:])
+    first, column = divmod(region.start, row_size)
+    end = region.start + (region.rows - 1) * region.stride + region.cols
+    if len(shape) == 2 and region.stride == row_size and region.rows > 1:
+        return source[first : first + region.rows, column : column + region.cols]
+    rows = source[first : -(-end // row_size)].reshape(-1)
+    return rows.as_strided((region.rows, region.cols), (region.stride, 1), rows.storage_offset() + column)
 
 
 def load(files: WeightFiles, shards: Sequence[Shard]) -> None:

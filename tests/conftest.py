@@ -1,0 +1,33 @@
+"""Small models that many tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from shardes import environment
+
+environment.prepare()
+
+import torch  # noqa: E402
+from models import SIZES, save_model  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory) -> Path:
+    """A Llama with tied embeddings and uneven heads, in one safetensors file."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    return save_model(tmp_path_factory.mktemp("tied_llama"), model)
+
+
+@pytest.fixture(scope="session")
+def biased_qwen(tmp_path_factory) -> Path:
+    """A Qwen2 with biases and untied embeddings, in several safetensors files with an index."""
+    torch.manual_seed(2)
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=False))
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(param, std=0.3)
+    return save_model(tmp_path_factory.mktemp("biased_qwen"), model, shard_size="60KB")

@@ -1,0 +1,131 @@
+"""The sharding is a matter of memory and speed alone: every layout arrives at the same center, to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import torchrun
+from transformers import AutoModelForCausalLM
+from workers.layout import PROMPTS, REWARDS
+
+from shardes.noise import gaussian
+from shardes.population import member_seeds, update_coefficients
+from shardes.shards import digest, run
+
+LAYOUTS = {  # replicas, shard, tensor
+    "1 rank": (1, 1, 1),
+    "ZeRO 2": (1, 2, 1),
+    "TP 2": (1, 1, 2),
+    "ZeRO 2 × TP 2": (1, 2, 2),
+    "2 replicas × ZeRO 2": (2, 2, 1),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request) -> tuple[int, int, int]:
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def results(layout, tied_llama, biased_qwen) -> list[dict]:
+    replicas, shard, tensor = layout
+    return torchrun(replicas * shard * tensor, "layout.py", *map(str, layout), str(tied_llama), str(biased_qwen))
+
+
+@pytest.fixture(scope="module")
+def references(tied_llama, biased_qwen) -> dict[str, dict]:
+    return {directory.name.rstrip("0123456789"): reference(directory) for directory in (tied_llama, biased_qwen)}
+
+
+def reference(directory: Path) -> dict:
+    """What the whole model gives in one piece: transformers' own tokens, and the centers by the definition."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    weights = {name: param.detach().clone().view(-1) for name, param in model.named_parameters()}
+
+    def whole_digest() -> str:
+        return f"{sum(digest(n, [run(0, w.numel())], w) for n, w in weights.items()) % 2**64:016x}"
+
+    def generate() -> list[list[int]]:
+        responses = []
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+            responses.append(out[0, len(prompt) :].tolist())
+        return responses
+
+    found = {"base": whole_digest(), "tokens": generate(), "numel": sum(w.numel() for w in weights.values())}
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param += 0.05 * gaussian(7, name, 0, param.numel()).view(param.shape)
+    found["member tokens"] = generate()
+    found["digests"] = []
+    for iteration, rewards in enumerate(REWARDS):
+        seeds = member_seeds(5, iteration, len(rewards))
+        coefficients = update_coefficients(rewards, 0.05)
+        for name, weight in weights.items():
+            total = torch.zeros_like(weight)
+            for seed, coefficient in zip(seeds, coefficients, strict=True):
+                total += gaussian(seed, name, 0, weight.numel()) * coefficient
+            weight += total
+        found["digests"].append(whole_digest())
+    return found
+
+
+def cases(results: list[dict]):
+    """Each rank's findings, one per model, dtype and gather mode."""
+    for result in results:
+        for key, found in result.items():
+            if key != "rank":
+                yield result["rank"], key.split()[0], key.split()[1], found
+
+
+def test_centers_are_the_same_to_the_bit_in_every_dtype(results, references):
+    for rank, model, dtype, found in cases(results):
+        expected = references[model]
+        assert found["base"] == expected["base"], (rank, model, dtype)
+        assert found["digests"] == expected["digests"], (rank, model, dtype)
+
+
+@pytest.mark.parametrize("which", ["tokens", "member tokens"])
+def test_greedy_tokens_are_those_of_transformers(results, references, layout, which):
+    replicas, shard, tensor = layout
+    for rank, model, dtype, found in cases(results):
+        if dtype == "float32":
+            shard_rank = rank % (shard * tensor) // tensor
+            assert sorted(map(int, found[which])) == list(range(len(PROMPTS)))[shard_rank::shard]
+            for row, tokens in found[which].items():
+                assert tokens == references[model][which][int(row)], (rank, model, row)
+
+
+def test_the_center_is_whole_again_after_a_failure(results):
+    for _, _, _, found in cases(results):
+        assert found["after a failure"] == found["base"]
+        assert found["live again"]
+        assert found["tokens again"] == found["tokens"]
+
+
+def test_every_element_is_owned_once(results, references, layout):
+    replicas = layout[0]
+    totals: dict[str, int] = {}
+    for result in results:
+        for key, found in result.items():
+            if key != "rank":
+                totals[key] = totals.get(key, 0) + found["numel"]
+    for key, total in totals.items():
+        assert total == replicas * references[key.split()[0]]["numel"], key
+
+
+def test_nothing_of_training_is_kept(results):
+    for _, _, _, found in cases(results):
+        assert found["gradients"] == 0
+        assert found["optimizer state"] == []
+
+
+def test_the_distance_from_the_base_is_that_of_the_update(results):
+    distances = [found["distance"] for _, _, _, found in cases(results)]
+    assert all(distance["distance"] > 0 for distance in distances)
+    by_model: dict[str, list[float]] = {}
+    for _, model, _, found in cases(results):
+        by_model.setdefault(model, []).append(found["distance"]["distance_relative"])
+    for values in by_model.values():
+        assert max(values) == pytest.approx(min(values), rel=1e-9)

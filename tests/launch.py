@@ -1,0 +1,57 @@
+"""Starting several ranks, with a time limit, leaving no process behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(command: list[str], seconds: float = 240, **environ: str) -> subprocess.CompletedProcess:
+    """Run a command in the repository, in a session of its own; no process of it outlives this call."""
+    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{command} took more than {seconds} s\n{out[-2000:]}\n{err[-4000:]}")
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def deepspeed(ranks: int, *arguments: str, seconds: float = 240) -> subprocess.CompletedProcess:
+    """`deepspeed --num_gpus RANKS ARGUMENTS`, on a free port."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return run([*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments], seconds)
+
+
+def torchrun(ranks: int, worker: str, *arguments: str, seconds: float = 240) -> list:
+    """Run tests/workers/WORKER on some ranks; returns what each printed as its last line, from JSON."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--no-python"]
+    command = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    done = run([*command, sys.executable, str(ROOT / "tests" / "workers" / worker), *arguments], seconds)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == ranks, done.stdout
+    return sorted(results, key=lambda result: result["rank"])

@@ -1,0 +1,217 @@
+"""The main job, started as a user starts it."""
+
+import importlib.util
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from launch import ROOT, deepspeed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shardes.config import ConfigError
+
+spec = importlib.util.spec_from_file_location("train", ROOT / "launchers" / "train.py")
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+TASK = '''
+class Letters:
+    """Reward: how many letters e; prompts of different lengths, raw and chat."""
+    def prompts(self, split):
+        texts = ["abc", "a much longer prompt", "x"] if split == "train" else ["hello", "you"]
+        return [*texts, [{"role": "user", "content": "chat"}]]
+    def score(self, split, responses):
+        return [float(sum(map(ord, text)) % 97) for text in responses]
+'''
+
+
+@pytest.fixture
+def settings(tmp_path, tied_llama) -> dict:
+    (tmp_path / "task.py").write_text(TASK)
+    return {
+        "model": {"path": str(tied_llama), "dtype": "float32"},
+        "es": {"population_size": 5, "sigma": 0.05, "alpha": 0.05, "iterations": 3},
+        "generation": {"max_new_tokens": 8},
+        "task": {"path": f"{tmp_path}/task.py:Letters"},
+        "eval": {"every": 2},
+        "run": {"dir": str(tmp_path / "run"), "timeout": 60},
+    }
+
+
+@pytest.fixture
+def config(tmp_path, settings):
+    """A writer of config files: the settings above, changed by (section, key, value)."""
+
+    def write(*changes: tuple[str, str, object]) -> str:
+        for section, key, value in changes:
+            settings.setdefault(section, {})[key] = value
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return str(file)
+
+    return write
+
+
+def lines(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run directories by layout, for tests that compare layouts."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "layout", [(1, 1, 1), (2, 1, 1), (1, 2, 2)], ids=["1 rank", "2 replicas", "ZeRO 2 × TP 2"]
+)
+def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
+    replicas, shard, tensor = layout
+    done = deepspeed(
+        replicas * shard * tensor, "launchers/train.py", config(),
+        f"sharding.shard={shard}", f"sharding.tensor={tensor}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = [line for line in done.stdout.splitlines() if line.startswith(("iteration", "done"))]
+    assert len(shown) == 4, done.stdout  # one rank speaks
+
+    directory = tmp_path / "run"
+    assert yaml.safe_load((directory / "config.yaml").read_text())["sharding"]["shard"] == shard
+    metrics, journal = lines(directory / "metrics.jsonl"), lines(directory / "journal.jsonl")
+    summary = json.loads((directory / "summary.json").read_text())
+    assert [row["iteration"] for row in metrics] == [row["iteration"] for row in journal] == [0, 1, 2]
+    for row, record in zip(metrics, journal, strict=True):
+        assert row["reward_min"] <= row["reward_mean"] <= row["reward_max"]
+        assert row["reward_mean"] == pytest.approx(sum(record["rewards"]) / 5)
+        assert row["reward_std"] > 0 and row["generated_tokens"] > 0
+        assert ("held_out_reward" in row) == (row["iteration"] % 2 == 0)
+        for part in ("perturb", "gather", "generate", "restore", "update", "exchange"):
+            assert 0 <= row[f"seconds_{part}"] <= row["seconds"]
+        assert len(record["seeds"]) == len(record["rewards"]) == len(record["coefficients"]) == 5
+        assert (record["sigma"], record["alpha"], len(record["digest"])) == (0.05, 0.05, 16)
+    assert summary["iterations"] == 3
+    assert summary["reward_mean_first"] == metrics[0]["reward_mean"]
+    assert summary["reward_mean_last"] == metrics[-1]["reward_mean"]
+    assert len({record["digest"] for record in journal} | {summary["digest"]}) == 4
+
+    samples = lines(directory / "samples.jsonl")
+    assert {(row["iteration"], row["split"]) for row in samples} == {(i, s) for i in (0, 2, 3) for s in ("train", "test")}
+    board = EventAccumulator(str(directory)).Reload()
+    assert [event.step for event in board.Scalars("reward_mean")] == [0, 1, 2]
+
+    # In float32 this small model answers alike on every layout, so the whole run is the same to the bit.
+    runs[layout] = [(record["seeds"], record["rewards"], record["digest"]) for record in journal], summary["digest"]
+    assert len(set(map(str, runs.values()))) == 1
+
+
+def test_a_mistake_ends_every_rank_with_one_line(config):
+    done = deepspeed(2, "launchers/train.py", config(), "es.sigm=1", seconds=120)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors == ["error: es.sigm: no such key; did you mean es.sigma?"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "body, code, message",
+    [
+        ("return [float('nan') for _ in responses]", 2, "member 0 of iteration 0 (seed "),
+        ("raise OSError('the judge is out')", 1, "the judge is out"),
+    ],
+    ids=["NaN", "raises"],
+)
+def test_a_reward_that_fails_ends_every_rank(config, tmp_path, body, code, message):
+    source = TASK.replace("return [float(sum(map(ord, text)) % 97) for text in responses]", body)
+    if code == 2:  # the center's own evaluation comes first
+        source = source.replace(body, f"self.calls = getattr(self, 'calls', 0) + 1\n        if self.calls < 3: return [0.0] * len(responses)\n        {body}")
+    path = config()
+    (tmp_path / "task.py").write_text(source)
+    done = deepspeed(2, "launchers/train.py", path, "sharding.shard=2", seconds=120)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+
+
+def test_equal_rewards_teach_nothing_and_say_so(config, tmp_path):
+    path = config(("es", "iterations", 1))
+    (tmp_path / "task.py").write_text(TASK.replace("float(sum(map(ord, text)) % 97)", "1.0"))
+    done = deepspeed(1, "launchers/train.py", path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: iteration 0: all 5 rewards are 1.0" in done.stdout
+    (record,) = lines(tmp_path / "run" / "journal.jsonl")
+    assert record["coefficients"] == [0.0] * 5
+    assert record["digest"] == json.loads((tmp_path / "run" / "summary.json").read_text())["digest"]
+
+
+def spoiled(tmp_path, model, spoil) -> str:
+    directory = shutil.copytree(model, tmp_path / "spoiled")
+    spoil(directory)
+    return str(directory)
+
+
+def no_template(directory):
+    (directory / "chat_template.jinja").unlink()
+
+
+def cut_short(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+MISTAKES = {
+    "unknown key": ([("es", "sigam", 1)], ["es.sigam", "es.sigma"]),
+    "sigma": ([("es", "sigma", 0)], ["es.sigma=0"]),
+    "population": ([("es", "population_size", 1)], ["es.population_size=1"]),
+    "layout": ([("sharding", "shard", 3)], ["sharding.shard=3", "4 ranks"]),
+    "tensor degree": ([("sharding", "tensor", 4)], ["sharding.tensor=4", "3 key-value heads"]),
+    "model": ([("model", "path", "/no/such/model")], ["model.path=/no/such/model"]),
+    "task": ([("task", "path", None), ("task", "name", "concisenes")], ["task.name=concisenes", "conciseness"]),
+    "engine": ([("engine", "", "megatron")], ["engine", "megatron"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found_before_heavy_work(config, settings, mistake):
+    changes, expected = MISTAKES[mistake]
+    path = config(*changes)
+    if mistake == "engine":
+        path = config_with_engine(settings, path)
+    with pytest.raises(ConfigError) as error:
+        train.prepare([path], SimpleNamespace(rank=0, size=4))
+    assert "\n" not in str(error.value)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def config_with_engine(settings: dict, path: str) -> str:
+    with open(path, "w") as file:
+        yaml.safe_dump(settings | {"engine": "megatron"}, file)
+    return path
+
+
+@pytest.mark.parametrize("spoil, expected", [(no_template, "chat template"), (cut_short, "model.safetensors")])
+def test_spoiled_models_are_found_before_heavy_work(config, tied_llama, tmp_path, spoil, expected):
+    path = config(("model", "path", spoiled(tmp_path, tied_llama, spoil)))
+    with pytest.raises(ConfigError, match=expected):
+        train.prepare([path], SimpleNamespace(rank=0, size=1))
+
+
+def test_no_prompts(config, tmp_path):
+    path = config()
+    (tmp_path / "task.py").write_text("class Letters:\n    def prompts(self, split): return []\n    def score(self, s, r): return []\n")
+    with pytest.raises(ConfigError, match="empty"):
+        train.prepare([path], SimpleNamespace(rank=0, size=1))
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        train.prepare([config()], SimpleNamespace(rank=0, size=1))
+
+
+def test_help_lists_the_keys(capsys):
+    assert train.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "sharding.gather" in shown and "es.population_size" in shown

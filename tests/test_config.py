@@ -1,0 +1,125 @@
+"""Settings are typed and checked, and a mistake is named with the nearest right key."""
+
+import pytest
+
+from shardes import config as settings
+from shardes.config import ConfigError, DType, Gather
+
+ENOUGH = "model: {path: m}\nrun: {dir: r}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text: str = ENOUGH, *overrides: str):
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        return settings.load(str(file), list(overrides))
+
+    return load
+
+
+def test_defaults_are_the_papers(load):
+    es = load().es
+    assert (es.population_size, es.sigma, es.alpha, es.iterations) == (30, 0.001, 0.0005, 500)
+
+
+def test_overrides_win_and_are_typed(load):
+    config = load(ENOUGH, "model.dtype=float16", "sharding.gather=layer", "es.sigma=1e-2", "generation.stop=[a,b]")
+    assert config.model.dtype is DType.float16
+    assert config.sharding.gather is Gather.layer
+    assert config.es.sigma == 0.01
+    assert config.generation.stop == ["a", "b"]
+
+
+def test_what_is_written_loads_as_the_same(load, tmp_path):
+    config = load(ENOUGH, "es.seed=5", "generation.stop=[x]")
+    settings.write(config, tmp_path / "again.yaml")
+    assert settings.load(str(tmp_path / "again.yaml"), []) == config
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("es.sigm=1", ["es.sigm", "es.sigma"]),
+        ("sharding.tensors=2", ["sharding.tensors", "sharding.tensor"]),
+        ("modle.path=x", ["modle", "model.path"]),
+        ("es.sigma=abc", ["es.sigma", "abc"]),
+        ("es.population_size=2.5", ["es.population_size", "2.5"]),
+        ("model.dtype=int8", ["model.dtype", "int8"]),
+        ("es.restore=undo", ["es.restore", "undo"]),
+        ("es.sigma=0", ["es.sigma=0", "positive"]),
+        ("es.sigma=-1", ["es.sigma=-1"]),
+        ("es.alpha=-1", ["es.alpha=-1"]),
+        ("es.population_size=1", ["es.population_size=1", "at least 2"]),
+        ("es.iterations=0", ["es.iterations=0"]),
+        ("sharding.shard=0", ["sharding.shard=0"]),
+        ("sharding.tensor=0", ["sharding.tensor=0"]),
+        ("sharding.replicas=0", ["sharding.replicas=0"]),
+        ("generation.max_new_tokens=0", ["generation.max_new_tokens=0"]),
+        ("generation.stop=['']", ["generation.stop"]),
+        ("eval.every=-1", ["eval.every=-1"]),
+        ("run.timeout=0", ["run.timeout=0"]),
+        ("nonsense", ["nonsense", "key=value"]),
+    ],
+)
+def test_mistakes_are_named(load, override, expected):
+    with pytest.raises(ConfigError) as error:
+        load(ENOUGH, override)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("run: {dir: r}", "model.path"),
+        ("model: {path: m}", "run.dir"),
+        ("model: [unclosed", "config.yaml"),
+        ("just a string", "config.yaml"),
+        ("- a list", "config.yaml"),
+    ],
+)
+def test_files_that_say_too_little_or_nothing(load, text, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load(text)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        settings.load("absent.yaml", [])
+
+
+@pytest.mark.parametrize(
+    "overrides, world, replicas",
+    [
+        ([], 1, 1),
+        ([], 4, 4),
+        (["sharding.shard=2"], 4, 2),
+        (["sharding.shard=2", "sharding.tensor=2"], 4, 1),
+        (["sharding.replicas=2", "sharding.tensor=2"], 4, 2),
+    ],
+)
+def test_layouts_that_fit(load, overrides, world, replicas):
+    assert settings.check_layout(load(ENOUGH, *overrides), world) == replicas
+
+
+@pytest.mark.parametrize(
+    "overrides, world, expected",
+    [
+        (["sharding.shard=2"], 3, "sharding.shard=2"),
+        (["sharding.tensor=4"], 2, "sharding.tensor=4"),
+        (["sharding.replicas=2"], 3, "sharding.replicas=2"),
+    ],
+)
+def test_layouts_that_do_not(load, overrides, world, expected):
+    with pytest.raises(ConfigError, match=expected) as error:
+        settings.check_layout(load(ENOUGH, *overrides), world)
+    assert str(world) in str(error.value)
+
+
+def test_help_lists_every_key_with_its_meaning():
+    text = settings.help_text()
+    for key, (_, meaning) in settings.keys().items():
+        assert key in text and meaning in text

@@ -1,0 +1,118 @@
+"""Greedy decoding gives, token for token, what transformers' own does."""
+
+import pytest
+import torch
+from models import byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from shardes.config import ConfigError
+from shardes.generation import Greedy, encode, greedy
+
+TEXTS = ["a", "a longer prompt, of many letters", "b" * 17, "xyz", "?"]
+
+
+@pytest.fixture(scope="module", params=["tied_llama", "biased_qwen"])
+def model(request):
+    return AutoModelForCausalLM.from_pretrained(request.getfixturevalue(request.param), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tied_llama):
+    return AutoTokenizer.from_pretrained(tied_llama, padding_side="left")
+
+
+def transformers_way(model, tokenizer, texts, **options) -> list[list[int]]:
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    out = model.generate(**batch, do_sample=False, **options)
+    rows = []
+    for row in out[:, batch["input_ids"].shape[1] :].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops(model)), len(row))
+        rows.append(row[:end])
+    return rows
+
+
+def stops(model) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
+
+
+def common_tokens(model, tokenizer) -> list[int]:
+    """Tokens that end some of the responses early, if they are taken for end-of-sequence tokens."""
+    rows = transformers_way(model, tokenizer, TEXTS, max_new_tokens=40)
+    return [rows[0][5], rows[3][20]]
+
+
+def test_the_same_tokens_as_transformers_and_rows_that_end_early(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", common_tokens(model, tokenizer))
+    expected = transformers_way(model, tokenizer, TEXTS, max_new_tokens=40)
+    assert len({len(row) for row in expected}) > 1
+    decode = greedy(tokenizer, model.generation_config, max_new_tokens=40)
+    assert decode(model, encode(tokenizer, TEXTS)) == expected
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 150])
+def test_smaller_batches_give_the_same_tokens(model, tokenizer, batch_tokens):
+    decode = greedy(tokenizer, model.generation_config, max_new_tokens=12, batch_tokens=batch_tokens)
+    assert decode(model, encode(tokenizer, TEXTS)) == transformers_way(model, tokenizer, TEXTS, max_new_tokens=12)
+
+
+def test_batches_keep_to_the_token_budget():
+    decode = Greedy(byte_tokenizer(), 10, frozenset(), (), batch_tokens=60)
+    prompts = [[0] * n for n in (3, 20, 9, 5, 100, 8)]
+    batches = decode._batches(prompts)
+    assert sorted(sum(batches, [])) == list(range(6))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * (max(len(prompts[r]) for r in batch) + 10) <= 60
+
+
+def test_stop_strings_end_a_response_and_stay_in_it(model, tokenizer):
+    full = transformers_way(model, tokenizer, TEXTS, max_new_tokens=40)
+    stop = tokenizer.decode(full[0][8:11])
+    decode = greedy(tokenizer, model.generation_config, max_new_tokens=40, stop=[stop])
+    for tokens, whole in zip(decode(model, encode(tokenizer, TEXTS)), full, strict=True):
+        assert tokens == whole[: len(tokens)]
+        text = tokenizer.decode(tokens)
+        assert stop in text or len(tokens) == len(whole)
+        assert stop not in tokenizer.decode(tokens[:-1])
+
+
+def test_polling_stops_the_decoding(model, tokenizer):
+    steps = []
+
+    def poll():
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    decode = greedy(tokenizer, model.generation_config, max_new_tokens=40)
+    with pytest.raises(KeyboardInterrupt):
+        decode(model, encode(tokenizer, TEXTS), poll=poll)
+    assert len(steps) == 3
+
+
+def test_chat_goes_through_the_template_and_text_does_not(tokenizer):
+    chat, raw = encode(tokenizer, [[{"role": "user", "content": "hi"}], "hi"])
+    assert tokenizer.decode(chat) == "<user>hi<a>"
+    assert tokenizer.decode(raw) == "hi"
+
+
+@pytest.mark.parametrize(
+    "prompts, template, message",
+    [
+        ([], "x", "empty"),
+        (["ok", ""], "x", "prompt 1 is empty"),
+        ([[{"role": "user", "content": "hi"}]], None, "no chat template"),
+        ([3], "x", "prompt 0"),
+    ],
+)
+def test_prompts_that_cannot_be_asked(prompts, template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=message):
+        encode(tokenizer, prompts)
+
+
+def test_end_of_sequence_ids_come_from_the_generation_config():
+    assert greedy(None, GenerationConfig(eos_token_id=[1, 5]), max_new_tokens=1).eos == {1, 5}
+    assert greedy(None, GenerationConfig(eos_token_id=3), max_new_tokens=1).eos == {3}
+    assert greedy(None, GenerationConfig(eos_token_id=None), max_new_tokens=1).eos == frozenset()

@@ -1,0 +1,111 @@
+"""Seeds, fitness, and members shared out between replicas through a store."""
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardes.config import ConfigError
+from shardes.population import Evaluation, Population, member_seeds, standardize, update_coefficients
+
+
+@dataclass
+class Job:
+    store: dist.Store
+
+
+@dataclass
+class Replica:
+    """A replica of one rank, as a population sees it."""
+
+    job: Job
+    replica: int
+    leads: bool = True
+
+    def broadcast(self, values, count):
+        assert len(values) == count
+        return values
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job(dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20)))
+
+
+def test_seeds_follow_from_run_seed_and_iteration_alone():
+    assert member_seeds(3, 5, 8) == member_seeds(3, 5, 8)
+    assert member_seeds(3, 5, 12)[:8] == member_seeds(3, 5, 8)
+    everything = [seed for run in range(20) for it in range(20) for seed in member_seeds(run, it, 8)]
+    assert len(set(everything)) == len(everything)
+    assert max(everything) > 2**63
+    assert member_seeds(0, 0, 2) == np.random.SeedSequence([0, 0]).generate_state(2, np.uint64).tolist()
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40))
+def test_standardized_rewards_are_the_papers_z_scores(rewards):
+    z = standardize(rewards)
+    if len(set(rewards)) == 1:
+        assert z == [0.0] * len(rewards)
+    else:
+        expected = (np.array(rewards) - np.mean(rewards)) / (np.std(rewards) + 1e-8)
+        assert z == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
+
+
+def test_coefficients_are_float32():
+    coefficients = update_coefficients([1.0, 2.0, 4.0], alpha=0.3)
+    assert coefficients == [float(np.float32(0.1 * z)) for z in standardize([1.0, 2.0, 4.0])]
+    assert update_coefficients([2.5, 2.5], alpha=0.3) == [0.0, 0.0]
+
+
+def test_every_member_is_evaluated_once_and_the_faster_replica_takes_more(job):
+    seeds = member_seeds(0, 0, 12)
+    taken: dict[int, list[int]] = {}
+    collected = {}
+
+    def replica(number: int, seconds: float):
+        population = Population(Replica(job, number), 0, seeds, timeout=10)
+        taken[number] = []
+        for n in population.claim():
+            time.sleep(seconds)
+            taken[number].append(n)
+            population.post(n, Evaluation(n * 1.5, 10 + n))
+        collected[number] = population.collect()
+
+    threads = [threading.Thread(target=replica, args=(i, s)) for i, s in enumerate((0.02, 0.1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken[0] + taken[1]) == list(range(12))
+    assert len(taken[0]) > len(taken[1]) > 0
+    assert collected[0] == collected[1] == [Evaluation(n * 1.5, 10 + n) for n in range(12)]
+
+
+def test_iterations_do_not_mix(job):
+    for iteration in range(2):
+        population = Population(Replica(job, 0), iteration, [1, 2], timeout=1)
+        assert list(population.claim()) == [0, 1]
+
+
+def test_a_missing_member_is_named_with_its_replica(job):
+    mine, other = (Population(Replica(job, r), 3, [7, 8, 9], timeout=0.3) for r in (0, 1))
+    claims = mine.claim()
+    mine.post(next(claims), Evaluation(1.0, 1))
+    assert next(other.claim()) == 1
+    mine.post(next(claims), Evaluation(1.0, 1))
+    with pytest.raises(TimeoutError, match=r"iteration 3.*1 \(replica 1\)"):
+        mine.collect()
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_stops_the_run(job, reward):
+    population = Population(Replica(job, 0), 4, [70, 80], timeout=1)
+    with pytest.raises(ConfigError, match=r"member 1 of iteration 4 \(seed 80\)"):
+        population.post(1, Evaluation(reward, 5))

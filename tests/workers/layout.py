@@ -1,0 +1,87 @@
+"""What one layout makes of some models: layout.py REPLICAS SHARD TENSOR MODEL_DIRECTORY ..."""
+
+import json
+import sys
+from pathlib import Path
+
+from shardes import environment
+
+environment.prepare()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
+
+from shardes.center import member, open_center  # noqa: E402
+from shardes.config import Gather, Restore  # noqa: E402
+from shardes.engines import empty_model  # noqa: E402
+from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
+from shardes.generation import greedy  # noqa: E402
+from shardes.population import member_seeds, update_coefficients  # noqa: E402
+from shardes.weights import WeightFiles  # noqa: E402
+from shardes.world import form_replica, join_job  # noqa: E402
+
+PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
+REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
+
+
+def main() -> None:
+    replicas, shard, tensor = map(int, sys.argv[1:4])
+    job = join_job(60)
+    world = form_replica(job, replicas, shard, tensor, 120)
+    result = {"rank": job.rank}
+    for directory in map(Path, sys.argv[4:]):
+        for dtype in (torch.float32, torch.bfloat16):
+            for gather in Gather if shard > 1 and dtype == torch.float32 else [Gather.member]:
+                key = f"{directory.name.rstrip('0123456789')} {str(dtype).removeprefix('torch.')} {gather.value}"
+                result[key] = examine(directory, dtype, gather, world)
+    print("RESULT " + json.dumps(result), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def examine(directory: Path, dtype: torch.dtype, gather: Gather, world) -> dict:
+    files = WeightFiles(directory)
+    engine = DeepSpeedEngine(empty_model(directory, dtype), world, gather)
+    center = open_center(Restore.copy, engine.shards, world, files)
+    decode = greedy(
+        AutoTokenizer.from_pretrained(directory), GenerationConfig.from_pretrained(directory), max_new_tokens=24
+    )
+    group = world.mesh.get_group("shard")
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def tokens():
+        # Each shard rank decodes other prompts, which end at other lengths.
+        with engine.ready() as module:
+            mine = decode(module, PROMPTS[rank::ranks], lockstep=group if engine.lockstep else None)
+        return {str(rank + i * ranks): tokens for i, tokens in enumerate(mine)}
+
+    found = {"base": center.digest(), "tokens": tokens(), "numel": sum(s.numel for s in engine.shards if s.owned)}
+    with member(center, 7, 0.05):
+        found["member tokens"] = tokens()
+    try:
+        with member(center, 8, 0.05), engine.ready():
+            raise KeyError("a reward that raises")
+    except KeyError:
+        found["after a failure"] = center.digest()
+        found["live again"] = all(torch.equal(s.values, center.values(s).to(dtype)) for s in engine.shards)
+        found["tokens again"] = tokens()
+    digests = []
+    for iteration, rewards in enumerate(REWARDS):
+        seeds = member_seeds(5, iteration, len(rewards))
+        center.update(seeds, update_coefficients(rewards, 0.05))
+        digests.append(center.digest())
+    found["digests"] = digests
+    found["distance"] = center.distance(files)
+    with engine.ready() as module:
+        found["gradients"] = sum(p.grad is not None or p.requires_grad for p in module.parameters())
+    inner = engine._engine.optimizer
+    found["optimizer state"] = [
+        name for name, value in vars(inner).items()
+        if name in ("state", "optimizer", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer") and value
+    ]  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    main()
