@@ -86,7 +86,8 @@ def prepare(argv: list[str], job: Job) -> Plan:
     encoded = {split: encode(tokenizer, task.prompts(split)) for split in ("train", "test")}
     decoding = greedy(
         tokenizer,
-        GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").exists()
+        GenerationConfig.from_pretrained(directory)
+        if (directory / "generation_config.json").exists()
         else GenerationConfig.from_model_config(module.config),
         max_new_tokens=config.generation.max_new_tokens,
         stop=config.generation.stop,
@@ -112,9 +113,7 @@ def train(argv: list[str]) -> int:
         settings.write(config, Path(config.run.dir) / "config.yaml")
     engine = build(config, plan.module, world)
     center = open_center(config.es.restore, engine.shards, world, plan.files)
-    trainer = Trainer(
-        config, world, engine, center, plan.files, plan.task, plan.tokenizer, plan.greedy, plan.encoded
-    )
+    trainer = Trainer(config, world, engine, center, plan.files, plan.task, plan.tokenizer, plan.greedy, plan.encoded)
     try:
         trainer.run()
     finally:

@@ -126,8 +126,10 @@ def help_text() -> str:
     """One line per key: name, default, meaning."""
     lines = []
     for key, (default, meaning) in keys().items():
-        shown = default.value if isinstance(default, Enum) else {None: "null", MISSING: "required"}.get(
-            default if not isinstance(default, list) else "[]", default
+        shown = (
+            default.value
+            if isinstance(default, Enum)
+            else {None: "null", MISSING: "required"}.get(default if not isinstance(default, list) else "[]", default)
         )
         lines.append(f"  {key:<28} {shown!s:<10} {meaning}")
     return "\n".join(lines)

@@ -51,7 +51,8 @@ class Greedy:
         device = next(module.parameters()).device
         with torch.no_grad():
             for rows in self._batches(prompts):
-                for row, tokens in zip(rows, self._decode(module, [prompts[r] for r in rows], device, lockstep, poll)):
+                batch = self._decode(module, [prompts[r] for r in rows], device, lockstep, poll)
+                for row, tokens in zip(rows, batch, strict=True):
                     responses[row] = tokens
             while lockstep is not None and _any_unfinished(False, device, lockstep):
                 module(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)

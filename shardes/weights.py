@@ -46,7 +46,9 @@ class WeightFiles:
             try:
                 self._file_of = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError) as error:
-                raise ConfigError(f"model.path={directory}: {INDEX} is unreadable ({error!r}); fetch it again") from None
+                raise ConfigError(
+                    f"model.path={directory}: {INDEX} is unreadable ({error!r}); fetch it again"
+                ) from None
             for file in sorted(set(self._file_of.values())):
                 self._read_header(file)
             for name, file in self._file_of.items():
@@ -67,8 +69,7 @@ class WeightFiles:
             raise ConfigError(f"model.path={self.directory}: {file} is missing; fetch it again") from None
         except (SafetensorError, OSError) as error:
             raise ConfigError(
-                f"model.path={self.directory}: {file} is truncated or not a safetensors file ({error}); "
-                "fetch it again"
+                f"model.path={self.directory}: {file} is truncated or not a safetensors file ({error}); fetch it again"
             ) from None
 
     def __contains__(self, name: str) -> bool:

@@ -9,8 +9,9 @@ from shardes import environment
 environment.prepare()
 
 import torch  # noqa: E402
-from models import SIZES, save_model  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+
+from models import SIZES, save_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Starting several ranks, with a time limit, leaving no process behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -23,9 +24,14 @@ def run(command: list[str], seconds: float = 240, **environ: str) -> subprocess.
     """Run a command in the repository, in a session of its own; no process of it outlives this call."""
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=ROOT,
+        env=env | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -33,10 +39,8 @@ def run(command: list[str], seconds: float = 240, **environ: str) -> subprocess.
         out, err = process.communicate()
         pytest.fail(f"{command} took more than {seconds} s\n{out[-2000:]}\n{err[-4000:]}")
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
@@ -52,6 +56,8 @@ def torchrun(ranks: int, worker: str, *arguments: str, seconds: float = 240) -> 
     command = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     done = run([*command, sys.executable, str(ROOT / "tests" / "workers" / worker), *arguments], seconds)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    results = [
+        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     assert len(results) == ranks, done.stdout
     return sorted(results, key=lambda result: result["rank"])

@@ -77,7 +77,6 @@ def test_mistakes_are_named(load, override, expected):
         ("run: {dir: r}", "model.path"),
         ("model: {path: m}", "run.dir"),
         ("model: [unclosed", "config.yaml"),
-        ("just a string", "config.yaml"),
         ("- a list", "config.yaml"),
     ],
 )

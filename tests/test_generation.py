@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from models import byte_tokenizer
 from shardes.config import ConfigError
 from shardes.generation import Greedy, encode, greedy
 

@@ -1,5 +1,7 @@
 """Regions say which elements a rank holds, however the tensor was cut."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,13 +20,17 @@ def elements(regions) -> list[int]:
 @settings(max_examples=200, deadline=None)
 @given(
     regions=st.lists(
-        st.builds(lambda s, r, c, g: Region(s, r, c, c + g), *[st.integers(0, 90)] * 1, *[st.integers(1, 9)] * 2,
-                  st.integers(0, 5)),
+        st.builds(
+            lambda s, r, c, g: Region(s, r, c, c + g),
+            *[st.integers(0, 90)] * 1,
+            *[st.integers(1, 9)] * 2,
+            st.integers(0, 5),
+        ),
         max_size=4,
     ),
     first=st.integers(0, 200),
     count=st.integers(0, 200),
-)  # fmt: skip
+)
 def test_a_cut_holds_the_elements_between(regions, first, count):
     assert elements(cut(regions, first, first + count)) == elements(regions)[first : first + count]
 
@@ -71,9 +77,7 @@ def test_the_digest_is_its_definition_on_any_device_path():
     regions = (run(5, 70), Region(200, 9, 11, 40), run(2**41, 3))
     values = torch.randn(172)
     bits = values.view(torch.int32).tolist()
-    expected = sum(
-        reference_digest("w", index, b % 2**32) for index, b in zip(elements(regions), bits, strict=True)
-    )
+    expected = sum(reference_digest("w", index, b % 2**32) for index, b in zip(elements(regions), bits, strict=True))
     assert digest("w", regions, values) == expected % 2**64
     parts, offset = 0, 0
     for region in regions:
@@ -88,7 +92,7 @@ def test_the_digest_is_its_definition_on_any_device_path():
 def test_the_digest_is_the_same_however_sharded(edges):
     values = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
     edges = [0, *sorted(edges), 20_000]
-    parts = [digest("w", [run(a, b - a)], values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [digest("w", [run(a, b - a)], values[a:b]) for a, b in pairwise(edges)]
     assert sum(parts) % 2**64 == digest("w", [run(0, 20_000)], values)
 
 

@@ -196,9 +196,7 @@ def answer(directory: Path, question: str) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     messages = [{"role": "user", "content": question}]
-    chat = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**chat, max_new_tokens=16, do_sample=False)
     return tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

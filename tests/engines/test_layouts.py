@@ -88,7 +88,7 @@ def test_centers_are_the_same_to_the_bit_in_every_dtype(results, references):
 
 @pytest.mark.parametrize("which", ["tokens", "member tokens"])
 def test_greedy_tokens_are_those_of_transformers(results, references, layout, which):
-    replicas, shard, tensor = layout
+    _, shard, tensor = layout
     for rank, model, dtype, found in cases(results):
         if dtype == "float32":
             shard_rank = rank % (shard * tensor) // tensor

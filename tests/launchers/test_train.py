@@ -18,7 +18,7 @@ spec.loader.exec_module(train)
 
 TASK = '''
 class Letters:
-    """Reward: how many letters e; prompts of different lengths, raw and chat."""
+    """Prompts of different lengths, raw and chat; a reward that differs from member to member."""
     def prompts(self, split):
         texts = ["abc", "a much longer prompt", "x"] if split == "train" else ["hello", "you"]
         return [*texts, [{"role": "user", "content": "chat"}]]
@@ -64,15 +64,16 @@ def runs(tmp_path_factory):
     return {}
 
 
-@pytest.mark.parametrize(
-    "layout", [(1, 1, 1), (2, 1, 1), (1, 2, 2)], ids=["1 rank", "2 replicas", "ZeRO 2 × TP 2"]
-)
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 2)], ids=["1 rank", "2 replicas", "ZeRO 2 × TP 2"])
 def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
     replicas, shard, tensor = layout
     done = deepspeed(
-        replicas * shard * tensor, "launchers/train.py", config(),
-        f"sharding.shard={shard}", f"sharding.tensor={tensor}",
-    )  # fmt: skip
+        replicas * shard * tensor,
+        "launchers/train.py",
+        config(),
+        f"sharding.shard={shard}",
+        f"sharding.tensor={tensor}",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     shown = [line for line in done.stdout.splitlines() if line.startswith(("iteration", "done"))]
     assert len(shown) == 4, done.stdout  # one rank speaks
@@ -97,7 +98,9 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
     assert len({record["digest"] for record in journal} | {summary["digest"]}) == 4
 
     samples = lines(directory / "samples.jsonl")
-    assert {(row["iteration"], row["split"]) for row in samples} == {(i, s) for i in (0, 2, 3) for s in ("train", "test")}
+    assert {(row["iteration"], row["split"]) for row in samples} == {
+        (i, s) for i in (0, 2, 3) for s in ("train", "test")
+    }
     board = EventAccumulator(str(directory)).Reload()
     assert [event.step for event in board.Scalars("reward_mean")] == [0, 1, 2]
 
@@ -123,10 +126,12 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
     ids=["NaN", "raises"],
 )
 def test_a_reward_that_fails_ends_every_rank(config, tmp_path, body, code, message):
-    source = TASK.replace("return [float(sum(map(ord, text)) % 97) for text in responses]", body)
-    if code == 2:  # the center's own evaluation comes first
-        source = source.replace(body, f"self.calls = getattr(self, 'calls', 0) + 1\n        if self.calls < 3: return [0.0] * len(responses)\n        {body}")
     path = config()
+    # The first two calls score the center's own responses.
+    late = f"""self.calls = getattr(self, 'calls', 0) + 1
+        if self.calls > 2: {body}
+        return [0.0] * len(responses)"""
+    source = TASK.replace("return [float(sum(map(ord, text)) % 97) for text in responses]", late)
     (tmp_path / "task.py").write_text(source)
     done = deepspeed(2, "launchers/train.py", path, "sharding.shard=2", seconds=120)
     assert done.returncode == code, done.stderr
@@ -199,7 +204,9 @@ def test_spoiled_models_are_found_before_heavy_work(config, tied_llama, tmp_path
 
 def test_no_prompts(config, tmp_path):
     path = config()
-    (tmp_path / "task.py").write_text("class Letters:\n    def prompts(self, split): return []\n    def score(self, s, r): return []\n")
+    (tmp_path / "task.py").write_text(
+        "class Letters:\n    def prompts(self, split): return []\n    def score(self, s, r): return []\n"
+    )
     with pytest.raises(ConfigError, match="empty"):
         train.prepare([path], SimpleNamespace(rank=0, size=1))
 

@@ -1,6 +1,7 @@
 """The noise is what its definition says, wherever it is computed."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numba
@@ -105,7 +106,7 @@ def test_any_cut_of_a_tensor_gets_the_noise_of_the_whole(cuts):
     whole = gaussian(4, "w", 0, 5000)
     edges = [0, *sorted(set(cuts)), 5000]
     parts = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         part = torch.zeros(last - first)
         add_noise(part, "w", [run(first, last - first)], [4], [1.0])
         parts.append(part)

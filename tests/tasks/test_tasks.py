@@ -99,9 +99,7 @@ def test_own_task_is_found_from_the_working_directory(own, monkeypatch):
 def test_own_files_of_one_name_do_not_clash(tmp_path):
     for word in ("first", "second"):
         (tmp_path / word).mkdir()
-        (tmp_path / word / "json.py").write_text(
-            OWN.replace("import helper", "").replace("helper.WORD", f"'{word}'")
-        )
+        (tmp_path / word / "json.py").write_text(OWN.replace("import helper", "").replace("helper.WORD", f"'{word}'"))
     tasks = [load_task(None, f"{tmp_path}/{word}/json.py:Own") for word in ("first", "second")]
     assert [task.prompts("test")[1] for task in tasks] == ["first", "second"]
     assert sys.modules["json"] is json

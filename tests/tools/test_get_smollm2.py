@@ -204,9 +204,7 @@ def test_runs_at_once_make_it_once(tool, tmp_path, capsys):
 
     tool.convert = slow_convert
     codes = []
-    threads = [
-        threading.Thread(target=lambda: codes.append(tool.main(["--out", str(out)]))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: codes.append(tool.main(["--out", str(out)]))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -282,9 +280,7 @@ def test_real_model_is_an_ordinary_checkpoint():
     assert model.num_parameters() == 134_515_008
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
     assert model.generation_config.pad_token_id == 2
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"

@@ -77,9 +77,10 @@ def examine(directory: Path, dtype: torch.dtype, gather: Gather, world) -> dict:
         found["gradients"] = sum(p.grad is not None or p.requires_grad for p in module.parameters())
     inner = engine._engine.optimizer
     found["optimizer state"] = [
-        name for name, value in vars(inner).items()
+        name
+        for name, value in vars(inner).items()
         if name in ("state", "optimizer", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer") and value
-    ]  # fmt: skip
+    ]
     return found
 
 
