@@ -16,6 +16,7 @@ class ConfigError(ValueError):
 
 class Engine(Enum):
     deepspeed = "deepspeed"
+    fsdp = "fsdp"
 
 
 class DType(Enum):
@@ -49,7 +50,7 @@ class ModelConfig:
 @dataclass
 class ShardingConfig:
     replicas: int | None = _key("copies of the model, each evaluating its own members; null: fill the world", None)
-    shard: int = _key("ranks over which ZeRO-3 spreads a replica's weights; they split a member's prompts", 1)
+    shard: int = _key("ranks over which ZeRO-3 or FSDP spreads a replica's weights; they split a member's prompts", 1)
     tensor: int = _key("ranks that compute each layer together (tensor parallel)", 1)
     gather: Gather = _key(
         "where shard > 1: member gathers the weights once per member and generates at full speed; "
@@ -100,7 +101,10 @@ class RunConfig:
 
 @dataclass
 class Config:
-    engine: Engine = _key("what holds the model: deepspeed", Engine.deepspeed)
+    engine: Engine = _key(
+        "what holds the model: deepspeed (ZeRO-3 × AutoTP) or fsdp (FSDP2 × transformers' tensor parallel)",
+        Engine.deepspeed,
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     es: ESConfig = field(default_factory=ESConfig)

@@ -15,9 +15,18 @@ from models import SIZES, save_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tied_llama(tmp_path_factory) -> Path:
-    """A Llama with tied embeddings and uneven heads, in one safetensors file."""
+def uneven_llama(tmp_path_factory) -> Path:
+    """A Llama with tied embeddings and 9 heads, 3 key-value heads, in one safetensors file."""
     torch.manual_seed(1)
+    sizes = SIZES | dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3, head_dim=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    return save_model(tmp_path_factory.mktemp("uneven_llama"), model)
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory) -> Path:
+    """A Llama with tied embeddings and 8 heads, 4 key-value heads."""
+    torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
     return save_model(tmp_path_factory.mktemp("tied_llama"), model)
 
@@ -26,8 +35,7 @@ def tied_llama(tmp_path_factory) -> Path:
 def biased_qwen(tmp_path_factory) -> Path:
     """A Qwen2 with biases and untied embeddings, in several safetensors files with an index."""
     torch.manual_seed(2)
-    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=False))
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False))
     for name, param in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(param, std=0.3)

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shardes import config as settings
 from shardes.config import Config, ConfigError
 from shardes.shards import Shard
 from shardes.world import World
@@ -57,10 +58,17 @@ def check_model(config: Config, module: nn.Module) -> None:
             f"sharding.tensor={tensor}: {config.model.path} has {heads} key-value heads, "
             "and a tensor rank needs one at least"
         )
+    if config.engine is settings.Engine.fsdp and heads % tensor:
+        raise ConfigError(
+            f"sharding.tensor={tensor}: does not divide the {heads} key-value heads of {config.model.path}, "
+            "as engine=fsdp needs; engine=deepspeed cuts heads unevenly"
+        )
 
 
 def build(config: Config, module: nn.Module, world: World) -> Engine:
     """The engine that `config` names, around an `empty_model`. The shards' values are left unset."""
-    from shardes.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(module, world, config.sharding.gather)
+    if config.engine is settings.Engine.fsdp:
+        from shardes.engines.fsdp import FSDPEngine as Chosen
+    else:
+        from shardes.engines.deepspeed import DeepSpeedEngine as Chosen
+    return Chosen(module, world, config.sharding.gather)

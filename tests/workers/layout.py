@@ -1,4 +1,4 @@
-"""What one layout makes of some models: layout.py REPLICAS SHARD TENSOR MODEL_DIRECTORY ..."""
+"""What one engine and layout make of some models: layout.py ENGINE REPLICAS SHARD TENSOR MODEL_DIRECTORY ..."""
 
 import json
 import sys
@@ -16,6 +16,7 @@ from shardes.center import member, open_center  # noqa: E402
 from shardes.config import Gather, Restore  # noqa: E402
 from shardes.engines import empty_model  # noqa: E402
 from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
+from shardes.engines.fsdp import FSDPEngine  # noqa: E402
 from shardes.generation import greedy  # noqa: E402
 from shardes.population import member_seeds, update_coefficients  # noqa: E402
 from shardes.weights import WeightFiles  # noqa: E402
@@ -26,23 +27,24 @@ REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12
 
 
 def main() -> None:
-    replicas, shard, tensor = map(int, sys.argv[1:4])
+    engine = {"deepspeed": DeepSpeedEngine, "fsdp": FSDPEngine}[sys.argv[1]]
+    replicas, shard, tensor = map(int, sys.argv[2:5])
     job = join_job(60)
     world = form_replica(job, replicas, shard, tensor, 120)
     result = {"rank": job.rank}
-    for directory in map(Path, sys.argv[4:]):
+    for directory in map(Path, sys.argv[5:]):
         for dtype in (torch.float32, torch.bfloat16):
             for gather in Gather if shard > 1 and dtype == torch.float32 else [Gather.member]:
                 key = f"{directory.name.rstrip('0123456789')} {str(dtype).removeprefix('torch.')} {gather.value}"
-                result[key] = examine(directory, dtype, gather, world)
+                result[key] = examine(engine, directory, dtype, gather, world)
     print("RESULT " + json.dumps(result), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def examine(directory: Path, dtype: torch.dtype, gather: Gather, world) -> dict:
+def examine(kind, directory: Path, dtype: torch.dtype, gather: Gather, world) -> dict:
     files = WeightFiles(directory)
-    engine = DeepSpeedEngine(empty_model(directory, dtype), world, gather)
+    engine = kind(empty_model(directory, dtype), world, gather)
     center = open_center(Restore.copy, engine.shards, world, files)
     decode = greedy(
         AutoTokenizer.from_pretrained(directory), GenerationConfig.from_pretrained(directory), max_new_tokens=24
@@ -75,12 +77,8 @@ def examine(directory: Path, dtype: torch.dtype, gather: Gather, world) -> dict:
     found["distance"] = center.distance(files)
     with engine.ready() as module:
         found["gradients"] = sum(p.grad is not None or p.requires_grad for p in module.parameters())
-    inner = engine._engine.optimizer
-    found["optimizer state"] = [
-        name
-        for name, value in vars(inner).items()
-        if name in ("state", "optimizer", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer") and value
-    ]
+    if kind is DeepSpeedEngine:
+        found["optimizer"] = [type(engine._engine.optimizer).__name__, engine._engine.basic_optimizer]
     return found
 
 
