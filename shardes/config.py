@@ -30,6 +30,11 @@ class Gather(Enum):
     layer = "layer"
 
 
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+
+
 class Restore(Enum):
     copy = "copy"
     subtract = "subtract"
@@ -57,6 +62,7 @@ class ShardingConfig:
         "layer gathers layer by layer, for models whose tensor-parallel slice does not fit",
         Gather.member,
     )
+    offload: Offload = _key("cpu: the live shards wait on the host, for models beyond the GPUs' memory", Offload.none)
 
 
 @dataclass

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,17 @@ def deepspeed(ranks: int, *arguments: str, seconds: float = 240) -> subprocess.C
     return run([*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments], seconds)
 
 
-def torchrun(ranks: int, worker: str, *arguments: str, seconds: float = 240) -> list:
-    """Run tests/workers/WORKER on some ranks; returns what each printed as its last line, from JSON."""
+def torchrun(ranks: int, worker: str, *arguments: str, seconds: float = 240) -> list[dict]:
+    """Run tests/workers/WORKER on some ranks; returns what each handed to `report`, by rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--no-python"]
     command = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    done = run([*command, sys.executable, str(ROOT / "tests" / "workers" / worker), *arguments], seconds)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    results = [
-        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
-    ]
-    assert len(results) == ranks, done.stdout
-    return sorted(results, key=lambda result: result["rank"])
+    script = str(ROOT / "tests" / "workers" / worker)
+    with tempfile.TemporaryDirectory() as directory:
+        done = run([*command, sys.executable, script, *arguments], seconds, RESULTS=directory)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return [json.loads((Path(directory) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def report(result: dict) -> None:
+    """For workers: hand this rank's result to the test. It has the key "rank"."""
+    (Path(os.environ["RESULTS"]) / f"{result['rank']}.json").write_text(json.dumps(result))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardes import config as settings
-from shardes.config import Config, ConfigError
+from shardes.config import Config, ConfigError, Offload
 from shardes.shards import Shard
 from shardes.world import World
 
@@ -58,6 +58,8 @@ def check_model(config: Config, module: nn.Module) -> None:
             f"sharding.tensor={tensor}: {config.model.path} has {heads} key-value heads, "
             "and a tensor rank needs one at least"
         )
+    if config.engine is settings.Engine.fsdp and config.sharding.offload is Offload.cpu and config.sharding.shard == 1:
+        raise ConfigError("sharding.offload=cpu: engine=fsdp offloads what sharding.shard spreads; set it above 1")
     if config.engine is settings.Engine.fsdp and heads % tensor:
         raise ConfigError(
             f"sharding.tensor={tensor}: does not divide the {heads} key-value heads of {config.model.path}, "
@@ -71,4 +73,4 @@ def build(config: Config, module: nn.Module, world: World) -> Engine:
         from shardes.engines.fsdp import FSDPEngine as Chosen
     else:
         from shardes.engines.deepspeed import DeepSpeedEngine as Chosen
-    return Chosen(module, world, config.sharding.gather)
+    return Chosen(module, world, config.sharding)

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 from torch import nn
 
-from shardes.config import ConfigError, Gather
+from shardes.config import ConfigError, Gather, Offload, ShardingConfig
 from shardes.shards import Region, Shard, cut, run, strided_regions
 from shardes.world import World
 
@@ -48,10 +48,11 @@ class DeepSpeedEngine:
     Args:
         module: the unsharded model on the meta device (buffers real), in its dtype.
         world: this rank's replica.
-        gather: member or layer (see config); without a shard axis nothing is gathered at all.
+        sharding: says when weights are gathered, and whether shards wait on the host. Without a shard axis, and
+            not offloaded, nothing is gathered at all.
     """
 
-    def __init__(self, module: nn.Module, world: World, gather: Gather):
+    def __init__(self, module: nn.Module, world: World, sharding: ShardingConfig):
         shards, tensors = world.mesh.shape
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         module.requires_grad_(False).eval()
@@ -60,7 +61,7 @@ class DeepSpeedEngine:
         engine = _Engine(
             args=None,
             model=module,
-            config_class=DeepSpeedConfig(_settings(tensors)),
+            config_class=DeepSpeedConfig(_settings(tensors, sharding.offload)),
             dont_change_device=True,
         )
         if tensors > 1:
@@ -76,7 +77,7 @@ class DeepSpeedEngine:
         self.shards = [_shard(name, shapes[name], param, world) for name, param in self._params.items()]
         self._group = world.mesh.get_group("shard")
         self._buffers: dict[str, torch.Tensor] = {}
-        self._gather = gather if shards > 1 else None
+        self._gather = sharding.gather if shards > 1 or sharding.offload is Offload.cpu else None
         self.lockstep = self._gather is Gather.layer
         if not self.lockstep:
             engine.optimizer.destroy()  # the per-layer hooks
@@ -97,7 +98,7 @@ class DeepSpeedEngine:
             yield self._module
             return
         for name, param in self._params.items():
-            dist.all_gather_into_tensor(self._buffers[name], param.ds_tensor, group=self._group)
+            dist.all_gather_into_tensor(self._buffers[name], param.ds_tensor.to(self.device), group=self._group)
             _show(param, self._buffers[name])
         try:
             yield self._module
@@ -107,7 +108,7 @@ class DeepSpeedEngine:
                 param.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
-def _settings(tensors: int) -> dict:
+def _settings(tensors: int, offload: Offload) -> dict:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
@@ -116,6 +117,9 @@ def _settings(tensors: int) -> dict:
             "memory_efficient_linear": False,  # an autograd function in place of F.linear: nothing to save here
         },
     }
+    if offload is Offload.cpu:
+        pinned = torch.cuda.is_available()
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     if tensors > 1:
         # A vocabulary-parallel head leaves each rank with other logits, hence other tokens.
         settings["tensor_parallel"] = {"autotp_size": tensors, "vocab_parallel_lm_head": False}

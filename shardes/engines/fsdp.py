@@ -15,7 +15,7 @@ from transformers import DistributedConfig, PreTrainedModel
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-from shardes.config import Gather
+from shardes.config import Gather, Offload, ShardingConfig
 from shardes.shards import Shard, box_regions
 from shardes.world import World
 
@@ -26,28 +26,31 @@ class FSDPEngine:
     Args:
         module: the unsharded model on the meta device (buffers real), in its dtype.
         world: this rank's replica.
-        gather: member or layer (see config); without a shard axis nothing is gathered at all.
+        sharding: says when weights are gathered, and whether shards wait on the host. Without a shard axis nothing
+            is gathered at all.
     """
 
-    def __init__(self, module: PreTrainedModel, world: World, gather: Gather):
+    def __init__(self, module: PreTrainedModel, world: World, sharding: ShardingConfig):
         shards, tensors = world.mesh.shape
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         module.requires_grad_(False).eval()
         buffers = {name: buffer.to(world.device) for name, buffer in module.named_buffers()}
+        # On a CPU the shards are on the host as it is, and FSDP's policy would want to pin them.
+        offload = sharding.offload is Offload.cpu and world.device.type != "cpu"
         if shards * tensors > 1:
-            _distribute(module, DistributedConfig(tp_size=tensors, fsdp_size=shards))
-        module.to_empty(device=world.device)
+            _distribute(module, DistributedConfig(tp_size=tensors, fsdp_size=shards, fsdp_cpu_offload=offload))
+        module.to_empty(device="cpu" if offload else world.device)
         _tie(module)
         for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
+            buffer.data = buffers[name]
 
         self.device = world.device
         self._module = module
         self.shards = [_shard(name, shapes[name], param, world) for name, param in module.named_parameters()]
         assert [shard.name for shard in self.shards] == list(shapes)
-        self.lockstep = shards > 1 and gather is Gather.layer
+        self.lockstep = shards > 1 and sharding.gather is Gather.layer
         self._groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
-        if shards > 1 and gather is Gather.member:
+        if shards > 1 and sharding.gather is Gather.member:
             module.set_reshard_after_forward(False)
 
     @contextmanager

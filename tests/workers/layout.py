@@ -1,8 +1,9 @@
 """What one engine and layout make of some models: layout.py ENGINE REPLICAS SHARD TENSOR MODEL_DIRECTORY ..."""
 
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shardes import environment
 
@@ -10,10 +11,11 @@ environment.prepare()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from launch import report  # noqa: E402
 from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
 
 from shardes.center import member, open_center  # noqa: E402
-from shardes.config import Gather, Restore  # noqa: E402
+from shardes.config import Gather, Offload, Restore, ShardingConfig  # noqa: E402
 from shardes.engines import empty_model  # noqa: E402
 from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
 from shardes.engines.fsdp import FSDPEngine  # noqa: E402
@@ -24,6 +26,14 @@ from shardes.world import form_replica, join_job  # noqa: E402
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
 REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
+VARIANTS = [
+    (torch.float32, Gather.member, Offload.none),
+    (torch.float32, Gather.layer, Offload.none),
+    (torch.float32, Gather.member, Offload.cpu),
+    (torch.float32, Gather.layer, Offload.cpu),
+    (torch.bfloat16, Gather.member, Offload.none),
+    (torch.float16, Gather.member, Offload.none),
+]
 
 
 def main() -> None:
@@ -33,18 +43,21 @@ def main() -> None:
     world = form_replica(job, replicas, shard, tensor, 120)
     result = {"rank": job.rank}
     for directory in map(Path, sys.argv[5:]):
-        for dtype in (torch.float32, torch.bfloat16):
-            for gather in Gather if shard > 1 and dtype == torch.float32 else [Gather.member]:
-                key = f"{directory.name.rstrip('0123456789')} {str(dtype).removeprefix('torch.')} {gather.value}"
-                result[key] = examine(engine, directory, dtype, gather, world)
-    print("RESULT " + json.dumps(result), flush=True)
+        for dtype, gather, offload in VARIANTS:
+            if shard == 1 and (gather is Gather.layer or (engine is FSDPEngine and offload is Offload.cpu)):
+                continue
+            sharding = ShardingConfig(shard=shard, tensor=tensor, gather=gather, offload=offload)
+            name, precision = directory.name.rstrip("0123456789"), str(dtype).removeprefix("torch.")
+            key = f"{name} {precision} {gather.value} {offload.value}"
+            result[key] = examine(engine, directory, dtype, sharding, world)
+    report(result)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def examine(kind, directory: Path, dtype: torch.dtype, gather: Gather, world) -> dict:
+def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig, world) -> dict:
     files = WeightFiles(directory)
-    engine = kind(empty_model(directory, dtype), world, gather)
+    engine = kind(empty_model(directory, dtype), world, sharding)
     center = open_center(Restore.copy, engine.shards, world, files)
     decode = greedy(
         AutoTokenizer.from_pretrained(directory), GenerationConfig.from_pretrained(directory), max_new_tokens=24

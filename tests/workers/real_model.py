@@ -1,9 +1,10 @@
 """A real model under one layout: real_model.py SHARD TENSOR MODEL_DIRECTORY"""
 
-import json
 import sys
 import threading
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shardes import environment
 
@@ -11,9 +12,10 @@ environment.prepare()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from launch import report  # noqa: E402
 from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
 
-from shardes.config import Gather  # noqa: E402
+from shardes.config import ShardingConfig  # noqa: E402
 from shardes.engines import empty_model  # noqa: E402
 from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
 from shardes.generation import encode, greedy  # noqa: E402
@@ -53,7 +55,7 @@ def main() -> None:
     files = WeightFiles(directory)
     dist.barrier()  # the first collective starts threads and buffers that are not the model's
     with Peak() as peak:
-        engine = DeepSpeedEngine(module, world, Gather.member)
+        engine = DeepSpeedEngine(module, world, ShardingConfig(shard=shard, tensor=tensor))
         load(files, engine.shards)
     params = engine._params.values()
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -69,7 +71,7 @@ def main() -> None:
         "shard": sum(part.tensor.numel() for part in engine.shards) * 4,
         "largest": max(param.ds_numel for param in params) * 4,
     }
-    print("RESULT " + json.dumps(result), flush=True)
+    report(result)
     dist.barrier()
     dist.destroy_process_group()
 
