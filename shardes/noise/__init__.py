@@ -1,9 +1,11 @@
 """ε: the noise of a member, with an address. The noise knows nothing of models.
 
-`definition` says what it is, `reference` computes it anywhere, `cpu` computes the same bits faster.
+`definition` says what it is, `reference` computes it anywhere, `cpu` and `cuda` compute the same bits faster.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -61,8 +63,18 @@ def add_noise(
     if x.ndim != 1 or out.shape != x.shape or out.device != x.device or count > x.numel():
         raise ValueError(f"{name}: x {tuple(x.shape)}, out {tuple(out.shape)} and regions of {count} elements")
     _check(seeds, coefficients)
-    kernel = cpu if x.device.type == "cpu" else reference
-    kernel.add_noise(x, name, regions, seeds, [float(np.float32(c)) for c in coefficients], out)
+    _kernel(x.device).add_noise(x, name, regions, seeds, [float(np.float32(c)) for c in coefficients], out)
+
+
+def _kernel(device: torch.device) -> ModuleType:
+    """What computes the noise on a device."""
+    if device.type == "cpu":
+        return cpu
+    if device.type == "cuda" and find_spec("triton"):
+        from shardes.noise import cuda
+
+        return cuda
+    return reference
 
 
 def _check(seeds: Sequence[int], coefficients: Sequence[float]) -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
 from transformers import AutoModelForCausalLM
-from workers.layout import PROMPTS, REWARDS
 
+from launch import torchrun
 from shardes.noise import gaussian
 from shardes.population import member_seeds, update_coefficients
 from shardes.shards import digest, run
+from workers.layout import PROMPTS, REWARDS
 
 LAYOUTS = {  # engine, replicas, shard, tensor
     "1 rank": ("deepspeed", 1, 1, 1),

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 import torch
-from launch import ROOT, run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch import ROOT, run, torchrun
 from shardes.tasks.conciseness import Conciseness
 
 pytestmark = pytest.mark.model

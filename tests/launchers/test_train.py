@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from launch import ROOT, deepspeed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch import ROOT, deepspeed
 from shardes.config import ConfigError
 
 spec = importlib.util.spec_from_file_location("train", ROOT / "launchers" / "train.py")

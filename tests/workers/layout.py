@@ -11,9 +11,9 @@ environment.prepare()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from launch import report  # noqa: E402
 from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
 
+from launch import report  # noqa: E402
 from shardes.center import member, open_center  # noqa: E402
 from shardes.config import Gather, Offload, Restore, ShardingConfig  # noqa: E402
 from shardes.engines import empty_model  # noqa: E402
