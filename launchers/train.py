@@ -15,6 +15,8 @@ from pathlib import Path
 from shardes import environment
 
 environment.prepare()
+with environment.quiet():
+    import deepspeed  # noqa: F401
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -71,8 +73,8 @@ def prepare(argv: list[str], job: Job) -> Plan:
     arguments = parser().parse_args(argv)
     config = settings.load(arguments.config, arguments.overrides)
     replicas = settings.check_layout(config, job.size)
-    if job.rank == 0 and (Path(config.run.dir) / "journal.jsonl").exists():
-        raise ConfigError(f"run.dir={config.run.dir}: holds a run already; choose another directory or remove it")
+    if job.rank == 0:
+        prepare_directory(Path(config.run.dir), config)
     task = load_task(config.task.name, config.task.path)
     directory = model_directory(config.model.path)
     module = empty_model(directory, getattr(torch, config.model.dtype.value))
@@ -96,6 +98,17 @@ def prepare(argv: list[str], job: Job) -> Plan:
     return Plan(config, replicas, files, module, tokenizer, task, decoding, encoded)
 
 
+def prepare_directory(directory: Path, config: Config) -> None:
+    """Make the run directory and write the resolved settings into it."""
+    if (directory / "journal.jsonl").exists():
+        raise ConfigError(f"run.dir={directory}: holds a run already; choose another directory or remove it")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        settings.write(config, directory / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run.dir={directory}: cannot be written: {error}") from error
+
+
 def train(argv: list[str]) -> int:
     """Run this rank to the end; returns the exit code."""
     job = join_job(MEETING)
@@ -108,9 +121,6 @@ def train(argv: list[str]) -> int:
         return 2
     config = plan.config
     world = form_replica(job, plan.replicas, config.sharding.shard, config.sharding.tensor, config.run.timeout)
-    if world.speaks:
-        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-        settings.write(config, Path(config.run.dir) / "config.yaml")
     engine = build(config, plan.module, world)
     center = open_center(config.es.restore, engine.shards, world, plan.files)
     trainer = Trainer(config, world, engine, center, plan.files, plan.task, plan.tokenizer, plan.greedy, plan.encoded)

@@ -88,7 +88,7 @@ class Reporter:
             f"  {_duration(left)} left"
         )
         state = f"reward {metrics['reward_mean']:.2f}  {rate:.0f} tokens/s  {_duration(left)} left"
-        self._bar.update(self._task, state=state)
+        self._bar.update(self._task, completed=self._population_size, state=state)
 
     def samples(
         self, iteration: int, split: str, prompts: Sequence, responses: Sequence[str], rewards: Sequence[float]

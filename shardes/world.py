@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from shardes.config import ConfigError
+
 
 @dataclass
 class Job:
@@ -65,16 +67,25 @@ class World:
 
 
 def join_job(timeout: float) -> Job:
-    """Meet the processes that the launcher started (`deepspeed`, `torchrun`, or none: a world of one)."""
+    """Meet the processes that the launcher started (`deepspeed`, `torchrun`, or none: a world of one).
+
+    Raises:
+        ConfigError: the port at which they are to meet is taken.
+        RuntimeError: they did not meet within `timeout` seconds.
+    """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ |= alone | {"MASTER_PORT": str(_free_port())}
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     except (dist.DistError, TimeoutError, RuntimeError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            message = f"MASTER_PORT={os.environ['MASTER_PORT']}: in use on this host, perhaps by another run; "
+            raise ConfigError(message + "start this one with --master_port and another number") from None
         raise RuntimeError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:.0f} s: {error}"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at {place} "
+            f"within {timeout:.0f} s: {error}"
         ) from error
     return Job(rank, size, store)
 

@@ -7,7 +7,8 @@ a time. The shards' values are left unset; `weights.load` or a center fills them
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from math import prod
 
 import deepspeed
@@ -56,7 +57,8 @@ class DeepSpeedEngine:
         shards, tensors = world.mesh.shape
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         module.requires_grad_(False).eval()
-        deepspeed.init_distributed(dist_init_required=False)
+        with redirect_stdout(StringIO()):  # every rank prints what it builds for the CPU
+            deepspeed.init_distributed(dist_init_required=False)
         set_autotp_mode(training=True)
         engine = _Engine(
             args=None,

@@ -3,13 +3,15 @@
 import importlib.util
 import json
 import shutil
+import socket
+import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import ROOT, deepspeed
+from launch import ROOT, deepspeed, run
 from shardes.config import ConfigError
 
 spec = importlib.util.spec_from_file_location("train", ROOT / "launchers" / "train.py")
@@ -208,6 +210,22 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(config, tmp_path):
     (tmp_path / "run" / "journal.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"run\.dir"):
         train.prepare([config()], SimpleNamespace(rank=0, size=1))
+
+
+def test_a_directory_that_cannot_be_made(config):
+    with pytest.raises(ConfigError, match=r"run\.dir=/proc/run"):
+        train.prepare([config(("run", "dir", "/proc/run"))], SimpleNamespace(rank=0, size=1))
+
+
+def test_a_port_in_use_is_named(config):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
+        done = run([*launcher, "launchers/train.py", config()], seconds=120)
+    assert done.returncode == 2
+    assert f"error: MASTER_PORT={port}: in use" in done.stderr
 
 
 def test_help_lists_the_keys(capsys):
