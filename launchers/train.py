@@ -73,8 +73,6 @@ def prepare(argv: list[str], job: Job) -> Plan:
     arguments = parser().parse_args(argv)
     config = settings.load(arguments.config, arguments.overrides)
     replicas = settings.check_layout(config, job.size)
-    if job.rank == 0:
-        prepare_directory(Path(config.run.dir), config)
     task = load_task(config.task.name, config.task.path)
     directory = model_directory(config.model.path)
     module = empty_model(directory, getattr(torch, config.model.dtype.value))
@@ -95,6 +93,8 @@ def prepare(argv: list[str], job: Job) -> Plan:
         stop=config.generation.stop,
         batch_tokens=config.generation.batch_tokens,
     )
+    if job.rank == 0:
+        prepare_directory(Path(config.run.dir), config)
     return Plan(config, replicas, files, module, tokenizer, task, decoding, encoded)
 
 

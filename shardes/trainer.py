@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from shardes.center import Center, member
-from shardes.config import Config, ConfigError
+from shardes.config import Config, ConfigError, Restore
 from shardes.engines import Engine
 from shardes.generation import Greedy
 from shardes.journal import Journal, Record
@@ -62,6 +62,10 @@ class Trainer:
             directory = Path(config.run.dir)
             self.reporter = Reporter(directory, config.es.iterations, config.es.population_size)
             self.journal = Journal(directory / "journal.jsonl")
+            if config.es.restore is Restore.subtract and world.replicas > 1:
+                self.reporter.say(
+                    "warning: es.restore=subtract: each replica's center drifts by itself; only copy is exact"
+                )
 
     def run(self) -> None:
         """Train, from iteration 0 to the last."""

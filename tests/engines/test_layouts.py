@@ -10,7 +10,7 @@ from launch import torchrun
 from shardes.noise import gaussian
 from shardes.population import member_seeds, update_coefficients
 from shardes.shards import digest, run
-from workers.layout import PROMPTS, REWARDS
+from workers.layout import ENDS, PROMPTS, REWARDS
 
 LAYOUTS = {  # engine, replicas, shard, tensor
     "1 rank": ("deepspeed", 1, 1, 1),
@@ -63,7 +63,9 @@ def reference(directory: Path) -> dict:
         responses = []
         for prompt in PROMPTS:
             ids = torch.tensor([prompt])
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=ENDS
+            )
             responses.append(out[0, len(prompt) :].tolist())
         return responses
 
@@ -98,6 +100,12 @@ def test_centers_are_the_same_to_the_bit_in_every_dtype(results, references):
         expected = references[model]
         assert found["base"] == expected["base"], (rank, model, dtype)
         assert found["digests"] == expected["digests"], (rank, model, dtype)
+
+
+def test_responses_end_at_different_lengths(references):
+    """Else the ranks of the shard axis would keep step by themselves."""
+    for name, expected in references.items():
+        assert len({len(tokens) for tokens in expected["tokens"]}) > 1, name
 
 
 @pytest.mark.parametrize("which", ["tokens", "member tokens"])

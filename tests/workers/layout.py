@@ -25,6 +25,7 @@ from shardes.weights import WeightFiles  # noqa: E402
 from shardes.world import form_replica, join_job  # noqa: E402
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
+ENDS = [*range(24), 256]  # so many end-of-sequence tokens that responses differ in length
 REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
 VARIANTS = [
     (torch.float32, Gather.member, Offload.none),
@@ -59,9 +60,8 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     files = WeightFiles(directory)
     engine = kind(empty_model(directory, dtype), world, sharding)
     center = open_center(Restore.copy, engine.shards, world, files)
-    decode = greedy(
-        AutoTokenizer.from_pretrained(directory), GenerationConfig.from_pretrained(directory), max_new_tokens=24
-    )
+    generation = GenerationConfig(eos_token_id=ENDS)
+    decode = greedy(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
     group = world.mesh.get_group("shard")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
 
