@@ -78,6 +78,7 @@ def prepare(argv: list[str], job: Job) -> Plan:
     module = empty_model(directory, getattr(torch, config.model.dtype.value))
     check_model(config, module)
     files = WeightFiles(directory)
+    files.stack(module)
     files.check({name: param.shape for name, param in module.named_parameters()})
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

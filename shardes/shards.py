@@ -23,7 +23,8 @@ BLOCK = 1 << 20  # elements worked on at a time wherever a temporary is needed
 class Region:
     """`rows` runs of `cols` consecutive elements of the full tensor, `stride` apart, the first at `start`.
 
-    Element j of the region is element `start + (j // cols) * stride + j % cols` of the full tensor.
+    Element j of the region is element `start + (j // cols) * stride + j % cols` of the full tensor. Rows do not
+    overlap.
     """
 
     start: int
@@ -34,6 +35,10 @@ class Region:
     @property
     def numel(self) -> int:
         return self.rows * self.cols
+
+    def index(self, element: int) -> int:
+        """The index in the full tensor of one of the region's elements."""
+        return self.start + element // self.cols * self.stride + element % self.cols
 
     def cut(self, first: int, last: int) -> list["Region"]:
         """The regions of this region's elements `first` to `last - 1`."""

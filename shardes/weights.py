@@ -1,7 +1,8 @@
 """A model directory's safetensors files, of which each rank reads only its own bytes."""
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from shardes.config import ConfigError
 from shardes.shards import BLOCK, Region, Shard
@@ -41,6 +44,7 @@ class WeightFiles:
         self.directory = directory
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._file_of: dict[str, str] = {}
+        self._parts: dict[str, list[str]] = {}  # parameters that are several tensors of the files, in order
         index, single = directory / INDEX, directory / SINGLE
         if index.exists():
             try:
@@ -72,8 +76,24 @@ class WeightFiles:
                 f"model.path={self.directory}: {file} is truncated or not a safetensors file ({error}); fetch it again"
             ) from None
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+    def stack(self, module: PreTrainedModel) -> None:
+        """Find out which parameters of a model are stacked from several tensors of the files: those of experts.
+
+        transformers says which in its conversions for loading. Those that merely stack and concatenate leave
+        every tensor of the files in one stretch of the parameter, and are the ones understood here.
+        """
+        stacking = [["MergeModulelist"], ["MergeModulelist", "Concatenate"]]
+        for converter in get_model_conversion_mapping(module):
+            operations = [type(operation).__name__ for operation in getattr(converter, "operations", None) or []]
+            if operations in stacking:
+                for name, param in module.named_parameters():
+                    target = converter.target_patterns[0]
+                    if name.endswith(target) and name not in self._shapes:
+                        patterns = [name.removesuffix(target) + pattern for pattern in converter.source_patterns]
+                        parts = [p.replace("*", str(expert)) for expert in range(len(param)) for p in patterns]
+                        if all(part in self._shapes for part in parts):
+                            self._parts[name] = parts
+                            self._shapes[name] = tuple(param.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -81,9 +101,10 @@ class WeightFiles:
     def check(self, shapes: dict[str, Sequence[int]]) -> None:
         """Raise ConfigError where a parameter is absent or has another shape than the model's config says."""
         for name, shape in shapes.items():
-            if name not in self:
+            if name not in self._shapes:
                 raise ConfigError(f"model.path={self.directory}: the files have no tensor {name}")
-            if self.shape(name) != tuple(shape):
+            parts = self._parts.get(name, [name])
+            if self.shape(name) != tuple(shape) or sum(prod(self.shape(part)) for part in parts) != prod(shape):
                 raise ConfigError(
                     f"model.path={self.directory}: {name} has shape {self.shape(name)}, "
                     f"where config.json asks for {tuple(shape)}"
@@ -91,8 +112,19 @@ class WeightFiles:
 
     def read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
         """Copy the elements of `regions`, in order, to the front of the flat tensor `out`, cast to its dtype."""
+        parts = self._parts.get(name, [name])
+        size = prod(self.shape(name)) // len(parts)
         offset = 0
-        # Opened for each parameter, and closed again: what was read of a mapped file stays resident until then.
+        for region in regions:
+            for part, pieces in _by_part(region, size):
+                count = sum(piece.numel for piece in pieces)
+                self._read(parts[part], pieces, out[offset : offset + count])
+                offset += count
+
+    def _read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
+        """Copy the elements of `regions` of one tensor of the files to `out`."""
+        offset = 0
+        # Opened for each tensor, and closed again: what was read of a mapped file stays resident until then.
         with safe_open(self.directory / self._file_of[name], framework="pt") as opened:
             source = opened.get_slice(name)
             for region in regions:
@@ -103,6 +135,17 @@ class WeightFiles:
                         target = out[offset : offset + piece.numel].view(piece.rows, piece.cols)
                         target.copy_(_piece(source, self.shape(name), piece))
                         offset += piece.numel
+
+
+def _by_part(region: Region, size: int) -> Iterator[tuple[int, list[Region]]]:
+    """A region of a tensor that is stacked from parts of `size` elements: (part, its regions), in order."""
+    begin = 0
+    while begin < region.numel:
+        part = region.index(begin) // size
+        end = bisect_left(range(region.numel), (part + 1) * size, lo=begin, key=region.index)
+        pieces = region.cut(begin, end)
+        yield part, [Region(piece.start - part * size, piece.rows, piece.cols, piece.stride) for piece in pieces]
+        begin = end
 
 
 def _piece(source, shape: tuple[int, ...], region: Region) -> torch.Tensor:

@@ -9,7 +9,14 @@ from shardes import environment
 environment.prepare()
 
 import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from models import SIZES, save_model  # noqa: E402
 
@@ -40,3 +47,12 @@ def biased_qwen(tmp_path_factory) -> Path:
         if name.endswith("bias"):
             torch.nn.init.normal_(param, std=0.3)
     return save_model(tmp_path_factory.mktemp("biased_qwen"), model, shard_size="60KB")
+
+
+@pytest.fixture(scope="session")
+def moe_qwen(tmp_path_factory) -> Path:
+    """A mixture of experts: transformers stacks each layer's experts, its files hold them one by one."""
+    torch.manual_seed(4)
+    sizes = SIZES | dict(head_dim=4, moe_intermediate_size=32, num_experts=6, num_experts_per_tok=2)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, tie_word_embeddings=False))
+    return save_model(tmp_path_factory.mktemp("moe_qwen"), model, shard_size="200KB")

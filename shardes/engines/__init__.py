@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
+from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,6 +59,15 @@ def check_model(config: Config, module: nn.Module) -> None:
             f"sharding.tensor={tensor}: {config.model.path} has {heads} key-value heads, "
             "and a tensor rank needs one at least"
         )
+    if config.engine is settings.Engine.deepspeed and tensor > 1:
+        try:
+            TPPlanConverter.convert(module.tp_plan)
+        except ValueError as error:
+            reason = str(error).split(". ")[0]
+            raise ConfigError(
+                f"sharding.tensor={tensor}: AutoTP cannot cut {config.model.path} ({reason}); "
+                "use engine=fsdp, or sharding.shard instead"
+            ) from None
     if config.engine is settings.Engine.fsdp and config.sharding.offload is Offload.cpu and config.sharding.shard == 1:
         raise ConfigError("sharding.offload=cpu: engine=fsdp offloads what sharding.shard spreads; set it above 1")
     if config.engine is settings.Engine.fsdp and heads % tensor:

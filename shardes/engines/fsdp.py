@@ -6,17 +6,18 @@ The shards' values are left unset; `weights.load` or a center fills them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from transformers import DistributedConfig, PreTrainedModel
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from shardes.config import Gather, Offload, ShardingConfig
-from shardes.shards import Shard, box_regions
+from shardes.shards import Shard, box_regions, cut
 from shardes.world import World
 
 
@@ -95,22 +96,41 @@ def _tie(module: PreTrainedModel) -> None:
 
 
 def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
-    """This rank's part of a parameter, a box of the full tensor: tensor parallel cuts first, FSDP what is left."""
-    lows, sizes = [0] * len(shape), list(shape)
-    local, owned = param.detach(), True
-    placements = {}
+    """This rank's part of a parameter: tensor parallel cuts a slice, FSDP cuts rows of what that leaves."""
+    local, placements = param.detach(), {}
     if isinstance(param, DTensor):
         placements = dict(zip(param.device_mesh.mesh_dim_names, param.placements, strict=True))
         local = local.to_local()
-    for axis, dimension in (("tensor", "tp"), ("shard", "fsdp")):
-        ranks, rank = world.mesh[axis].size(), world.mesh[axis].get_local_rank()
-        placement = placements.get(dimension)
-        if placement is None or placement.is_replicate():
-            owned = owned and rank == 0
-        else:
-            chunk = -(-sizes[placement.dim] // ranks)  # as torch.chunk cuts
-            first = min(chunk * rank, sizes[placement.dim])
-            lows[placement.dim] += first
-            sizes[placement.dim] = min(chunk, sizes[placement.dim] - first)
+    ranks = {axis: (world.mesh[axis].size(), world.mesh[axis].get_local_rank()) for axis in ("tensor", "shard")}
+
+    sizes, owned = list(shape), True
+    regions = box_regions(shape, [0] * len(shape), shape)
+    cut_by_tensor = placements.get("tp", Replicate())
+    if cut_by_tensor.is_replicate():
+        owned = ranks["tensor"][1] == 0
+    else:
+        dim = cut_by_tensor.dim % len(shape)
+        parts = getattr(cut_by_tensor, "split_factor", 1)  # a packed projection: each of its parts is cut
+        first, count = _chunk(shape[dim] // parts, *ranks["tensor"])
+        sizes[dim] = parts * count
+        packed = (*shape[:dim], parts, shape[dim] // parts, *shape[dim + 1 :])
+        lows, counts = [0] * len(packed), list(packed)
+        lows[dim + 1], counts[dim + 1] = first, count
+        regions = box_regions(packed, lows, counts)
+    cut_by_shard = placements.get("fsdp", Replicate())
+    if cut_by_shard.is_replicate():
+        owned = owned and ranks["shard"][1] == 0
+    else:
+        assert cut_by_shard.dim == 0, name
+        row_size = prod(sizes[1:])
+        first, sizes[0] = _chunk(sizes[0], *ranks["shard"])
+        regions = cut(regions, first * row_size, (first + sizes[0]) * row_size)
     assert tuple(sizes) == tuple(local.shape), (name, sizes, local.shape)
-    return Shard(name, shape, local.view(-1), box_regions(shape, lows, sizes), owned)
+    return Shard(name, shape, local.view(-1), regions, owned)
+
+
+def _chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Where a rank's part of a dimension begins, and its size, as torch.chunk cuts."""
+    step = -(-size // ranks)
+    first = min(step * rank, size)
+    return first, min(step, size - first)

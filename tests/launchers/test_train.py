@@ -196,6 +196,12 @@ def test_spoiled_models_are_found_before_heavy_work(config, tied_llama, tmp_path
         train.prepare([path], SimpleNamespace(rank=0, size=1))
 
 
+def test_experts_that_autotp_cannot_cut(config, moe_qwen):
+    path = config(("model", "path", str(moe_qwen)), ("sharding", "tensor", 2))
+    with pytest.raises(ConfigError, match=r"sharding\.tensor=2: AutoTP cannot cut .*engine=fsdp"):
+        train.prepare([path], SimpleNamespace(rank=0, size=2))
+
+
 def test_no_prompts(config, tmp_path):
     path = config()
     (tmp_path / "task.py").write_text(

@@ -57,8 +57,9 @@ def main() -> None:
 
 
 def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig, world) -> dict:
-    files = WeightFiles(directory)
-    engine = kind(empty_model(directory, dtype), world, sharding)
+    files, module = WeightFiles(directory), empty_model(directory, dtype)
+    files.stack(module)
+    engine = kind(module, world, sharding)
     center = open_center(Restore.copy, engine.shards, world, files)
     generation = GenerationConfig(eos_token_id=ENDS)
     decode = greedy(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
