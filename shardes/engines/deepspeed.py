@@ -137,13 +137,19 @@ def _show(param: nn.Parameter, flat: torch.Tensor) -> None:
 def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
     """This rank's ZeRO slice of its tensor-parallel slice of a parameter."""
     shard_rank, tensor_rank = world.mesh.get_coordinate()
-    regions, owned = _slice_regions(name, shape, param, tensor_rank)
+    regions, owned = slice_regions(name, shape, param, tensor_rank)
     assert sum(region.numel for region in regions) == param.ds_numel, name
-    size = param.ds_tensor.numel()
-    return Shard(name, shape, param.ds_tensor, cut(regions, shard_rank * size, (shard_rank + 1) * size), owned)
+    part = zero_part(regions, world.mesh.shape[0], shard_rank)
+    return Shard(name, shape, param.ds_tensor, part, owned)
 
 
-def _slice_regions(
+def zero_part(regions: tuple[Region, ...], shards: int, rank: int) -> tuple[Region, ...]:
+    """What ZeRO-3 gives a rank of a slice: one of `shards` equal flat stretches, the last ones padded."""
+    size = -(-sum(region.numel for region in regions) // shards)
+    return cut(regions, rank * size, (rank + 1) * size)
+
+
+def slice_regions(
     name: str, shape: tuple[int, ...], param: nn.Parameter, tensor_rank: int
 ) -> tuple[tuple[Region, ...], bool]:
     """The regions of a parameter's tensor-parallel slice, and whether this rank counts its elements."""

@@ -11,13 +11,13 @@ from math import prod
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from transformers import DistributedConfig, PreTrainedModel
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from shardes.config import Gather, Offload, ShardingConfig
-from shardes.shards import Shard, box_regions, cut
+from shardes.shards import Region, Shard, box_regions, cut
 from shardes.world import World
 
 
@@ -39,7 +39,7 @@ class FSDPEngine:
         # On a CPU the shards are on the host as it is, and FSDP's policy would want to pin them.
         offload = sharding.offload is Offload.cpu and world.device.type != "cpu"
         if shards * tensors > 1:
-            _distribute(module, DistributedConfig(tp_size=tensors, fsdp_size=shards, fsdp_cpu_offload=offload))
+            distribute(module, DistributedConfig(tp_size=tensors, fsdp_size=shards, fsdp_cpu_offload=offload))
         module.to_empty(device="cpu" if offload else world.device)
         _tie(module)
         for name, buffer in module.named_buffers():
@@ -67,7 +67,7 @@ class FSDPEngine:
                 group.reshard()
 
 
-def _distribute(module: PreTrainedModel, distributed: DistributedConfig) -> None:
+def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> None:
     """What `from_pretrained(distributed_config=...)` does before it loads, for tied embeddings too.
 
     Tensor parallel wants tied parameters apart, and FSDP cannot share one between groups: so they are untied, tied
@@ -96,37 +96,56 @@ def _tie(module: PreTrainedModel) -> None:
 
 
 def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
-    """This rank's part of a parameter: tensor parallel cuts a slice, FSDP cuts rows of what that leaves."""
-    local, placements = param.detach(), {}
-    if isinstance(param, DTensor):
-        placements = dict(zip(param.device_mesh.mesh_dim_names, param.placements, strict=True))
-        local = local.to_local()
-    ranks = {axis: (world.mesh[axis].size(), world.mesh[axis].get_local_rank()) for axis in ("tensor", "shard")}
+    """This rank's part of a parameter."""
+    local = param.detach().to_local() if isinstance(param, DTensor) else param.detach()
+    axes = [(world.mesh[axis].size(), world.mesh[axis].get_local_rank()) for axis in ("tensor", "shard")]
+    regions, owned = regions_of(shape, *placements(param), *axes)
+    shard = Shard(name, shape, local.view(-1), regions, owned)
+    assert shard.numel == local.numel(), name
+    return shard
 
+
+def placements(param: nn.Parameter) -> tuple[Placement, Placement]:
+    """How tensor parallel and FSDP cut a parameter."""
+    found = {}
+    if isinstance(param, DTensor):
+        found = dict(zip(param.device_mesh.mesh_dim_names, param.placements, strict=True))
+    return found.get("tp", Replicate()), found.get("fsdp", Replicate())
+
+
+def regions_of(
+    shape: tuple[int, ...],
+    by_tensor: Placement,
+    by_shard: Placement,
+    tensor: tuple[int, int],
+    shard: tuple[int, int],
+) -> tuple[tuple[Region, ...], bool]:
+    """The regions of a parameter that one rank holds, and whether the rank counts them in sums.
+
+    Tensor parallel cuts a slice, FSDP cuts rows of what that leaves. `tensor` and `shard` are (ranks, rank) of
+    the two axes.
+    """
     sizes, owned = list(shape), True
     regions = box_regions(shape, [0] * len(shape), shape)
-    cut_by_tensor = placements.get("tp", Replicate())
-    if cut_by_tensor.is_replicate():
-        owned = ranks["tensor"][1] == 0
+    if by_tensor.is_replicate():
+        owned = tensor[1] == 0
     else:
-        dim = cut_by_tensor.dim % len(shape)
-        parts = getattr(cut_by_tensor, "split_factor", 1)  # a packed projection: each of its parts is cut
-        first, count = _chunk(shape[dim] // parts, *ranks["tensor"])
+        dim = by_tensor.dim % len(shape)
+        parts = getattr(by_tensor, "split_factor", 1)  # a packed projection: each of its parts is cut
+        first, count = _chunk(shape[dim] // parts, *tensor)
         sizes[dim] = parts * count
         packed = (*shape[:dim], parts, shape[dim] // parts, *shape[dim + 1 :])
         lows, counts = [0] * len(packed), list(packed)
         lows[dim + 1], counts[dim + 1] = first, count
         regions = box_regions(packed, lows, counts)
-    cut_by_shard = placements.get("fsdp", Replicate())
-    if cut_by_shard.is_replicate():
-        owned = owned and ranks["shard"][1] == 0
+    if by_shard.is_replicate():
+        owned = owned and shard[1] == 0
     else:
-        assert cut_by_shard.dim == 0, name
+        assert by_shard.dim == 0
         row_size = prod(sizes[1:])
-        first, sizes[0] = _chunk(sizes[0], *ranks["shard"])
-        regions = cut(regions, first * row_size, (first + sizes[0]) * row_size)
-    assert tuple(sizes) == tuple(local.shape), (name, sizes, local.shape)
-    return Shard(name, shape, local.view(-1), regions, owned)
+        first, rows = _chunk(sizes[0], *shard)
+        regions = cut(regions, first * row_size, (first + rows) * row_size)
+    return regions, owned
 
 
 def _chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
