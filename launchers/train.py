@@ -105,7 +105,7 @@ def prepare_directory(directory: Path, config: Config) -> None:
         raise ConfigError(f"run.dir={directory}: holds a run already; choose another directory or remove it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        settings.write(config, directory / "config.yaml")
+        (directory / "config.yaml").write_text(settings.to_yaml(config))
     except OSError as error:
         raise ConfigError(f"run.dir={directory}: cannot be written: {error}") from error
 
@@ -118,7 +118,7 @@ def train(argv: list[str]) -> int:
         plan = prepare(argv, job)
     except ConfigError as error:
         problem = str(error)
-    if not agree(job, problem, say=complain):
+    if not agree(job, problem, settings.to_yaml(plan.config) if plan else "", say=complain):
         return 2
     config = plan.config
     world = form_replica(job, plan.replicas, config.sharding.shard, config.sharding.tensor, config.run.timeout)

@@ -220,6 +220,6 @@ def check_layout(config: Config, world_size: int) -> int:
     return replicas
 
 
-def write(config: Config, path: Path) -> None:
-    """Write the resolved settings as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def to_yaml(config: Config) -> str:
+    """The resolved settings as YAML, which `load` reads."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

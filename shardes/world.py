@@ -4,6 +4,7 @@ Each replica is a world of its own: its `shard × tensor` ranks form their own d
 DeepSpeed and transformers see a plain world. Replicas meet in one key-value store and nowhere else.
 """
 
+import json
 import os
 import socket
 import time
@@ -90,15 +91,19 @@ def join_job(timeout: float) -> Job:
     return Job(rank, size, store)
 
 
-def agree(job: Job, problem: str | None, say: Callable[[str], None]) -> bool:
-    """Whether no rank has a problem; if one has, rank 0 hands the first to `say`.
+def agree(job: Job, problem: str | None, settings: str, say: Callable[[str], None]) -> bool:
+    """Whether no rank has a problem and all have the same settings; else rank 0 hands the first problem to `say`.
 
     Every rank calls this once its cheap checks are done, before any starts heavy work, so that a mistake
     that only some ranks can see (a file missing on one host) ends them all.
     """
-    job.store.set(f"checked/{job.rank}", problem or "")
+    job.store.set(f"checked/{job.rank}", json.dumps([problem or "", settings]))
     if job.rank == 0:
-        problems = [job.store.get(f"checked/{rank}").decode() for rank in range(job.size)]
+        found = [json.loads(job.store.get(f"checked/{rank}")) for rank in range(job.size)]
+        problems = [text for text, _ in found]
+        if not any(problems):
+            differ = "has other settings than rank 0: start every host with the same config and overrides"
+            problems = ["" if theirs == settings else f"rank {rank} {differ}" for rank, (_, theirs) in enumerate(found)]
         seen = [text if rank == 0 else f"{text} (seen by rank {rank})" for rank, text in enumerate(problems) if text]
         if seen:
             say(seen[0])

@@ -8,10 +8,10 @@ import torch
 from accelerate import init_empty_weights
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shardes import config as settings
-from shardes.config import Config, ConfigError, Offload
+from shardes.config import Config, ConfigError, DType, Offload
 from shardes.shards import Shard
 from shardes.world import World
 
@@ -34,7 +34,7 @@ class Engine(Protocol):
         ...
 
 
-def empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
+def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model that config.json describes: parameters on the meta device, buffers real.
 
     Raises:
@@ -50,34 +50,39 @@ def empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(f"model.path={directory}: {str(error).strip().splitlines()[0]}") from error
 
 
-def check_model(config: Config, module: nn.Module) -> None:
+def check_model(config: Config, module: PreTrainedModel) -> None:
     """Raise ConfigError where the engine cannot take the model, or its layout, or its dtype."""
-    tensor = config.sharding.tensor
+    path, tensor, shard = config.model.path, config.sharding.tensor, config.sharding.shard
+    if config.model.dtype is DType.bfloat16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"model.dtype=bfloat16: {torch.cuda.get_device_name()} lacks it; use float16 or float32")
     heads = getattr(module.config, "num_key_value_heads", None) or module.config.num_attention_heads
     if tensor > heads:
         raise ConfigError(
-            f"sharding.tensor={tensor}: {config.model.path} has {heads} key-value heads, "
-            "and a tensor rank needs one at least"
+            f"sharding.tensor={tensor}: {path} has {heads} key-value heads, and a tensor rank needs one at least"
         )
-    if config.engine is settings.Engine.deepspeed and tensor > 1:
+    if config.engine is settings.Engine.fsdp:
+        if shard == 1 and config.sharding.offload is Offload.cpu:
+            raise ConfigError("sharding.offload=cpu: engine=fsdp offloads what sharding.shard spreads; set it above 1")
+        for degree, key, plan in ((shard, "shard", module.fsdp_plan), (tensor, "tensor", module.tp_plan)):
+            if degree > 1 and not plan:
+                raise ConfigError(f"sharding.{key}={degree}: transformers has no plan to cut {type(module).__name__}")
+        if heads % tensor:
+            raise ConfigError(
+                f"sharding.tensor={tensor}: does not divide the {heads} key-value heads of {path}, "
+                "as engine=fsdp needs; engine=deepspeed cuts heads unevenly"
+            )
+    elif tensor > 1:
         try:
             TPPlanConverter.convert(module.tp_plan)
         except ValueError as error:
             reason = str(error).split(". ")[0]
             raise ConfigError(
-                f"sharding.tensor={tensor}: AutoTP cannot cut {config.model.path} ({reason}); "
+                f"sharding.tensor={tensor}: AutoTP cannot cut {path} ({reason}); "
                 "use engine=fsdp, or sharding.shard instead"
             ) from None
-    if config.engine is settings.Engine.fsdp and config.sharding.offload is Offload.cpu and config.sharding.shard == 1:
-        raise ConfigError("sharding.offload=cpu: engine=fsdp offloads what sharding.shard spreads; set it above 1")
-    if config.engine is settings.Engine.fsdp and heads % tensor:
-        raise ConfigError(
-            f"sharding.tensor={tensor}: does not divide the {heads} key-value heads of {config.model.path}, "
-            "as engine=fsdp needs; engine=deepspeed cuts heads unevenly"
-        )
 
 
-def build(config: Config, module: nn.Module, world: World) -> Engine:
+def build(config: Config, module: PreTrainedModel, world: World) -> Engine:
     """The engine that `config` names, around an `empty_model`. The shards' values are left unset."""
     if config.engine is settings.Engine.fsdp:
         from shardes.engines.fsdp import FSDPEngine as Chosen

@@ -1,24 +1,38 @@
 """The noise on CPUs, in Numba: bit for bit what reference.py computes.
 
-Threads share out stretches of a shard; within one, the Philox rounds run over short arrays of counters, a
-word each, so that the compiler turns them into vector instructions.
+Threads share out stretches of a shard. Within one, a short array of counters at a time goes through the
+Philox rounds, which the compiler turns into vector instructions, and then, element by element, through the
+table: those look-ups bound the speed, and vector gathers are no faster than scalar loads.
+
+How many threads: `numba.get_num_threads()`. Where Numba has no threading layer but its own workqueue (neither
+OpenMP nor TBB), only one Python thread at a time may call.
 """
 
 import numba
 import numpy as np
 import torch
 
-from shardes.noise.definition import LANES, MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, name_key, table
+from shardes.noise.definition import (
+    LANES,
+    MULTIPLIER_0,
+    MULTIPLIER_1,
+    ROUNDS,
+    WEYL_0,
+    WEYL_1,
+    name_key,
+    table,
+)
 
-STRETCH = 1 << 15  # elements that a thread takes at a time
-COUNTERS = 128  # counters per pass over the rounds: what it works on stays in the first-level cache
+STRETCH = 1 << 14  # elements that a thread takes at a time
+COUNTERS = 32  # per pass: so few that the rounds of one pass overlap with the look-ups of the one before
+MASK, WORD = np.uint64(0xFFFFFFFF), np.uint64(32)  # words of 32 bits are held in uint64 for their products
 SCRATCH = 1 << 20  # elements of float32 scratch for dtypes that the kernel does not know
 
 
 def gaussian(seed: int, name: str, start: int, count: int) -> torch.Tensor:
     """ε(seed) of parameter `name`, elements `start` to `start + count - 1`: float32, shape (count,)."""
     values = torch.zeros(count)
-    _add(values.numpy(), values.numpy(), _rows(start, 1, count, count), *_terms(name, [seed], [1.0]), table())
+    _run(values.numpy(), values.numpy(), _rows(start, 1, count, count), *_terms(name, [seed], [1.0]), table())
     return values
 
 
@@ -33,16 +47,23 @@ def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: tor
         if direct:
             where = slice(offset, offset + count)
             place = _rows(region.start, region.rows, region.cols, region.stride)
-            _add(x[where].numpy(), out[where].numpy(), place, *terms, table())
+            _run(x[where].numpy(), out[where].numpy(), place, *terms, table())
         else:
             for first in range(0, count, SCRATCH):
                 where = slice(offset + first, offset + min(first + SCRATCH, count))
                 block = scratch[: where.stop - where.start]
                 block.copy_(x[where])
                 place = _rows(region.start, region.rows, region.cols, region.stride, first)
-                _add(block.numpy(), block.numpy(), place, *terms, table())
+                _run(block.numpy(), block.numpy(), place, *terms, table())
                 out[where].copy_(block)
         offset += count
+
+
+def _run(x, out, place, *terms) -> None:
+    if x.size <= STRETCH:  # one thread's work: waking the others could only delay it
+        _add(x, out, place, 0, x.size, *terms)
+    else:
+        _add_in_threads(x, out, place, *terms)
 
 
 def _rows(start: int, rows: int, cols: int, stride: int, skip: int = 0) -> np.ndarray:
@@ -51,51 +72,55 @@ def _rows(start: int, rows: int, cols: int, stride: int, skip: int = 0) -> np.nd
 
 
 def _terms(name: str, seeds, coefficients) -> tuple[int, np.ndarray, np.ndarray]:
-    return np.uint64(name_key(name)), np.array(seeds, dtype=np.uint64), np.array(coefficients, dtype=np.float32)
+    """The sum's terms as the kernel takes them: name key, seeds, coefficients."""
+    members = np.array(seeds, dtype=np.uint64), np.array(coefficients, dtype=np.float32)
+    return np.uint64(name_key(name)), *members
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
-def _add(x, out, place, name, seeds, coefficients, table):
-    """out = x + Σ c_n·ε(s_n) over the local elements of one region, from its element `skip` on."""
-    start, cols, stride, skip = place[0], place[2], place[3], place[4]
+@numba.njit(parallel=True, cache=True)
+def _add_in_threads(x, out, place, name, seeds, coefficients, table):
+    """`_add` over all of x, its stretches shared out among numba's threads."""
     for stretch in numba.prange((x.size + STRETCH - 1) // STRETCH):
-        at, end = stretch * STRETCH, min((stretch + 1) * STRETCH, x.size)
-        words = np.empty((4, COUNTERS), np.uint32)
-        total = np.empty((COUNTERS + 1) * LANES, np.float32)
-        while at < end:
-            row, col = (at + skip) // cols, (at + skip) % cols
-            index = start + row * stride + col
-            lead = index % LANES  # elements of the first counter that lie before this run
-            count = min(min(end - at, cols - col), COUNTERS * LANES - lead)
-            total[: lead + count] = 0
-            for n in range(seeds.size):
-                _philox(words, index // LANES, (lead + count + LANES - 1) // LANES, name, seeds[n])
-                _accumulate(total, words, (lead + count + LANES - 1) // LANES, coefficients[n], table)
-            for i in range(count):
-                out[at + i] = x[at + i] + total[lead + i]
-            at += count
+        first, last = stretch * STRETCH, min((stretch + 1) * STRETCH, x.size)
+        _add(x, out, place, first, last, name, seeds, coefficients, table)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _add(x, out, place, first, last, name, seeds, coefficients, table):
+    """out = x + Σ c_n·ε(s_n) for x[first:last]; x[0] is element `skip` of the region."""
+    start, cols, stride, skip = place[0], place[2], place[3], place[4]
+    words = np.empty((4, COUNTERS), np.uint32)
+    total = np.empty(COUNTERS * LANES, np.float32)
+    at = first
+    while at < last:
+        row, col = (at + skip) // cols, (at + skip) % cols
+        index = start + row * stride + col
+        lead = index % LANES  # elements of the first counter that lie before this run
+        count = min(min(last - at, cols - col), COUNTERS * LANES - lead)
+        counters = (lead + count + LANES - 1) // LANES
+        total[: counters * LANES] = 0
+        for n in range(seeds.size):
+            _philox(words, np.uint64(index // LANES), counters, name, seeds[n])
+            _accumulate(total, words, counters, coefficients[n], table)
+        # Slices: in a loop over x[at + i] the index might be negative, which keeps the compiler from vectors.
+        x_run, out_run, total_run = x[at : at + count], out[at : at + count], total[lead : lead + count]
+        for i in range(count):
+            out_run[i] = x_run[i] + total_run[i]
+        at += count
 
 
 @numba.njit(cache=True, inline="always")
 def _philox(words, counter, count, name, seed):
-    """Philox-4x32-10 of `count` consecutive counters."""
-    mask = np.uint64(0xFFFFFFFF)
+    """Philox-4x32-10 of `count` consecutive counters: words[w, i] is word w of counter i."""
     for i in range(count):
-        words[0, i] = np.uint32(np.uint64(counter + i) & mask)
-        words[1, i] = np.uint32(np.uint64(counter + i) >> np.uint64(32))
-        words[2, i] = np.uint32(name & mask)
-        words[3, i] = np.uint32(name >> np.uint64(32))
-    key_0, key_1 = np.uint32(seed & mask), np.uint32(seed >> np.uint64(32))
-    for _ in range(ROUNDS):
-        for i in range(count):
-            p0 = np.uint64(words[0, i]) * np.uint64(MULTIPLIER_0)
-            p1 = np.uint64(words[2, i]) * np.uint64(MULTIPLIER_1)
-            words[0, i] = np.uint32(p1 >> np.uint64(32)) ^ words[1, i] ^ key_0
-            words[1, i] = np.uint32(p1 & mask)
-            words[2, i] = np.uint32(p0 >> np.uint64(32)) ^ words[3, i] ^ key_1
-            words[3, i] = np.uint32(p0 & mask)
-        key_0 = np.uint32(np.uint64(key_0) + np.uint64(WEYL_0) & mask)
-        key_1 = np.uint32(np.uint64(key_1) + np.uint64(WEYL_1) & mask)
+        c0, c1 = (counter + np.uint64(i)) & MASK, (counter + np.uint64(i)) >> WORD
+        c2, c3 = name & MASK, name >> WORD
+        key_0, key_1 = seed & MASK, seed >> WORD
+        for _ in range(ROUNDS):
+            p0, p1 = c0 * np.uint64(MULTIPLIER_0), c2 * np.uint64(MULTIPLIER_1)
+            c0, c1, c2, c3 = (p1 >> WORD) ^ c1 ^ key_0, p1 & MASK, (p0 >> WORD) ^ c3 ^ key_1, p0 & MASK
+            key_0, key_1 = (key_0 + np.uint64(WEYL_0)) & MASK, (key_1 + np.uint64(WEYL_1)) & MASK
+        words[0, i], words[1, i], words[2, i], words[3, i] = c0, c1, c2, c3
 
 
 @numba.njit(cache=True, inline="always")

@@ -66,16 +66,16 @@ def runs(tmp_path_factory):
     return {}
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 2)], ids=["1 rank", "2 replicas", "ZeRO 2 × TP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [("deepspeed", 2, 1, 1), ("deepspeed", 1, 2, 2), ("fsdp", 1, 2, 1)],
+    ids=["2 replicas", "ZeRO 2 × TP 2", "FSDP 2"],
+)
 def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
-    replicas, shard, tensor = layout
-    done = deepspeed(
-        replicas * shard * tensor,
-        "launchers/train.py",
-        config(),
-        f"sharding.shard={shard}",
-        f"sharding.tensor={tensor}",
-    )
+    engine, replicas, shard, tensor = layout
+    ranks = replicas * shard * tensor
+    keys = [f"engine={engine}", f"sharding.shard={shard}", f"sharding.tensor={tensor}"]
+    done = deepspeed(ranks, "launchers/train.py", config(), *keys)
     assert done.returncode == 0, done.stdout + done.stderr
     shown = [line for line in done.stdout.splitlines() if line.startswith(("iteration", "done"))]
     assert len(shown) == 4, done.stdout  # one rank speaks

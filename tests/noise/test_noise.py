@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from shardes.noise import add_noise, cpu, gaussian, reference
+from shardes.noise import add_noise, cpu, definition, gaussian, reference
 from shardes.noise.definition import table
 from shardes.shards import Region, run
 
 KNOWN = json.loads((Path(__file__).parent / "vectors.json").read_text())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASTS = [(dtype, out) for dtype in DTYPES for out in (None, torch.float32, torch.bfloat16)]
 LAYOUTS = {
     "one element": [run(5, 1)],
     "odd start and length": [run(3, 1001)],
@@ -25,6 +26,7 @@ LAYOUTS = {
     "short rows": [Region(2, 301, 3, 17)],
     "rows of one element": [Region(11, 50, 1, 9)],
     "rows across counters": [Region(7, 37, 91, 1003)],
+    "counters beyond 32 bits": [run(8 * 2**32 - 300, 603), run(2**45 + 5, 99)],
     "several regions": [run(9, 13), Region(100, 5, 7, 64), run(2**40 + 3, 29)],
     "no region": [],
 }
@@ -49,36 +51,48 @@ def test_the_table_has_unit_variance_and_odd_symmetry():
     assert np.all(np.diff(values) > 0)
 
 
-def both(x, regions, seeds, coefficients, out=None):
-    """What the kernel and what the reference make of the same call."""
-    made = []
-    for kernel in (cpu, reference):
-        a = x.clone()
-        b = a if out is None else torch.full_like(x, 9, dtype=out)
-        kernel.add_noise(a, "w", regions, seeds, [float(np.float32(c)) for c in coefficients], b)
-        made.append(b)
-    return made
+def test_another_table_is_refused(monkeypatch):
+    monkeypatch.setattr(definition, "TABLE_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match="table"):
+        table.__wrapped__()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("terms", [1, 2, 30])
-@pytest.mark.parametrize("regions", LAYOUTS.values(), ids=LAYOUTS)
-def test_kernel_equals_reference_to_the_bit(regions, terms, threads):
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        pytest.skip("this machine gives numba one thread")
-    generator = torch.Generator().manual_seed(terms)
-    x = torch.randn(sum(r.numel for r in regions) + 3, generator=generator)
-    seeds = member_like_seeds(terms)
-    coefficients = np.linspace(-1, 1.5, terms)
+def computed(kernel, x, regions, seeds, coefficients, out=None):
+    """The bits (zeros have signs) of what `kernel` makes of a call, in place or into another dtype."""
+    x = x.clone()
+    out = x if out is None else torch.full_like(x, 9, dtype=out)
+    kernel.add_noise(x, "w", regions, seeds, [float(np.float32(c)) for c in coefficients], out)
+    return out.view(torch.int32 if out.dtype == torch.float32 else torch.int16)
+
+
+@pytest.fixture
+def set_threads():
     before = numba.get_num_threads()
-    numba.set_num_threads(threads)
-    try:
-        for dtype in DTYPES:
-            for out in (None, torch.float32, torch.bfloat16):
-                fast, slow = both(x.to(dtype), regions, seeds, coefficients, out)
-                assert torch.equal(fast, slow), (dtype, out)
-    finally:
-        numba.set_num_threads(before)
+    yield lambda count: numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2, 30])
+@pytest.mark.parametrize("regions", LAYOUTS.values(), ids=LAYOUTS)
+def test_kernel_equals_reference_to_the_bit(regions, terms, set_threads):
+    x = torch.randn(sum(r.numel for r in regions) + 3, generator=torch.Generator().manual_seed(terms))
+    x[::5] = -0.0
+    sums = member_like_seeds(terms), np.linspace(-1, 1.5, terms)
+    for dtype, out in CASTS:
+        slow = computed(reference, x.to(dtype), regions, *sums, out)
+        for threads in (1, 2):
+            set_threads(threads)
+            fast = computed(cpu, x.to(dtype), regions, *sums, out)
+            assert torch.equal(fast, slow), (dtype, out, threads)
+
+
+@pytest.mark.parametrize("dtype, out", [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
+def test_scratch_blocks_do_not_show(dtype, out, monkeypatch):
+    regions = [Region(7, 37, 91, 1003), run(2**40, 555)]
+    x = torch.linspace(-1, 1, 37 * 91 + 555 + 3).to(dtype)
+    slow = computed(reference, x, regions, [5, 6], [0.3, -0.2], out)
+    monkeypatch.setattr(cpu, "SCRATCH", 100)
+    assert torch.equal(computed(cpu, x, regions, [5, 6], [0.3, -0.2], out), slow)
 
 
 def member_like_seeds(count: int) -> list[int]:
@@ -95,9 +109,8 @@ def member_like_seeds(count: int) -> list[int]:
     coefficient=st.floats(-10, 10, width=32),
 )
 def test_kernel_equals_reference_anywhere(start, rows, cols, gap, seed, coefficient):
-    x = torch.linspace(-1, 1, rows * cols)
-    fast, slow = both(x, [Region(start, rows, cols, cols + gap)], [seed], [coefficient])
-    assert torch.equal(fast, slow)
+    call = torch.linspace(-1, 1, rows * cols), [Region(start, rows, cols, cols + gap)], [seed], [coefficient]
+    assert torch.equal(computed(cpu, *call), computed(reference, *call))
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,39 @@
+"""Ranks agree before any of them starts heavy work."""
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from shardes.world import Job, agree
+
+
+@pytest.mark.parametrize(
+    "problems, settings, said",
+    [
+        (["", "", ""], ["a", "a", "a"], None),
+        (["bad key", "bad key", "bad key"], ["", "", ""], "bad key"),
+        (["", "", "no such file"], ["a", "a", ""], "no such file (seen by rank 2)"),
+        (["", "", ""], ["a", "b", "a"], "rank 1 has other settings than rank 0"),
+    ],
+    ids=["all is well", "one mistake", "one host", "other settings"],
+)
+def test_agreement(problems, settings, said):
+    limit = timedelta(seconds=20)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit)
+    spoken: list[str] = []
+    verdicts: dict[int, bool] = {}
+
+    def rank(number: int):
+        job = Job(number, 3, dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=limit))
+        verdicts[number] = agree(job, problems[number] or None, settings[number], spoken.append)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(verdicts.values()) == {said is None}
+    assert len(spoken) == (said is not None)
+    assert said is None or spoken[0].startswith(said)
