@@ -28,6 +28,7 @@ class Center(ABC):
     def __init__(self, shards: Sequence[Shard], world: World):
         self._shards = shards
         self._world = world
+        self._lossy = shards[0].tensor.dtype != torch.float32  # live weights that an update may leave as they were
 
     @abstractmethod
     def values(self, shard: Shard) -> torch.Tensor:
@@ -65,7 +66,7 @@ class Center(ABC):
 
     def _unmoved(self, same: int) -> dict[str, float]:
         """The share of all weights that `same` of this rank's are, where the live dtype can lose updates."""
-        if self._shards[0].tensor.dtype == torch.float32:
+        if not self._lossy:
             return {}
         owned = sum(shard.numel for shard in self._shards if shard.owned)
         same, owned = self._world.sum(same, owned)
@@ -103,8 +104,12 @@ class CopyCenter(Center):
             for where, regions, theta in self._staged(shard):
                 add_noise(theta, shard.name, regions, seeds, coefficients)
                 self.values(shard)[where].copy_(theta)
-                still = _write(shard.values[where], theta)
-                same += still if shard.owned else 0
+                live = shard.values[where]
+                if self._lossy:
+                    still = _write(live, theta)
+                    same += still if shard.owned else 0
+                else:
+                    live.copy_(theta)
         return self._unmoved(same)
 
     def _staged(self, shard: Shard):
@@ -145,9 +150,10 @@ class SubtractCenter(Center):
         for shard in self._shards:
             for where, regions in shard.blocks():
                 live = shard.values[where]
-                before = live.clone()
+                before = live.clone() if self._lossy and shard.owned else None
                 add_noise(live, shard.name, regions, seeds, coefficients)
-                same += int(torch.sum(live == before)) if shard.owned else 0
+                if before is not None:
+                    same += int(torch.sum(live == before))
         self._watch()
         return metrics | self._unmoved(same)
 

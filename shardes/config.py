@@ -134,15 +134,16 @@ def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
 
 def help_text() -> str:
     """One line per key: name, default, meaning."""
-    lines = []
-    for key, (default, meaning) in keys().items():
-        shown = (
-            default.value
-            if isinstance(default, Enum)
-            else {None: "null", MISSING: "required"}.get(default if not isinstance(default, list) else "[]", default)
-        )
-        lines.append(f"  {key:<28} {shown!s:<10} {meaning}")
+    lines = [f"  {key:<28} {_shown(default):<10} {meaning}" for key, (default, meaning) in keys().items()]
     return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "null"
+    if default == MISSING:
+        return "required"
+    return default.value if isinstance(default, Enum) else str(default)
 
 
 def load(path: str, overrides: list[str]) -> Config:

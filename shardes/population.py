@@ -23,16 +23,23 @@ def member_seeds(run_seed: int, iteration: int, population_size: int) -> list[in
     return np.random.SeedSequence([run_seed, iteration]).generate_state(population_size, np.uint64).tolist()
 
 
-def standardize(rewards: Sequence[float]) -> list[float]:
-    """z_n = (R_n − mean R) / (std R + 1e-8), ddof 0 (Algorithm 2); all zero where all rewards are equal.
+def mean(rewards: Sequence[float]) -> float:
+    """Their mean; the sum is exactly rounded, so that every machine computes the same."""
+    return math.fsum(rewards) / len(rewards)
 
-    Sums are exactly rounded, so that every machine computes the same.
-    """
-    mean = math.fsum(rewards) / len(rewards)
-    std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
+
+def std(rewards: Sequence[float]) -> float:
+    """Their population standard deviation (ddof 0); sums are exactly rounded."""
+    center = mean(rewards)
+    return math.sqrt(math.fsum((r - center) ** 2 for r in rewards) / len(rewards))
+
+
+def standardize(rewards: Sequence[float]) -> list[float]:
+    """z_n = (R_n − mean R) / (std R + 1e-8), ddof 0 (Algorithm 2); all zero where all rewards are equal."""
     if max(rewards) == min(rewards):
         return [0.0] * len(rewards)
-    return [(r - mean) / (std + 1e-8) for r in rewards]
+    center, spread = mean(rewards), std(rewards) + 1e-8
+    return [(r - center) / spread for r in rewards]
 
 
 def update_coefficients(rewards: Sequence[float], alpha: float) -> list[float]:

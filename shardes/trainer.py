@@ -1,6 +1,5 @@
 """The loop: Algorithm 2 of the paper."""
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from shardes.engines import Engine
 from shardes.generation import Greedy
 from shardes.journal import Journal, Record
 from shardes.metrics import Clock, Reporter
-from shardes.population import Evaluation, Population, member_seeds, update_coefficients
+from shardes.population import Evaluation, Population, mean, member_seeds, std, update_coefficients
 from shardes.tasks import Task
 from shardes.weights import WeightFiles
 from shardes.world import World
@@ -137,12 +136,11 @@ class Trainer:
         with clock("update"):
             updated = self.center.update(seeds, coefficients)
 
-        mean = math.fsum(rewards) / len(rewards)
         parts = ("perturb", "gather", "generate", "restore", "update", "exchange")
         return {
             "iteration": iteration,
-            "reward_mean": mean,
-            "reward_std": math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
+            "reward_mean": mean(rewards),
+            "reward_std": std(rewards),
             "reward_min": min(rewards),
             "reward_max": max(rewards),
             "seconds": time.perf_counter() - started,
@@ -163,7 +161,7 @@ class Trainer:
             responses = self.respond(split)
             if self.reporter:
                 rewards = self.score(split, responses.texts)
-                metrics[name] = math.fsum(rewards) / len(rewards)
+                metrics[name] = mean(rewards)
                 self.reporter.samples(iteration, split, self.task.prompts(split), responses.texts, rewards)
         metrics |= self.center.distance(self.base)
         return metrics
@@ -201,8 +199,7 @@ class Trainer:
         """The mean of the responses' rewards, on the rank that leads the replica; 0 elsewhere."""
         if not self.world.leads:
             return 0.0
-        rewards = self.score(split, responses.texts)
-        return math.fsum(rewards) / len(rewards)
+        return mean(self.score(split, responses.texts))
 
     def score(self, split: str, texts: list[str]) -> list[float]:
         """The task's rewards, one per response."""

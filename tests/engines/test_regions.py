@@ -1,5 +1,6 @@
 """However an engine cuts a tensor of any shape, its ranks' regions cover every element once."""
 
+from math import prod
 from types import SimpleNamespace
 
 from deepspeed.checkpoint.affine import contiguous_split_map, replicated_map, sub_param_map
@@ -44,10 +45,7 @@ def test_autotp_and_zero(data, shape, tensor, shards):
         parts = [deepspeed.zero_part(regions, shards, shard) for shard in range(shards)]
         assert sum(map(elements, parts), []) == elements(regions)
         held += elements(regions) if owned else []
-    numel = 1
-    for size in shape:
-        numel *= size
-    assert sorted(held) == list(range(numel))
+    assert sorted(held) == list(range(prod(shape)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -60,7 +58,4 @@ def test_fsdp_and_tensor_parallel(data, shape, tensor, shards):
         for s in range(shards):
             regions, owned = fsdp.regions_of(tuple(shape), by_tensor, by_shard, (tensor, t), (shards, s))
             held += elements(regions) if owned else []
-    numel = 1
-    for size in shape:
-        numel *= size
-    assert sorted(held) == list(range(numel))
+    assert sorted(held) == list(range(prod(shape)))
