@@ -146,9 +146,10 @@ def main(argv: list[str]) -> int:
     try:
         return train(argv)
     except ConfigError as error:
-        complain(str(error))
+        if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks meet the same mistake
+            complain(str(error))
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    environment.run(main)

@@ -2,8 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 def prepare() -> None:
@@ -23,3 +26,18 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """End the process with the exit code of `main(arguments)`; 1, with a traceback, where it raises."""
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as error:  # argparse's
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: while threads of a process group still run, the interpreter's own teardown may abort.
+    os._exit(code)

