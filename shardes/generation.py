@@ -1,18 +1,20 @@
 """Greedy decoding of prompts, on a module that is ready.
 
 It works on token ids and knows the tokenizer only to find stop strings. Rows that are finished leave the
-batch, key-value cache included. Token for token it gives what transformers' `generate(do_sample=False)` does.
+batch, key-value cache included (but not with layers that keep a state of another kind). Token for token it gives what transformers' `generate(do_sample=False)` does.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
+from shardes.cache import BatchCache, cache_for
 from shardes.config import ConfigError
+from shardes.engines.vocabulary import VocabularyPart
 
 Prompt = str | list[dict[str, str]]
 
@@ -22,6 +24,7 @@ class Greedy:
     """How responses are decoded.
 
     `eos` ends a response and is part of it; so does the first token that completes one of the `stop` strings.
+    The key-value cache's memory is taken once and reused by later batches and calls.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -29,12 +32,14 @@ class Greedy:
     eos: frozenset[int]
     stop: Sequence[str]
     batch_tokens: int
+    _cache: BatchCache | None = field(default=None, init=False, repr=False)
 
     def __call__(
         self,
         module: nn.Module,
         prompts: Sequence[Sequence[int]],
         *,
+        vocabulary: VocabularyPart | None = None,
         lockstep: dist.ProcessGroup | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> list[list[int]]:
@@ -43,6 +48,7 @@ class Greedy:
         Args:
             module: a causal language model of transformers.
             prompts: token ids, at least one each.
+            vocabulary: the part of the vocabulary that this rank's logits cover; all of it by default.
             lockstep: the ranks that must make the same number of forward passes, where a pass is collective
                 over them although their prompts differ.
             poll: called before every decode step; what it raises ends the decoding.
@@ -51,7 +57,7 @@ class Greedy:
         device = next(module.parameters()).device
         with torch.no_grad():
             for rows in self._batches(prompts):
-                batch = self._decode(module, [prompts[r] for r in rows], device, lockstep, poll)
+                batch = self._decode(module, [prompts[r] for r in rows], device, vocabulary, lockstep, poll)
                 for row, tokens in zip(rows, batch, strict=True):
                     responses[row] = tokens
             while lockstep is not None and _any_unfinished(False, device, lockstep):
@@ -68,39 +74,50 @@ class Greedy:
             batches[-1].append(row)
         return batches
 
-    def _decode(self, module, prompts, device, lockstep, poll) -> list[list[int]]:
+    def _decode(self, module, prompts, device, vocabulary, lockstep, poll) -> list[list[int]]:
         width = max(map(len, prompts))
+        length = width + self.max_new_tokens
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=module.config)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + length - width) for p in prompts], device=device)
+        positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
+        cache = self._empty_cache(module, length)
         responses: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # which prompts the batch still holds
+        rows = list(range(len(prompts)))  # which prompt each row of the batch is
+        going = [True] * len(rows)
         while True:
             poll()
             if lockstep is not None:
                 _any_unfinished(True, device, lockstep)
-            out = module(
+            logits = module(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask=mask[:, :width],
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-            )
-            tokens = out.logits[:, -1].float().argmax(-1)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                responses[row].append(token)
-            going = [i for i, row in enumerate(rows) if not self._finished(responses[row])]
-            if not going:
+            ).logits[:, -1]
+            tokens = logits.argmax(-1) if vocabulary is None else vocabulary.argmax(logits)
+            for i, token in enumerate(tokens.tolist()):
+                if going[i]:
+                    responses[rows[i]].append(token)
+                    going[i] = not self._finished(responses[rows[i]])
+            if not any(going):
                 return responses
-            if len(going) < len(rows):
-                kept = torch.tensor(going, device=device)
-                cache.batch_select_indices(kept)
-                tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-                rows = [rows[i] for i in going]
-            ids, positions = tokens[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if not all(going) and cache is self._cache:
+                kept = _compact(going)
+                where = torch.tensor(kept, device=device)
+                cache.batch_select_indices(where)
+                tokens, mask, positions = tokens[where], mask[where], positions[where]
+                rows, going = [rows[i] for i in kept], [True] * len(kept)
+            ids, positions, width = tokens[:, None], positions[:, -1:] + 1, width + 1
+
+    def _empty_cache(self, module: nn.Module, length: int) -> Cache:
+        if self._cache is None:
+            self._cache = cache_for(module.config)
+        if self._cache is None:
+            return DynamicCache(config=module.config)
+        self._cache.begin(length)
+        return self._cache
 
     def _finished(self, response: list[int]) -> bool:
         if len(response) >= self.max_new_tokens or response[-1] in self.eos:
@@ -111,6 +128,13 @@ class Greedy:
         # the text before them only has to decode to something.
         tail = self.tokenizer.decode(response[-max(map(len, self.stop)) - 4 :])
         return any(stop in tail for stop in self.stop)
+
+
+def _compact(going: list[bool]) -> list[int]:
+    """Which row each row of a smaller batch is: those that go on, the last ones in the places of the finished."""
+    count = sum(going)
+    movers = (row for row in range(count, len(going)) if going[row])
+    return [row if going[row] else next(movers) for row in range(count)]
 
 
 def _any_unfinished(unfinished: bool, device: torch.device, group: dist.ProcessGroup) -> bool:

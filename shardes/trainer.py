@@ -176,7 +176,9 @@ class Trainer:
             with self.clock("gather"):
                 module = stack.enter_context(self.engine.ready())
             with self.clock("generate"):
-                mine = self.greedy(module, prompts[rank::ranks], lockstep=lockstep, poll=poll)
+                mine = self.greedy(
+                    module, prompts[rank::ranks], vocabulary=self.engine.vocabulary, lockstep=lockstep, poll=poll
+                )
         with self.clock("exchange"):
             everyone = self._exchange(mine, len(prompts), rank, ranks, group)
         texts = self.tokenizer.batch_decode(everyone, skip_special_tokens=True) if self.world.leads else []

@@ -2,11 +2,21 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
-from models import byte_tokenizer
+from models import SIZES, byte_tokenizer
 from shardes.config import ConfigError
-from shardes.generation import Greedy, encode, greedy
+from shardes.generation import Greedy, _compact, encode, greedy
 
 TEXTS = ["a", "a longer prompt, of many letters", "b" * 17, "xyz", "?"]
 
@@ -48,6 +58,47 @@ def test_the_same_tokens_as_transformers_and_rows_that_end_early(model, tokenize
     assert len({len(row) for row in expected}) > 1
     decode = greedy(tokenizer, model.generation_config, max_new_tokens=40)
     assert decode(model, encode(tokenizer, TEXTS)) == expected
+
+
+def test_the_cache_serves_batches_and_calls_of_any_shape(model, tokenizer):
+    decode = greedy(tokenizer, model.generation_config, max_new_tokens=12)
+    for texts in (TEXTS, TEXTS[:1], TEXTS[1:4], TEXTS * 2, TEXTS):
+        expected = transformers_way(model, tokenizer, texts, max_new_tokens=12)
+        assert decode(model, encode(tokenizer, texts)) == expected
+
+
+def test_a_repeated_call_takes_no_new_memory(model, tokenizer):
+    decode = greedy(tokenizer, model.generation_config, max_new_tokens=12)
+    decode(model, encode(tokenizer, TEXTS))
+    memory = [tensor.data_ptr() for layer in decode._cache.layers for tensor in layer._memory]
+    decode(model, encode(tokenizer, TEXTS))
+    assert [tensor.data_ptr() for layer in decode._cache.layers for tensor in layer._memory] == memory
+
+
+@pytest.mark.parametrize("kind", ["sliding", "hybrid"])
+def test_layers_that_do_not_attend_to_all(tokenizer, kind, monkeypatch):
+    torch.manual_seed(5)
+    if kind == "sliding":
+        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)).eval()
+    else:
+        kinds = ["linear_attention", "full_attention"]
+        state = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+        sizes = SIZES | dict(head_dim=4, num_experts=0, layer_types=kinds)
+        model = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **state)).eval()
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 257)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 256)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", common_tokens(model, tokenizer))
+    expected = transformers_way(model, tokenizer, TEXTS, max_new_tokens=30)
+    decode = greedy(tokenizer, model.generation_config, max_new_tokens=30)
+    assert decode(model, encode(tokenizer, TEXTS)) == expected
+    assert (decode._cache is None) == (kind == "hybrid")
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_compaction_keeps_those_that_go_on(going):
+    kept = _compact(going)
+    assert sorted(kept) == [row for row, goes in enumerate(going) if goes]
+    assert all(row == place or row >= len(kept) for place, row in enumerate(kept))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 150])

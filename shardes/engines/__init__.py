@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shardes import config as settings
 from shardes.config import Config, ConfigError, DType, Offload
+from shardes.engines.vocabulary import VocabularyPart
 from shardes.shards import Shard
 from shardes.world import World
 
@@ -22,12 +23,13 @@ class Engine(Protocol):
     `shards` are this rank's parts of every parameter, in the order of the unsharded model's
     `named_parameters()`; writing to their tensors changes the model that the next `ready()` shows.
     `lockstep` says that every forward pass is collective over the shard axis, so that its ranks must make
-    the same number of them.
+    the same number of them. `vocabulary` says which part of the vocabulary this rank's logits cover; None: all.
     """
 
     shards: list[Shard]
     device: torch.device
     lockstep: bool
+    vocabulary: VocabularyPart | None
 
     def ready(self) -> AbstractContextManager[nn.Module]:
         """A context in which the module computes with the weights that the shards hold at its start."""

@@ -6,8 +6,9 @@ a time. The shards' values are left unset; `weights.load` or a center fills them
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from io import StringIO
 from math import prod
 
@@ -15,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject import set_autotp_mode
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -22,6 +24,8 @@ from deepspeed.utils import logger
 from torch import nn
 
 from shardes.config import ConfigError, Gather, Offload, ShardingConfig
+from shardes.engines import cpu
+from shardes.engines.vocabulary import VocabularyPart
 from shardes.shards import Region, Shard, cut, run, strided_regions
 from shardes.world import World
 
@@ -57,22 +61,31 @@ class DeepSpeedEngine:
         shards, tensors = world.mesh.shape
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         module.requires_grad_(False).eval()
-        with redirect_stdout(StringIO()):  # every rank prints what it builds for the CPU
+        on_cpu = world.device.type == "cpu"
+        shared_memory = cpu.shared_memory(world.replica) if on_cpu else nullcontext(False)
+        with shared_memory as shared, redirect_stdout(StringIO()):  # every rank prints what it builds for the CPU
             deepspeed.init_distributed(dist_init_required=False)
         set_autotp_mode(training=True)
         engine = _Engine(
             args=None,
             model=module,
-            config_class=DeepSpeedConfig(_settings(tensors, sharding.offload)),
+            config_class=DeepSpeedConfig(_settings(module, tensors, sharding.offload)),
             dont_change_device=True,
         )
         if tensors > 1:
             # DeepSpeed's check of the first batch across ranks: broadcasts pickled inputs, caches included.
             engine.first_dataloader_check.remove()
+        if on_cpu:
+            # Shared memory sums over the whole replica, which is the tensor axis where there is no other.
+            _speed_up(module, deepspeed.comm.inference_all_reduce if shared and shards == 1 else dist.all_reduce)
         for buffer in module.buffers():
             buffer.data = buffer.data.to(world.device)
 
         self.device = world.device
+        self.vocabulary = None
+        head = getattr(module, "lm_head", None)
+        if isinstance(head, VocabParallelLinear):
+            self.vocabulary = VocabularyPart(head.vocab_start_index, world.mesh.get_group("tensor"))
         self._module = module
         self._params = dict(module.named_parameters())
         assert list(self._params) == list(shapes)
@@ -110,7 +123,26 @@ class DeepSpeedEngine:
                 param.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
-def _settings(tensors: int, offload: Offload) -> dict:
+def _speed_up(module: nn.Module, all_reduce: Callable[..., object]) -> None:
+    """Let linear layers on a CPU, whole or cut by AutoTP, use the faster product and sum."""
+
+    def column(layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
+        return cpu.linear(x, layer.weight, layer.bias)
+
+    def row(layer: LinearAllreduce, x: torch.Tensor) -> torch.Tensor:
+        out = cpu.linear(x, layer.weight)
+        all_reduce(out, group=layer.mp_group)
+        return out if layer.bias is None else out + layer.bias
+
+    cpu.speed_up(module)
+    for part in module.modules():
+        if type(part) is LinearAllreduce:
+            part.forward = partial(row, part)
+        elif type(part) in (LinearLayer, VocabParallelLinear) and not part.gather_output:
+            part.forward = partial(column, part)
+
+
+def _settings(module: nn.Module, tensors: int, offload: Offload) -> dict:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
@@ -123,8 +155,8 @@ def _settings(tensors: int, offload: Offload) -> dict:
         pinned = torch.cuda.is_available()
         settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     if tensors > 1:
-        # A vocabulary-parallel head leaves each rank with other logits, hence other tokens.
-        settings["tensor_parallel"] = {"autotp_size": tensors, "vocab_parallel_lm_head": False}
+        head = type(getattr(module, "lm_head", None)) is nn.Linear
+        settings["tensor_parallel"] = {"autotp_size": tensors, "vocab_parallel_lm_head": head}
     return settings
 
 

@@ -17,6 +17,8 @@ from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from shardes.config import Gather, Offload, ShardingConfig
+from shardes.engines import cpu
+from shardes.engines.vocabulary import VocabularyPart
 from shardes.shards import Region, Shard, box_regions, cut
 from shardes.world import World
 
@@ -45,7 +47,14 @@ class FSDPEngine:
         for name, buffer in module.named_buffers():
             buffer.data = buffers[name]
 
+        if world.device.type == "cpu":
+            cpu.speed_up(module)
+
         self.device = world.device
+        self.vocabulary = None
+        if tensors > 1 and module.tp_plan.get("lm_head") == "colwise_gather_output":
+            first, _ = _chunk(module.config.vocab_size, *_axis(world, "tensor"))
+            self.vocabulary = VocabularyPart(first, world.mesh.get_group("tensor"))
         self._module = module
         self.shards = [_shard(name, shapes[name], param, world) for name, param in module.named_parameters()]
         assert [shard.name for shard in self.shards] == list(shapes)
@@ -78,6 +87,8 @@ def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> None:
     tied = {name.rpartition(".")[0] for pair in module.all_tied_weights_keys.items() for name in pair}
     module.fsdp_plan = {name: style for name, style in module.fsdp_plan.items() if name not in tied}
     tp_plan, ep_plan, fsdp_plan = module._resolve_parallel_plans(distributed)
+    if tp_plan.get("lm_head") == "colwise_gather_output":
+        tp_plan = tp_plan | {"lm_head": "colwise"}  # each rank keeps its own part of the logits
     if distributed.tp_size > 1:
         for target in module.all_tied_weights_keys:
             owner, _, key = target.rpartition(".")
@@ -98,11 +109,15 @@ def _tie(module: PreTrainedModel) -> None:
 def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
     """This rank's part of a parameter."""
     local = param.detach().to_local() if isinstance(param, DTensor) else param.detach()
-    axes = [(world.mesh[axis].size(), world.mesh[axis].get_local_rank()) for axis in ("tensor", "shard")]
-    regions, owned = regions_of(shape, *placements(param), *axes)
+    regions, owned = regions_of(shape, *placements(param), _axis(world, "tensor"), _axis(world, "shard"))
     shard = Shard(name, shape, local.view(-1), regions, owned)
     assert shard.numel == local.numel(), name
     return shard
+
+
+def _axis(world: World, name: str) -> tuple[int, int]:
+    """The ranks along an axis of the mesh, and this one's place among them."""
+    return world.mesh[name].size(), world.mesh[name].get_local_rank()
 
 
 def placements(param: nn.Parameter) -> tuple[Placement, Placement]:

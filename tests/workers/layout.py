@@ -69,7 +69,12 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     def tokens():
         # Each shard rank decodes other prompts, which end at other lengths.
         with engine.ready() as module:
-            mine = decode(module, PROMPTS[rank::ranks], lockstep=group if engine.lockstep else None)
+            mine = decode(
+                module,
+                PROMPTS[rank::ranks],
+                vocabulary=engine.vocabulary,
+                lockstep=group if engine.lockstep else None,
+            )
         return {str(rank + i * ranks): tokens for i, tokens in enumerate(mine)}
 
     found = {"base": center.digest(), "tokens": tokens(), "numel": sum(s.numel for s in engine.shards if s.owned)}

@@ -62,7 +62,7 @@ def main() -> None:
     decode = greedy(tokenizer, GenerationConfig.from_pretrained(directory), max_new_tokens=16)
     prompts = encode(tokenizer, Conciseness().prompts("test"))
     with engine.ready() as module:
-        tokens = decode(module, prompts)
+        tokens = decode(module, prompts, vocabulary=engine.vocabulary)
     result = {
         "rank": job.rank,
         "tokens": tokens,

@@ -41,7 +41,7 @@ def by_deepspeed(directory: Path, tensor: int, shards: int):
     module = empty_model(directory, torch.bfloat16)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     deepspeed.set_autotp_mode(training=True)
-    settings = deepspeed._settings(tensor, deepspeed.Offload.none)
+    settings = deepspeed._settings(module, tensor, deepspeed.Offload.none)
     with suppress(Cut):
         deepspeed._Engine(
             args=None, model=module, config_class=deepspeed.DeepSpeedConfig(settings), dont_change_device=True

@@ -1,0 +1,64 @@
+"""What makes a replica on CPUs fast: dense layers through oneDNN, sums over its ranks through shared memory."""
+
+import os
+import socket
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`; in float32 on a CPU through oneDNN, as torch does for bfloat16 by itself.
+
+    torch hands float32 to MKL, which for the few rows of a decode step can take several times as long.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def speed_up(module: nn.Module) -> None:
+    """Let a module's plain linear layers use `linear`."""
+    for part in module.modules():
+        if type(part) is nn.Linear and not isinstance(part.weight, DTensor):
+            part.forward = partial(_forward, part)
+
+
+def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+@contextmanager
+def shared_memory(replica: int) -> Iterator[bool]:
+    """A context for `deepspeed.init_distributed`: whether it sets up sums through shared memory.
+
+    It does where all ranks of the default process group are on one host. DeepSpeed names the memory by the
+    job's port, which other replicas have too, and leaves it behind: here each replica has its own name, which
+    is gone once all ranks have the memory in hand.
+    """
+    host = torch.tensor([zlib.crc32(socket.gethostname().encode())])
+    hosts = host.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(hosts, host)
+    local = bool((hosts == host).all())
+    address, port = os.environ["MASTER_ADDR"], f"{os.environ['MASTER_PORT']}_{replica}"
+    before = dict(os.environ)
+    os.environ |= {"LOCAL_SIZE": str(len(hosts)) if local else "0", "MASTER_PORT": port}
+    try:
+        yield local
+    finally:
+        os.environ["MASTER_PORT"] = before["MASTER_PORT"]
+        if "LOCAL_SIZE" in before:
+            os.environ["LOCAL_SIZE"] = before["LOCAL_SIZE"]
+        else:
+            del os.environ["LOCAL_SIZE"]
+    dist.barrier()
+    segment = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    Path("/dev/shm", segment).unlink(missing_ok=True)
