@@ -118,6 +118,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    profile: bool = _key("write torch.profiler traces of the second iteration, for Perfetto, to run.dir", False)
 
 
 def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:

@@ -1,7 +1,8 @@
 """Greedy decoding of prompts, on a module that is ready.
 
 It works on token ids and knows the tokenizer only to find stop strings. Rows that are finished leave the
-batch, key-value cache included (but not with layers that keep a state of another kind). Token for token it gives what transformers' `generate(do_sample=False)` does.
+batch, key-value cache included (but not with layers that keep a state of another kind). Token for token it
+gives what transformers' `generate(do_sample=False)` does.
 """
 
 from collections.abc import Callable, Sequence

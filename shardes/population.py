@@ -47,86 +47,127 @@ def update_coefficients(rewards: Sequence[float], alpha: float) -> list[float]:
     return [float(np.float32(alpha / len(rewards) * z)) for z in standardize(rewards)]
 
 
-@dataclass
-class Evaluation:
-    """What a replica posts of a member: its reward, and how many tokens it generated."""
+class Exchange:
+    """Pieces of work, numbered from 0, that replicas share out, and what was found, as text.
 
-    reward: float
-    tokens: int
-
-
-class Population:
-    """The members of one iteration, shared out between replicas.
-
-    Every rank of a replica makes the same calls; the replica's leading rank speaks to the store.
+    Every rank of a replica makes the same calls; the replica's leading rank speaks to the store. `bytes` counts
+    the keys and values that this rank has sent to and received from the store.
     """
 
-    def __init__(self, world: World, iteration: int, seeds: Sequence[int], timeout: float):
+    def __init__(self, world: World, name: str, count: int, timeout: float):
         self._world = world
-        self._store = dist.PrefixStore(f"iteration{iteration}", world.job.store)
-        self._iteration = iteration
+        self._store = dist.PrefixStore(name, world.job.store)
+        self._name = name
+        self._count = count
         self._timeout = timeout
-        self.seeds = list(seeds)
+        self.bytes = 0
 
     def claim(self) -> Iterator[int]:
-        """The members that this replica is to evaluate, one at a time, until none is left."""
+        """The pieces that this replica is to do, one at a time, until none is left."""
         while True:
-            number = self._store.add("claimed", 1) - 1 if self._world.leads else 0
+            number = self._add("claimed", 1) - 1 if self._world.leads else 0
             number = int(self._world.broadcast([number], 1)[0])
-            if number >= len(self.seeds):
+            if number >= self._count:
                 return
             if self._world.leads:
-                self._store.set(f"replica/{number}", str(self._world.replica))
+                self._set(f"replica/{number}", str(self._world.replica))
             yield number
 
-    def post(self, number: int, evaluation: Evaluation) -> None:
-        """Publish a member's evaluation, as the replica's leading rank has it.
-
-        Raises:
-            ConfigError: on every rank of the replica, the reward is NaN or infinite; names the member and its seed.
-        """
-        (reward,) = self._world.broadcast([evaluation.reward], 1)
-        if not math.isfinite(reward):
-            raise ConfigError(
-                f"task: the reward of member {number} of iteration {self._iteration} (seed {self.seeds[number]}) is "
-                f"{reward}; a task's scores must be finite numbers"
-            )
+    def post(self, number: int, found: str) -> None:
+        """Publish what the replica's leading rank found."""
         if self._world.leads:
-            self._store.set(f"evaluation/{number}", json.dumps([evaluation.reward, evaluation.tokens]))
-            self._store.add("done", 1)
+            self._set(f"found/{number}", found)
+            self._add("done", 1)
 
     def done(self) -> int:
-        """How many members have been evaluated so far, by all replicas."""
-        return self._store.add("done", 0)
+        """How many pieces are done so far, by all replicas."""
+        return self._add("done", 0)
 
-    def collect(self, poll: Callable[[], None] = lambda: None) -> list[Evaluation]:
-        """All members' evaluations, in member order; waits for the other replicas, calling `poll` meanwhile.
+    def collect(self, poll: Callable[[], None] = lambda: None) -> list[str]:
+        """All that was found, in order, on the leading rank; waits for the other replicas, calling `poll` meanwhile.
 
         Raises:
-            TimeoutError: no member was evaluated for `timeout` seconds; names those missing and their replicas.
+            TimeoutError: nothing was posted for `timeout` seconds; names what is missing and whose it is.
         """
-        flat: list[float] | None = None
-        if self._world.leads:
-            self._wait(poll)
-            found = [json.loads(self._store.get(f"evaluation/{n}")) for n in range(len(self.seeds))]
-            flat = [value for pair in found for value in pair]
-        flat = self._world.broadcast(flat, 2 * len(self.seeds))
-        return [Evaluation(reward, int(tokens)) for reward, tokens in zip(flat[::2], flat[1::2], strict=True)]
-
-    def _wait(self, poll: Callable[[], None]) -> None:
         done, since = self.done(), time.monotonic()
-        while done < len(self.seeds):
+        while done < self._count:
             poll()
             time.sleep(0.02)
             before, done = done, self.done()
             if done > before:
                 since = time.monotonic()
             elif time.monotonic() - since > self._timeout:
-                missing = [n for n in range(len(self.seeds)) if not self._store.check([f"evaluation/{n}"])]
-                whose = ", ".join(f"{n} (replica {self._store.get(f'replica/{n}').decode()})" for n in missing)
-                raise TimeoutError(
-                    f"iteration {self._iteration}: no reward for {self._timeout:.0f} s; missing members: {whose}"
-                )
+                missing = [n for n in range(self._count) if not self._store.check([f"found/{n}"])]
+                whose = ", ".join(f"{n} (replica {self._get(f'replica/{n}')})" for n in missing)
+                raise TimeoutError(f"{self._name}: nothing new for {self._timeout:.0f} s; missing: {whose}")
+        return [self._get(f"found/{n}") for n in range(self._count)]
+
+    def _set(self, key: str, value: str) -> None:
+        self.bytes += len(key) + len(value.encode())
+        self._store.set(key, value)
+
+    def _get(self, key: str) -> str:
+        value = self._store.get(key)
+        self.bytes += len(key) + len(value)
+        return value.decode()
+
+    def _add(self, key: str, amount: int) -> int:
+        self.bytes += len(key) + 16  # the amount, and the sum that comes back
+        return self._store.add(key, amount)
+
+
+@dataclass
+class Evaluation:
+    """A member's reward, how many tokens it generated, and which replica finished it at what time.
+
+    `finished` is in seconds since the epoch, by the replica's clock.
+    """
+
+    reward: float
+    tokens: int
+    replica: int = 0
+    finished: float = 0.0
+
+
+def idle_seconds(evaluations: Sequence[Evaluation]) -> float:
+    """How long the first replica to run out of members waited for the last reward."""
+    last: dict[int, float] = {}
+    for evaluation in evaluations:
+        last[evaluation.replica] = max(evaluation.finished, last.get(evaluation.replica, evaluation.finished))
+    return max(last.values()) - min(last.values())
+
+
+class Population(Exchange):
+    """The members of one iteration, shared out between replicas."""
+
+    def __init__(self, world: World, iteration: int, seeds: Sequence[int], timeout: float):
+        super().__init__(world, f"iteration {iteration}", len(seeds), timeout)
+        self._iteration = iteration
+        self.seeds = list(seeds)
+
+    def post_reward(self, number: int, reward: float, tokens: int) -> None:
+        """Publish a member's evaluation, as the replica's leading rank has it.
+
+        Raises:
+            ConfigError: on every rank of the replica, the reward is NaN or infinite; names the member and its seed.
+        """
+        (reward,) = self._world.broadcast([reward], 1)
+        if not math.isfinite(reward):
+            raise ConfigError(
+                f"task: the reward of member {number} of iteration {self._iteration} (seed {self.seeds[number]}) is "
+                f"{reward}; a task's scores must be finite numbers"
+            )
+        self.post(number, json.dumps([reward, tokens, self._world.replica, time.time()]))
+
+    def evaluations(self, poll: Callable[[], None] = lambda: None) -> list[Evaluation]:
+        """All members' evaluations, in member order, on every rank; otherwise like `collect`."""
+        count = len(self.seeds)
+        flat: list[float] | None = None
+        if self._world.leads:
+            flat = [value for found in self.collect(poll) for value in json.loads(found)]
+        flat = self._world.broadcast(flat, 4 * count)
+        rows = (flat[4 * n : 4 * n + 4] for n in range(count))
+        return [Evaluation(reward, int(tokens), int(who), when) for reward, tokens, who, when in rows]
 
     def publish(self, name: str) -> None:
         """Tell all replicas that a step of this iteration is done."""

@@ -1,13 +1,15 @@
 """The loop: Algorithm 2 of the paper."""
 
+import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile
 from transformers import PreTrainedTokenizerBase
 
 from shardes.center import Center, member
@@ -16,18 +18,22 @@ from shardes.engines import Engine
 from shardes.generation import Greedy
 from shardes.journal import Journal, Record
 from shardes.metrics import Clock, Reporter
-from shardes.population import Evaluation, Population, mean, member_seeds, std, update_coefficients
-from shardes.tasks import Task
+from shardes.population import Exchange, Population, idle_seconds, mean, member_seeds, std, update_coefficients
+from shardes.tasks import Split, Task
 from shardes.weights import WeightFiles
 from shardes.world import World
 
+SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and their metrics' names
+
 
 @dataclass
-class Responses:
-    """What the live weights answered to a split's prompts, and at what cost."""
+class Examination:
+    """An evaluation of the center: prompts shared out between replicas, responses not yet collected."""
 
-    texts: list[str]
-    tokens: int
+    iteration: int
+    exchange: Exchange
+    work: list[tuple[Split, slice]]
+    distance: dict[str, float]
 
 
 class Trainer:
@@ -70,16 +76,20 @@ class Trainer:
         """Train, from iteration 0 to the last."""
         started = time.monotonic()
         means, evaluations = [], []
-        for iteration in range(self.config.es.iterations):
+        last = self.config.es.iterations
+        for iteration in range(last):
             every = self.config.eval.every
             due = iteration == 0 or (every > 0 and iteration % every == 0)
-            evaluated = self.evaluate(iteration) if due else {}
-            metrics = self.iterate(iteration)
+            examination = self.examine(iteration) if due else None
+            with self.profiled(iteration):
+                metrics = self.iterate(iteration)
             means.append(metrics["reward_mean"])
-            evaluations += [evaluated] if due else []
             if self.reporter:
-                self.reporter.iteration(metrics | evaluated)
-        evaluations.append(self.evaluate(self.config.es.iterations))
+                evaluations += [self.judge(examination)] if examination else []
+                self.reporter.iteration(metrics | (evaluations[-1] if examination else {}))
+        examination = self.examine(last)
+        if self.reporter:
+            evaluations.append(self.judge(examination))
         digest = self.center.digest()
         if self.reporter:
             first, last = evaluations[0], evaluations[-1]
@@ -115,11 +125,12 @@ class Trainer:
 
         for number in population.claim():
             with member(self.center, seeds[number], es.sigma, clock):
-                responses = self.respond("train", poll)
-            population.post(number, Evaluation(self.reward("train", responses), responses.tokens))
+                tokens = self.respond(self.encoded["train"], poll)
+            reward = mean(self.score("train", self.texts(tokens))) if self.world.leads else 0.0
+            population.post_reward(number, reward, sum(map(len, tokens)))
 
         with clock("exchange"):
-            evaluations = population.collect(poll)
+            evaluations = population.evaluations(poll)
         rewards = [evaluation.reward for evaluation in evaluations]
         coefficients = update_coefficients(rewards, es.alpha)
         if self.reporter and not any(coefficients) and es.alpha:
@@ -145,30 +156,42 @@ class Trainer:
             "reward_max": max(rewards),
             "seconds": time.perf_counter() - started,
             **{f"seconds_{part}": clock.seconds[part] for part in parts},
+            "seconds_idle": idle_seconds(evaluations),
+            "exchanged_bytes": population.bytes,
             "generated_tokens": sum(evaluation.tokens for evaluation in evaluations),
             **updated,
         }
 
-    def evaluate(self, iteration: int) -> dict[str, float]:
-        """The center's own rewards on both splits, its distance from the base, its responses as samples.
+    def examine(self, iteration: int) -> Examination:
+        """Let the center answer both splits' prompts, a part per replica; nobody waits for the others' parts."""
+        work = []
+        for split in SPLITS:
+            parts = min(self.world.replicas, len(self.encoded[split]))
+            work += [(split, slice(part, None, parts)) for part in range(parts)]
+        exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
+        for number in exchange.claim():
+            split, where = work[number]
+            exchange.post(number, json.dumps(self.respond(self.encoded[split][where])))
+        distance = self.center.distance(self.base) if self.world.replica == 0 else {}
+        return Examination(iteration, exchange, work, distance)
 
-        Replica 0 does this; the others go on to the next members. Empty elsewhere.
-        """
-        if self.world.replica != 0:
-            return {}
+    def judge(self, examination: Examination) -> dict[str, float]:
+        """The center's rewards on both splits and its distance from the base; its responses become samples."""
+        found = list(map(json.loads, examination.exchange.collect()))
         metrics = {}
-        for split, name in (("train", "center_reward"), ("test", "held_out_reward")):
-            responses = self.respond(split)
-            if self.reporter:
-                rewards = self.score(split, responses.texts)
-                metrics[name] = mean(rewards)
-                self.reporter.samples(iteration, split, self.task.prompts(split), responses.texts, rewards)
-        metrics |= self.center.distance(self.base)
-        return metrics
+        for split, name in SPLITS.items():
+            tokens: list[list[int]] = [[] for _ in self.encoded[split]]
+            for (of, where), part in zip(examination.work, found, strict=True):
+                if of == split:
+                    tokens[where] = part
+            texts = self.texts(tokens)
+            rewards = self.score(split, texts)
+            metrics[name] = mean(rewards)
+            self.reporter.samples(examination.iteration, split, self.task.prompts(split), texts, rewards)
+        return metrics | examination.distance
 
-    def respond(self, split: str, poll=lambda: None) -> Responses:
-        """The live weights' greedy responses to a split's prompts; the shard axis splits the prompts."""
-        prompts = self.encoded[split]
+    def respond(self, prompts: Sequence[list[int]], poll=lambda: None) -> list[list[int]]:
+        """The live weights' greedy responses, as token ids; the shard axis splits the prompts."""
         group = self.world.mesh.get_group("shard")
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         lockstep = group if self.engine.lockstep else None
@@ -180,9 +203,10 @@ class Trainer:
                     module, prompts[rank::ranks], vocabulary=self.engine.vocabulary, lockstep=lockstep, poll=poll
                 )
         with self.clock("exchange"):
-            everyone = self._exchange(mine, len(prompts), rank, ranks, group)
-        texts = self.tokenizer.batch_decode(everyone, skip_special_tokens=True) if self.world.leads else []
-        return Responses(texts, sum(map(len, everyone)))
+            return self._exchange(mine, len(prompts), rank, ranks, group)
+
+    def texts(self, tokens: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def _exchange(self, mine: Sequence[list[int]], count: int, rank: int, ranks: int, group) -> list[list[int]]:
         """All ranks' responses in prompt order, where rank r holds those of prompts r, r + ranks, ..."""
@@ -197,18 +221,19 @@ class Trainer:
         rows = tables.view(ranks, *table.shape).transpose(0, 1).reshape(-1, 1 + width)[:count].tolist()
         return [row[1 : 1 + row[0]] for row in rows]
 
-    def reward(self, split: str, responses: Responses) -> float:
-        """The mean of the responses' rewards, on the rank that leads the replica; 0 elsewhere."""
-        if not self.world.leads:
-            return 0.0
-        return mean(self.score(split, responses.texts))
-
     def score(self, split: str, texts: list[str]) -> list[float]:
         """The task's rewards, one per response."""
         rewards = list(map(float, self.task.score(split, texts)))
         if len(rewards) != len(texts):
             raise ConfigError(f"task: score gave {len(rewards)} rewards for {len(texts)} responses")
         return rewards
+
+    def profiled(self, iteration: int) -> AbstractContextManager:
+        """A context that writes a torch.profiler trace of the second iteration (the only one, if there is one)."""
+        if not self.config.profile or self.world.replica != 0 or iteration != min(1, self.config.es.iterations - 1):
+            return nullcontext()
+        file = Path(self.config.run.dir) / f"trace_rank{self.world.job.rank}.json.gz"
+        return profile(on_trace_ready=lambda trace: trace.export_chrome_trace(str(file)))
 
     def close(self) -> None:
         if self.reporter:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardes.config import ConfigError
-from shardes.population import Evaluation, Population, member_seeds, standardize, update_coefficients
+from shardes.population import Evaluation, Population, idle_seconds, member_seeds, standardize, update_coefficients
 
 
 @dataclass
@@ -67,7 +67,7 @@ def test_coefficients_are_float32():
 def test_every_member_is_evaluated_once_and_the_faster_replica_takes_more(job):
     seeds = member_seeds(0, 0, 12)
     taken: dict[int, list[int]] = {}
-    collected = {}
+    collected, sizes = {}, {}
 
     def replica(number: int, seconds: float):
         population = Population(Replica(job, number), 0, seeds, timeout=10)
@@ -75,8 +75,9 @@ def test_every_member_is_evaluated_once_and_the_faster_replica_takes_more(job):
         for n in population.claim():
             time.sleep(seconds)
             taken[number].append(n)
-            population.post(n, Evaluation(n * 1.5, 10 + n))
-        collected[number] = population.collect()
+            population.post_reward(n, n * 1.5, 10 + n)
+        collected[number] = population.evaluations()
+        sizes[number] = population.bytes
 
     threads = [threading.Thread(target=replica, args=(i, s)) for i, s in enumerate((0.02, 0.1))]
     for thread in threads:
@@ -85,7 +86,17 @@ def test_every_member_is_evaluated_once_and_the_faster_replica_takes_more(job):
         thread.join()
     assert sorted(taken[0] + taken[1]) == list(range(12))
     assert len(taken[0]) > len(taken[1]) > 0
-    assert collected[0] == collected[1] == [Evaluation(n * 1.5, 10 + n) for n in range(12)]
+    assert collected[0] == collected[1]
+    assert [(e.reward, e.tokens) for e in collected[0]] == [(n * 1.5, 10 + n) for n in range(12)]
+    assert all(n in taken[e.replica] for n, e in enumerate(collected[0]))
+    assert 0 <= idle_seconds(collected[0]) < 0.5
+    assert max(sizes.values()) < 12 * 500
+
+
+def test_idle_time_is_that_of_the_first_replica_to_run_out():
+    finished = [(0, 10.0), (1, 11.0), (0, 12.0), (1, 14.5)]
+    assert idle_seconds([Evaluation(0.0, 1, replica, when) for replica, when in finished]) == 2.5
+    assert idle_seconds([Evaluation(0.0, 1, 0, 3.0)]) == 0.0
 
 
 def test_iterations_do_not_mix(job):
@@ -97,10 +108,10 @@ def test_iterations_do_not_mix(job):
 def test_a_missing_member_is_named_with_its_replica(job):
     mine, other = (Population(Replica(job, r), 3, [7, 8, 9], timeout=0.3) for r in (0, 1))
     claims = mine.claim()
-    mine.post(next(claims), Evaluation(1.0, 1))
+    mine.post_reward(next(claims), 1.0, 1)
     assert next(other.claim()) == 1
-    mine.post(next(claims), Evaluation(1.0, 1))
-    with pytest.raises(TimeoutError, match=r"iteration 3.*1 \(replica 1\)"):
+    mine.post_reward(next(claims), 1.0, 1)
+    with pytest.raises(TimeoutError, match=r"iteration 3: .*1 \(replica 1\)"):
         mine.collect()
 
 
@@ -108,4 +119,4 @@ def test_a_missing_member_is_named_with_its_replica(job):
 def test_a_reward_that_is_no_number_stops_the_run(job, reward):
     population = Population(Replica(job, 0), 4, [70, 80], timeout=1)
     with pytest.raises(ConfigError, match=r"member 1 of iteration 4 \(seed 80\)"):
-        population.post(1, Evaluation(reward, 5))
+        population.post_reward(1, reward, 5)

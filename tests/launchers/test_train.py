@@ -1,5 +1,6 @@
 """The main job, started as a user starts it."""
 
+import gzip
 import importlib.util
 import json
 import shutil
@@ -92,6 +93,7 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
         assert ("held_out_reward" in row) == (row["iteration"] % 2 == 0)
         for part in ("perturb", "gather", "generate", "restore", "update", "exchange"):
             assert 0 <= row[f"seconds_{part}"] <= row["seconds"]
+        assert 0 <= row["seconds_idle"] < row["seconds"] + 1 and 0 < row["exchanged_bytes"] < 50_000
         assert len(record["seeds"]) == len(record["rewards"]) == len(record["coefficients"]) == 5
         assert (record["sigma"], record["alpha"], len(record["digest"])) == (0.05, 0.05, 16)
     assert summary["iterations"] == 3
@@ -109,6 +111,15 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
     # In float32 this small model answers alike on every layout, so the whole run is the same to the bit.
     runs[layout] = [(record["seeds"], record["rewards"], record["digest"]) for record in journal], summary["digest"]
     assert len(set(map(str, runs.values()))) == 1
+
+
+def test_a_profile_of_one_iteration(config, tmp_path):
+    done = deepspeed(2, "launchers/train.py", config(("es", "iterations", 2)), "profile=true")
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "run").glob("trace_rank*.json.gz")
+    with gzip.open(file, "rt") as opened:
+        names = {event.get("name") for event in json.load(opened)["traceEvents"]}
+    assert "aten::scaled_dot_product_attention" in names
 
 
 def test_a_mistake_ends_every_rank_with_one_line(config):
