@@ -140,11 +140,7 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
 )
 def test_a_reward_that_fails_ends_every_rank(config, tmp_path, body, code, message):
     path = config()
-    # The first two calls score the center's own responses.
-    late = f"""self.calls = getattr(self, 'calls', 0) + 1
-        if self.calls > 2: {body}
-        return [0.0] * len(responses)"""
-    source = TASK.replace("return [float(sum(map(ord, text)) % 97) for text in responses]", late)
+    source = TASK.replace("return [float(sum(map(ord, text)) % 97) for text in responses]", body)
     (tmp_path / "task.py").write_text(source)
     done = deepspeed(2, "launchers/train.py", path, "sharding.shard=2", seconds=120)
     assert done.returncode == code, done.stderr
