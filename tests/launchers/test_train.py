@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,10 +77,12 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
     engine, replicas, shard, tensor = layout
     ranks = replicas * shard * tensor
     keys = [f"engine={engine}", f"sharding.shard={shard}", f"sharding.tensor={tensor}"]
+    memory = set(Path("/dev/shm").iterdir())
     done = deepspeed(ranks, "launchers/train.py", config(), *keys)
     assert done.returncode == 0, done.stdout + done.stderr
     shown = [line for line in done.stdout.splitlines() if line.startswith(("iteration", "done"))]
     assert len(shown) == 4, done.stdout  # one rank speaks
+    assert not {file.name for file in set(Path("/dev/shm").iterdir()) - memory if "allreduce" in file.name}
 
     directory = tmp_path / "run"
     assert yaml.safe_load((directory / "config.yaml").read_text())["sharding"]["shard"] == shard
