@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -11,22 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.measure import Row
+from shardes.world import free_port
 
 ROOT = Path(__file__).parent.parent
 
 
 def train(
     directory: Path, ranks: int, prompts: int, tokens: int, members: int, iterations: int, *keys: str, **env: str
-):
+) -> list[dict[str, float]]:
     """The metrics of each iteration of a run, but for the first, which warms up.
 
     Raises:
         RuntimeError: the run failed; says how.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
         config.write_text(json.dumps({
             "model": {"path": str(directory.absolute()), "dtype": "float32"},
@@ -37,11 +34,11 @@ def train(
             "run": {"dir": f"{folder}/run"},
         }))  # fmt: skip
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        command = [*launcher, "--master_port", str(port), "launchers/train.py", str(config), *keys]
-        environ = os.environ | {"BENCHMARK_PROMPTS": str(prompts), "PYTHONPATH": str(ROOT)} | env
-        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-            if name not in env:
-                environ.pop(name, None)
+        command = [*launcher, "--master_port", str(free_port()), "launchers/train.py", str(config), *keys]
+        # This process's own share of the cores is not the ranks'.
+        own = "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"
+        environ = {key: value for key, value in os.environ.items() if key not in own}
+        environ |= {"BENCHMARK_PROMPTS": str(prompts), "PYTHONPATH": str(ROOT)} | env
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1800)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-3000:]}")

@@ -31,7 +31,7 @@ from shardes.generation import Greedy, encode, greedy  # noqa: E402
 from shardes.tasks import Task, load_task  # noqa: E402
 from shardes.trainer import Trainer  # noqa: E402
 from shardes.weights import WeightFiles, model_directory  # noqa: E402
-from shardes.world import Job, agree, form_replica, join_job  # noqa: E402
+from shardes.world import Job, agree, form_replica, join_job, part  # noqa: E402
 
 MEETING = 300.0  # seconds for the launcher's processes to meet
 
@@ -130,6 +130,10 @@ def train(argv: list[str]) -> int:
     finally:
         trainer.close()
     dist.barrier()
+    missing = part(job, config.run.timeout)
+    if missing:
+        complain(f"the run is done, but after {config.run.timeout:.0f} s ranks {missing} have not ended")
+        return 1
     dist.destroy_process_group()
     return 0
 

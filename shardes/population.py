@@ -125,8 +125,8 @@ class Evaluation:
 
     reward: float
     tokens: int
-    replica: int = 0
-    finished: float = 0.0
+    replica: int
+    finished: float
 
 
 def idle_seconds(evaluations: Sequence[Evaluation]) -> float:
@@ -146,12 +146,11 @@ class Population(Exchange):
         self.seeds = list(seeds)
 
     def post_reward(self, number: int, reward: float, tokens: int) -> None:
-        """Publish a member's evaluation, as the replica's leading rank has it.
+        """Publish a member's evaluation; all ranks of the replica have the same.
 
         Raises:
-            ConfigError: on every rank of the replica, the reward is NaN or infinite; names the member and its seed.
+            ConfigError: the reward is NaN or infinite; names the member and its seed.
         """
-        (reward,) = self._world.broadcast([reward], 1)
         if not math.isfinite(reward):
             raise ConfigError(
                 f"task: the reward of member {number} of iteration {self._iteration} (seed {self.seeds[number]}) is "
@@ -171,7 +170,7 @@ class Population(Exchange):
 
     def publish(self, name: str) -> None:
         """Tell all replicas that a step of this iteration is done."""
-        self._store.set(name, "")
+        self._set(name, "")
 
     def await_published(self, name: str) -> None:
         """Wait for one rank's `publish(name)`."""

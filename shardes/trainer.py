@@ -76,8 +76,8 @@ class Trainer:
         """Train, from iteration 0 to the last."""
         started = time.monotonic()
         means, evaluations = [], []
-        last = self.config.es.iterations
-        for iteration in range(last):
+        iterations = self.config.es.iterations
+        for iteration in range(iterations):
             every = self.config.eval.every
             due = iteration == 0 or (every > 0 and iteration % every == 0)
             examination = self.examine(iteration) if due else None
@@ -87,7 +87,7 @@ class Trainer:
             if self.reporter:
                 evaluations += [self.judge(examination)] if examination else []
                 self.reporter.iteration(metrics | (evaluations[-1] if examination else {}))
-        examination = self.examine(last)
+        examination = self.examine(iterations)
         if self.reporter:
             evaluations.append(self.judge(examination))
         digest = self.center.digest()
@@ -126,7 +126,7 @@ class Trainer:
         for number in population.claim():
             with member(self.center, seeds[number], es.sigma, clock):
                 tokens = self.respond(self.encoded["train"], poll)
-            reward = mean(self.score("train", self.texts(tokens))) if self.world.leads else 0.0
+            reward = self.world.led(lambda tokens=tokens: mean(self.score("train", self.texts(tokens))))
             population.post_reward(number, reward, sum(map(len, tokens)))
 
         with clock("exchange"):

@@ -60,6 +60,23 @@ class World:
         dist.all_reduce(totals)
         return totals.tolist()
 
+    def led(self, work: Callable[[], float]) -> float:
+        """What `work()` gives on the leading rank, which alone calls it, on every rank of the replica.
+
+        Raises:
+            ConfigError: on every rank, where `work` raises one.
+        """
+        value, problem = 0.0, None
+        if self.leads:
+            try:
+                value = work()
+            except ConfigError as error:
+                problem = error
+        value, failed = self.broadcast([value, float(problem is not None)], 2)
+        if failed:
+            raise problem or ConfigError("the replica's leading rank says what is wrong")
+        return value
+
     def broadcast(self, values: list[float] | None, count: int) -> list[float]:
         """The leading rank's `count` float64 values, on every rank of the replica."""
         shared = torch.tensor(values or [0.0] * count, dtype=torch.float64, device=self.device)
@@ -76,7 +93,7 @@ def join_job(timeout: float) -> Job:
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        os.environ |= alone | {"MASTER_PORT": str(_free_port())}
+        os.environ |= alone | {"MASTER_PORT": str(free_port())}
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     except (dist.DistError, TimeoutError, RuntimeError) as error:
@@ -109,13 +126,25 @@ def agree(job: Job, problem: str | None, settings: str, say: Callable[[str], Non
             say(seen[0])
         job.store.set("agreed", "" if seen else "yes")
     agreed = bool(job.store.get("agreed"))
-    # Rank 0 may serve the store, and the launcher ends everyone when the first one fails: it leaves last.
-    heard = job.store.add("heard", 1)
-    deadline = time.monotonic() + 10
-    while not agreed and job.rank == 0 and heard < job.size and time.monotonic() < deadline:
-        time.sleep(0.05)
-        heard = job.store.add("heard", 0)
+    if not agreed:
+        part(job, 10)
     return agreed
+
+
+def part(job: Job, seconds: float) -> list[int]:
+    """Leave the job. Rank 0, which may serve the store, leaves last: after all others, or `seconds` at the most.
+
+    The launcher, too, ends everyone when the first rank fails. Returns, on rank 0, the ranks that did not come.
+    """
+    job.store.set(f"parted/{job.rank}", "")
+    missing = list(range(job.size)) if job.rank == 0 else []
+    deadline = time.monotonic() + seconds
+    while missing:
+        missing = [rank for rank in missing if not job.store.check([f"parted/{rank}"])]
+        if not missing or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return missing
 
 
 def form_replica(job: Job, replicas: int, shard: int, tensor: int, timeout: float) -> World:
@@ -141,7 +170,8 @@ def form_replica(job: Job, replicas: int, shard: int, tensor: int, timeout: floa
     return World(job, replica, replicas, mesh, device)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,12 +1,13 @@
 """Ranks agree before any of them starts heavy work."""
 
 import threading
+import time
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from shardes.world import Job, agree
+from shardes.world import Job, agree, part
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,24 @@ def test_agreement(problems, settings, said):
     assert set(verdicts.values()) == {said is None}
     assert len(spoken) == (said is not None)
     assert said is None or spoken[0].startswith(said)
+
+
+def test_rank_0_leaves_after_the_slowest_or_names_who_is_missing():
+    limit = timedelta(seconds=20)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit)
+    left: dict[int, float] = {}
+
+    def rank(number: int):
+        job = Job(number, 3, dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=limit))
+        time.sleep(0.3 * number)
+        left[number] = time.monotonic()
+        assert part(job, 10) == []
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    assert part(Job(0, 3, server), 10) == []
+    assert time.monotonic() >= max(left.values()) and set(left) == {1, 2}
+    for thread in threads:
+        thread.join()
+    assert part(Job(0, 5, server), 0.2) == [3, 4]

@@ -137,9 +137,10 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
     "body, code, message",
     [
         ("return [float('nan') for _ in responses]", 2, "member 0 of iteration 0 (seed "),
+        ("return [0.0]", 2, "error: task: score gave 1 rewards for 4 responses"),
         ("raise OSError('the judge is out')", 1, "the judge is out"),
     ],
-    ids=["NaN", "raises"],
+    ids=["NaN", "too few", "raises"],
 )
 def test_a_reward_that_fails_ends_every_rank(config, tmp_path, body, code, message):
     path = config()
