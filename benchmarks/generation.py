@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ def prompts(count: int) -> list[list[dict[str, str]]]:
 def rows(directory: Path, toy: bool) -> Iterator[Row]:
     """Answers that end at very different lengths."""
     tokenizer, model = _load(directory)
+    plain = deepcopy(model)
     speed_up(model)  # as the engines do
-    _, plain = _load(directory)
     count, longest = (8, 12) if toy else (64, 256)
     asked = encode(tokenizer, prompts(count))
     decode = greedy(tokenizer, model.generation_config, max_new_tokens=longest)
@@ -50,13 +51,13 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     yield Row("generation", what, "transformers' generate", 2, found, note=note)
 
 
-def against_vllm(directory: Path, toy: bool, vllm: str | None) -> Iterator[Row]:
+def against_vllm(directory: Path, toy: bool, vllm: str | None) -> Row:
     """Answers of one length, here and through vLLM in an environment of its own."""
     count, longest = (4, 8) if toy else (32, 64)
-    what = f"generation, {count} prompts × {longest} tokens"
+    row = Row("vllm", f"generation, {count} prompts × {longest} tokens", "vLLM on CPU", 1.5)
     if vllm is None:
-        yield Row("vllm", what, "vLLM on CPU", 1.5, note="no vLLM given: --vllm PYTHON names an environment's")
-        return
+        row.note = "no vLLM given: --vllm PYTHON names an environment's"
+        return row
     tokenizer, model = _load(directory)
     speed_up(model)
     asked = encode(tokenizer, prompts(count))
@@ -70,12 +71,12 @@ def against_vllm(directory: Path, toy: bool, vllm: str | None) -> Iterator[Row]:
     environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run([vllm, str(script)], input=request, env=environ, capture_output=True, text=True, timeout=1200)
     if done.returncode:
-        yield Row("vllm", what, "vLLM on CPU", 1.5, note=f"vLLM failed: {done.stderr.strip().splitlines()[-1][:200]}")
-        return
+        row.note = f"vLLM failed: {done.stderr.strip().splitlines()[-1][:200]}"
+        return row
     other = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
-    found = [a / b for a, b in zip(mine, other, strict=True)]
-    note = f"{statistics.median(mine):.0f} against {statistics.median(other):.0f} tokens/s, one after the other"
-    yield Row("vllm", what, "vLLM on CPU", 1.5, found, note=note)
+    row.ratios = [a / b for a, b in zip(mine, other, strict=True)]
+    row.note = f"{statistics.median(mine):.0f} against {statistics.median(other):.0f} tokens/s, one after the other"
+    return row
 
 
 def _load(directory: Path):

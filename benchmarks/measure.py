@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
+
 
 @dataclass
 class Row:
@@ -44,6 +46,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def median_seconds(work: Callable[[], object]) -> float:
+    """The median of five calls, after one that is not measured."""
+    work()
+    return statistics.median(seconds(work) for _ in range(5))
+
+
 def ratios(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[list[float], float]:
     """How many times longer theirs takes, taken in turns after one unmeasured call of each; and our median seconds."""
     ours(), theirs()
@@ -57,6 +65,4 @@ def ratios(ours: Callable[[], object], theirs: Callable[[], object], repeats: in
 
 def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
     """The exponent p of time ~ size**p, fitted to the logarithms."""
-    from numpy import log, polyfit
-
-    return float(polyfit(log(sizes), log(times), 1)[0])
+    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Row, ratios, seconds, slope
+from benchmarks.measure import Row, median_seconds, ratios, slope
 from shardes.engines import empty_model
 from shardes.noise import add_noise
 from shardes.shards import cut, run
@@ -93,14 +93,14 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     for copies in (1, 4, 16):
         several = Weights(directory, copies, apart=False)
         sizes.append(several.size)
-        times.append(_median(several.perturb))
+        times.append(median_seconds(several.perturb))
         del several
     yield _growth("parameters", sizes, times, 1.0)
     ranks = [1, 2, 4]
-    times = [_median(lambda parts=parts: weights.perturb(0, parts)) for parts in ranks]
+    times = [median_seconds(lambda parts=parts: weights.perturb(0, parts)) for parts in ranks]
     yield _growth("ranks (a rank's share)", ranks, times, -1.0)
     populations = [2, 4, 8] if toy else [8, 32, 128]
-    times = [_median(lambda count=count: weights.update(count)) for count in populations]
+    times = [median_seconds(lambda count=count: weights.update(count)) for count in populations]
     yield _growth("population size (update)", populations, times, 1.0)
 
 
@@ -108,11 +108,6 @@ def _growth(of: str, sizes: list, times: list[float], expected: float) -> Row:
     shown = ", ".join(f"{size}: {1e3 * took:.3g} ms" for size, took in zip(sizes, times, strict=True))
     fitted = slope(sizes, times)
     return Row(f"growth: {of}", f"time ~ {of} to the power of", f"{expected:+.0f}", None, [fitted], note=shown)
-
-
-def _median(work) -> float:
-    work()
-    return sorted(seconds(work) for _ in range(5))[2]
 
 
 def _extra_bytes(work) -> int:

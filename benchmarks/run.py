@@ -26,7 +26,7 @@ from benchmarks.measure import Row  # noqa: E402
 GROUPS = {
     "noise": lambda options: noise.rows(options.model, options.toy),
     "generation": lambda options: generation.rows(options.model, options.toy),
-    "vllm": lambda options: generation.against_vllm(options.model, options.toy, options.vllm),
+    "vllm": lambda options: [generation.against_vllm(options.model, options.toy, options.vllm)],
     "iteration": lambda options: iteration.rows(options.model, options.toy),
 }
 
@@ -54,11 +54,9 @@ def plot(found: list[Row], file: Path) -> None:
     judged = [row for row in found if row.ratios and row.target is not None][::-1]
     # To the right of 1 is better than the target, whichever way the target points.
     scores = [[_score(row, ratio) for ratio in row.ratios] for row in judged]
-    middle = [sorted(score)[len(score) // 2] for score in scores]
-    spread = [
-        [m - min(s) for m, s in zip(middle, scores, strict=True)],
-        [max(s) - m for m, s in zip(middle, scores, strict=True)],
-    ]
+    middle = [_score(row, row.ratio) for row in judged]
+    pairs = list(zip(middle, scores, strict=True))
+    spread = [[m - min(score) for m, score in pairs], [max(score) - m for m, score in pairs]]
     figure = Figure(figsize=(9, 1 + 0.45 * len(judged)), layout="constrained")
     axes = figure.subplots()
     axes.barh([f"{row.what}\nagainst {row.against}" for row in judged], middle, xerr=spread, color="#4878a8", capsize=3)

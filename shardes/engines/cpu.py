@@ -29,10 +29,11 @@ def speed_up(module: nn.Module) -> None:
     """Let a module's plain linear layers use `linear`."""
     for part in module.modules():
         if type(part) is nn.Linear and not isinstance(part.weight, DTensor):
-            part.forward = partial(_forward, part)
+            part.forward = partial(forward, part)
 
 
-def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer with `weight` and `bias` makes of x, through `linear`."""
     return linear(x, layer.weight, layer.bias)
 
 
@@ -49,16 +50,16 @@ def shared_memory(replica: int) -> Iterator[bool]:
     dist.all_gather_into_tensor(hosts, host)
     local = bool((hosts == host).all())
     address, port = os.environ["MASTER_ADDR"], f"{os.environ['MASTER_PORT']}_{replica}"
-    before = dict(os.environ)
-    os.environ |= {"LOCAL_SIZE": str(len(hosts)) if local else "0", "MASTER_PORT": port}
+    names = {"LOCAL_SIZE": str(len(hosts)) if local else "0", "MASTER_PORT": port}
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ |= names
     try:
         yield local
     finally:
-        os.environ["MASTER_PORT"] = before["MASTER_PORT"]
-        if "LOCAL_SIZE" in before:
-            os.environ["LOCAL_SIZE"] = before["LOCAL_SIZE"]
-        else:
-            del os.environ["LOCAL_SIZE"]
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
     dist.barrier()
     segment = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
     Path("/dev/shm", segment).unlink(missing_ok=True)

@@ -126,9 +126,6 @@ class DeepSpeedEngine:
 def _speed_up(module: nn.Module, all_reduce: Callable[..., object]) -> None:
     """Let linear layers on a CPU, whole or cut by AutoTP, use the faster product and sum."""
 
-    def column(layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:
-        return cpu.linear(x, layer.weight, layer.bias)
-
     def row(layer: LinearAllreduce, x: torch.Tensor) -> torch.Tensor:
         out = cpu.linear(x, layer.weight)
         all_reduce(out, group=layer.mp_group)
@@ -139,7 +136,7 @@ def _speed_up(module: nn.Module, all_reduce: Callable[..., object]) -> None:
         if type(part) is LinearAllreduce:
             part.forward = partial(row, part)
         elif type(part) in (LinearLayer, VocabParallelLinear) and not part.gather_output:
-            part.forward = partial(column, part)
+            part.forward = partial(cpu.forward, part)
 
 
 def _settings(module: nn.Module, tensors: int, offload: Offload) -> dict:

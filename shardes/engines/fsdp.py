@@ -40,8 +40,11 @@ class FSDPEngine:
         buffers = {name: buffer.to(world.device) for name, buffer in module.named_buffers()}
         # On a CPU the shards are on the host as it is, and FSDP's policy would want to pin them.
         offload = sharding.offload is Offload.cpu and world.device.type != "cpu"
+        in_parts = False
         if shards * tensors > 1:
-            distribute(module, DistributedConfig(tp_size=tensors, fsdp_size=shards, fsdp_cpu_offload=offload))
+            in_parts = distribute(
+                module, DistributedConfig(tp_size=tensors, fsdp_size=shards, fsdp_cpu_offload=offload)
+            )
         module.to_empty(device="cpu" if offload else world.device)
         _tie(module)
         for name, buffer in module.named_buffers():
@@ -52,7 +55,7 @@ class FSDPEngine:
 
         self.device = world.device
         self.vocabulary = None
-        if tensors > 1 and module.tp_plan.get("lm_head") == "colwise_gather_output":
+        if in_parts:
             first, _ = _chunk(module.config.vocab_size, *_axis(world, "tensor"))
             self.vocabulary = VocabularyPart(first, world.mesh.get_group("tensor"))
         self._module = module
@@ -76,19 +79,21 @@ class FSDPEngine:
                 group.reshard()
 
 
-def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> None:
+def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> bool:
     """What `from_pretrained(distributed_config=...)` does before it loads, for tied embeddings too.
 
     Tensor parallel wants tied parameters apart, and FSDP cannot share one between groups: so they are untied, tied
-    again in between, and left to the root's group.
+    again in between, and left to the root's group. Where transformers would gather the logits of a head that is cut
+    along the vocabulary, each rank keeps its own part of them: returns whether that is so.
     """
     _, _, mesh = module.prepare_distribute_model(distributed)
     module.config.distributed_config = distributed
     tied = {name.rpartition(".")[0] for pair in module.all_tied_weights_keys.items() for name in pair}
     module.fsdp_plan = {name: style for name, style in module.fsdp_plan.items() if name not in tied}
     tp_plan, ep_plan, fsdp_plan = module._resolve_parallel_plans(distributed)
-    if tp_plan.get("lm_head") == "colwise_gather_output":
-        tp_plan = tp_plan | {"lm_head": "colwise"}  # each rank keeps its own part of the logits
+    in_parts = distributed.tp_size > 1 and tp_plan.get("lm_head") == "colwise_gather_output"
+    if in_parts:
+        tp_plan = tp_plan | {"lm_head": "colwise"}
     if distributed.tp_size > 1:
         for target in module.all_tied_weights_keys:
             owner, _, key = target.rpartition(".")
@@ -98,6 +103,7 @@ def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> None:
         _tie(module)
     if distributed.fsdp_size > 1:
         apply_fully_sharded_data_parallelism(module, mesh, fsdp_plan, ep_plan)
+    return in_parts
 
 
 def _tie(module: PreTrainedModel) -> None:
