@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from benchmarks.measure import Row
+from shardes.engines import empty_model
 from shardes.world import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +62,11 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     note = f"{shown}; generation {generation:.1f} s; {sent:.0f} bytes through the store"
     what = f"ES overhead, {prompts} prompts × {tokens} tokens, N = {members}"
     yield Row("overhead", what, "the iteration's generation time", 0.05, shares, at_most=True, note=note)
+
+    weights = 4 * sum(param.numel() for param in empty_model(directory, torch.float32).parameters())
+    peaks = [row["peak_resident_bytes"] / weights for row in found]
+    shown = f"{found[-1]['peak_resident_bytes'] / 2**20:.0f} MiB; live weights and center alone are 2"
+    yield Row("resident", "peak resident set of that run", "the weights, float32", None, peaks, note=shown)
 
     prompts, tokens = (2, 4) if toy else (8, 32)
     one = train(directory, 1, prompts, tokens, members, repeats, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1")

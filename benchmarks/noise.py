@@ -1,15 +1,17 @@
 """Perturb, restore and update, against the paper's description of them and against bare memory."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from benchmarks.measure import Row, median_seconds, ratios, slope
+from shardes.center import CopyCenter, member
 from shardes.engines import empty_model
 from shardes.noise import add_noise
-from shardes.shards import cut, run
+from shardes.shards import Region, Shard, cut, run
 
 SIGMA, ALPHA = 0.001, 0.0005
 
@@ -27,16 +29,15 @@ class Weights:
         self.live = {name: theta.clone() if apart else theta for name, theta in self.center.items()}
         self.size = sum(theta.numel() for theta in self.center.values())
 
+    def read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
+        out.copy_(self.center[name])  # as WeightFiles.read, of whole parameters
+
     def perturb(self, part: int = 0, parts: int = 1) -> None:
         for name, theta in self.center.items():
             share = -(-theta.numel() // parts)
             regions = cut((run(0, theta.numel()),), part * share, (part + 1) * share)
             where = slice(part * share, (part + 1) * share)
             add_noise(theta[where], name, regions, [7], [SIGMA], out=self.live[name][where])
-
-    def restore(self) -> None:
-        for name, theta in self.center.items():
-            self.live[name].copy_(theta)
 
     def update(self, members: int) -> None:
         for name, theta in self.center.items():
@@ -73,9 +74,12 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     rate = f"{weights.size / took / 1e6:.0f}M normals/s"
     yield Row("perturb", f"perturb, {size}", "randn, add_", 6, found, note=rate)
 
+    shards = [Shard(name, x.shape, x, (run(0, x.numel()),)) for name, x in weights.live.items()]
+    center = CopyCenter(shards, SimpleNamespace(device=torch.device("cpu")), weights)
+
     def ours():
-        weights.perturb()
-        weights.restore()
+        with member(center, 7, SIGMA):
+            pass
 
     found, _ = ratios(ours, lambda: [weights.papers_perturb(sign) for sign in (1, -1)], 5)
     yield Row("restore", "perturb and restore (copy)", "the loop with +σ, then −σ", 12, found)

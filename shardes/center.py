@@ -1,7 +1,8 @@
 """θ on this rank: perturb, restore, update.
 
 `restore: copy` keeps the center in float32 beside the live weights (on the host, where the model is on a
-GPU): a member is live = cast(center + σ·ε), restoring copies, the update lands in float32.
+GPU): a member is live = cast(center + σ·ε), the update lands in float32, and the center is copied to the live
+weights only where it is to answer itself.
 `restore: subtract` is the paper's way: the live weights are the center, restoring subtracts the same noise;
 what rounding leaves behind is measured.
 """
@@ -23,7 +24,7 @@ SAMPLE = 256  # subtract mode watches one element in this many for drift
 
 
 class Center(ABC):
-    """The weights being trained, on this rank. Between members the live weights are the center's."""
+    """The weights being trained, on this rank."""
 
     def __init__(self, shards: Sequence[Shard], world: World):
         self._shards = shards
@@ -40,7 +41,11 @@ class Center(ABC):
 
     @abstractmethod
     def restore(self, seed: int, sigma: float) -> None:
-        """Make the live weights the center's again, after `perturb(seed, sigma)`, complete or not."""
+        """Undo `perturb(seed, sigma)`, complete or not: another member, an update or `show` may follow."""
+
+    @abstractmethod
+    def show(self) -> None:
+        """Make the live weights the center's, between members."""
 
     @abstractmethod
     def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
@@ -84,42 +89,48 @@ class CopyCenter(Center):
         }
         for shard in shards:
             source.read(shard.name, shard.regions, self.values(shard))
-            shard.values.copy_(self.values(shard))
+        self._shown = False
 
     def values(self, shard: Shard) -> torch.Tensor:
         return self._thetas[shard.name]
 
     def perturb(self, seed: int, sigma: float) -> None:
+        self._shown = False
         for shard in self._shards:
-            for where, regions, theta in self._staged(shard):
+            for where, regions, theta in self._staged(shard, shard.numel):
                 add_noise(theta, shard.name, regions, [seed], [sigma], out=shard.values[where])
 
     def restore(self, seed: int, sigma: float) -> None:
-        for shard in self._shards:
-            shard.values.copy_(self.values(shard))
+        pass  # members and updates are written from the center, whatever the live weights are
+
+    def show(self) -> None:
+        if not self._shown:
+            for shard in self._shards:
+                shard.values.copy_(self.values(shard))
+        self._shown = True
 
     def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
         same = 0
         for shard in self._shards:
-            for where, regions, theta in self._staged(shard):
+            for where, regions, theta in self._staged(shard, BLOCK if self._lossy else shard.numel):
+                live, home = shard.values[where], self.values(shard)[where]
+                before = theta.to(live.dtype) if self._lossy and shard.owned else None
                 add_noise(theta, shard.name, regions, seeds, coefficients)
-                self.values(shard)[where].copy_(theta)
-                live = shard.values[where]
-                if self._lossy:
-                    still = _write(live, theta)
-                    same += still if shard.owned else 0
-                else:
-                    live.copy_(theta)
+                live.copy_(theta)
+                if before is not None:
+                    same += int(torch.sum(live == before))
+                if theta.data_ptr() != home.data_ptr():
+                    home.copy_(theta)
+        self._shown = True
         return self._unmoved(same)
 
-    def _staged(self, shard: Shard):
-        """The center's part for `shard` where the live weights are: itself, or block by block a copy of it."""
+    def _staged(self, shard: Shard, size: int):
+        """The center's part for `shard` where the live weights are, in blocks of at most `size` elements."""
         theta = self.values(shard)
-        if shard.tensor.device == theta.device:
-            yield slice(None), shard.regions, theta
-        else:
-            for where, regions in shard.blocks():
-                yield where, regions, theta[where].to(shard.tensor.device, non_blocking=True)
+        if shard.tensor.device != theta.device:
+            size = BLOCK  # copies
+        for where, regions in shard.blocks(max(size, 1)):
+            yield where, regions, theta[where].to(shard.tensor.device, non_blocking=True)
 
 
 class SubtractCenter(Center):
@@ -143,6 +154,9 @@ class SubtractCenter(Center):
         while self._perturbed:
             shard = self._perturbed.pop()
             add_noise(shard.values, shard.name, shard.regions, [seed], [-sigma])
+
+    def show(self) -> None:
+        assert not self._perturbed
 
     def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
         metrics = self._drift()
@@ -174,18 +188,8 @@ class SubtractCenter(Center):
         return {"drift": sqrt(squares / count), "drifted": changed / count}
 
 
-def _write(live: torch.Tensor, theta: torch.Tensor) -> int:
-    """live = cast(theta), in bounded memory; returns how many live elements that left as they were."""
-    same = 0
-    for old, new in zip(live.split(BLOCK), theta.split(BLOCK), strict=True):
-        new = new.to(live.dtype)
-        same += int(torch.sum(old == new))
-        old.copy_(new)
-    return same
-
-
 def open_center(mode: Restore, shards: Sequence[Shard], world: World, source: WeightFiles) -> Center:
-    """The center with the weights of `source`, which it also makes the live ones."""
+    """The center with the weights of `source`."""
     return {Restore.copy: CopyCenter, Restore.subtract: SubtractCenter}[mode](shards, world, source)
 
 
@@ -193,7 +197,7 @@ def open_center(mode: Restore, shards: Sequence[Shard], world: World, source: We
 def member(
     center: Center, seed: int, sigma: float, clock: Callable[[str], AbstractContextManager] = nullcontext
 ) -> Iterator[None]:
-    """A context in which the live weights are θ + σ·ε(seed); the center's again afterwards, come what may.
+    """A context in which the live weights are θ + σ·ε(seed); restored afterwards, come what may.
 
     `clock("perturb")` and `clock("restore")` are contexts around the two parts.
     """

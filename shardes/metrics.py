@@ -109,6 +109,12 @@ class Reporter:
             file.close()
 
 
+def peak_resident_bytes() -> int:
+    """The most memory of the host that this process has had resident so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -17,7 +17,7 @@ from shardes.config import Config, ConfigError, Restore
 from shardes.engines import Engine
 from shardes.generation import Greedy
 from shardes.journal import Journal, Record
-from shardes.metrics import Clock, Reporter
+from shardes.metrics import Clock, Reporter, peak_resident_bytes
 from shardes.population import Exchange, Population, idle_seconds, mean, member_seeds, std, update_coefficients
 from shardes.tasks import Split, Task
 from shardes.weights import WeightFiles
@@ -158,6 +158,7 @@ class Trainer:
             **{f"seconds_{part}": clock.seconds[part] for part in parts},
             "seconds_idle": idle_seconds(evaluations),
             "exchanged_bytes": population.bytes,
+            "peak_resident_bytes": peak_resident_bytes(),
             "generated_tokens": sum(evaluation.tokens for evaluation in evaluations),
             **updated,
         }
@@ -168,6 +169,7 @@ class Trainer:
         for split in SPLITS:
             parts = min(self.world.replicas, len(self.encoded[split]))
             work += [(split, slice(part, None, parts)) for part in range(parts)]
+        self.center.show()
         exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
         for number in exchange.claim():
             split, where = work[number]

@@ -53,10 +53,12 @@ def live(shards) -> torch.Tensor:
 def test_fifty_members_leave_a_copied_center_as_it_was(base, dtype):
     shards = make_shards(dtype)
     center = open_center(Restore.copy, shards, Alone(), base)
+    center.show()
     before, digest = live(shards).clone(), center.digest()
     for seed in range(50):
         with member(center, seed, 0.001):
             assert not torch.equal(live(shards), before)
+        center.show()
         assert torch.equal(live(shards), before)
     assert center.digest() == digest
 
@@ -75,7 +77,10 @@ def test_updates_land_in_float32_and_the_live_weights_follow(base):
     shards = make_shards(torch.bfloat16)
     center = open_center(Restore.copy, shards, Alone(), base)
     expected = {shard.name: center.values(shard).clone() for shard in shards}
+    center.show()
     live_before = live(shards).clone()
+    with member(center, 3, 0.01):
+        pass
     metrics = center.update([1, 2], [1e-4, -2e-4])
     for shard in shards:
         add_noise(expected[shard.name], shard.name, shard.regions, [1, 2], [1e-4, -2e-4])
@@ -89,7 +94,7 @@ def test_updates_land_in_float32_and_the_live_weights_follow(base):
 def test_staging_a_center_in_blocks_changes_no_bit(base, monkeypatch):
     whole, staged = (open_center(Restore.copy, make_shards(torch.bfloat16), Alone(), base) for _ in range(2))
 
-    def blocks(self, shard):
+    def blocks(self, shard, size):
         for where, regions in shard.blocks(997):
             yield where, regions, self.values(shard)[where].clone()
 
@@ -121,9 +126,11 @@ def test_a_member_that_fails_half_way_is_undone(base, monkeypatch):
     for mode in Restore:
         shards = make_shards(torch.float32)
         center = open_center(mode, shards, Alone(), base)
+        center.show()
         before = live(shards).clone()
         with pytest.raises(RuntimeError, match="reward"), member(center, 3, 0.01):
             raise RuntimeError("reward")
+        center.show()
         assert torch.allclose(live(shards), before, atol=1e-7)
 
         def failing(x, name, *rest, **named):
@@ -135,6 +142,7 @@ def test_a_member_that_fails_half_way_is_undone(base, monkeypatch):
         with pytest.raises(MemoryError), member(center, 3, 0.01):
             pass
         monkeypatch.undo()
+        center.show()
         assert torch.allclose(live(shards), before, atol=1e-7)
 
 

@@ -77,6 +77,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
             )
         return {str(rank + i * ranks): tokens for i, tokens in enumerate(mine)}
 
+    center.show()
     found = {"base": center.digest(), "tokens": tokens(), "numel": sum(s.numel for s in engine.shards if s.owned)}
     with member(center, 7, 0.05):
         found["member tokens"] = tokens()
@@ -85,6 +86,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
             raise KeyError("a reward that raises")
     except KeyError:
         found["after a failure"] = center.digest()
+        center.show()
         found["live again"] = all(torch.equal(s.values, center.values(s).to(dtype)) for s in engine.shards)
         found["tokens again"] = tokens()
     digests = []
