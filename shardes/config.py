@@ -1,6 +1,7 @@
 """Every setting, typed, and checked before anything heavy starts."""
 
 import difflib
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,6 +13,10 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 class ConfigError(ValueError):
     """The user's mistake: the message names the key, its value and what to do. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, and the message says why and what to do. Exit code 1."""
 
 
 class Engine(Enum):
@@ -100,8 +105,26 @@ class EvalConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    every: int = _key("iterations between snapshots of the center, the last one included; 0: none", 20)
+    keep: int = _key("snapshots that are kept, the newest ones", 2)
+    shard_size: str = _key("most bytes of one safetensors file of a snapshot", "5GB")
+    verify_every: int = _key("iterations between comparisons of the replicas' centers; 0: never", 10)
+
+
+@dataclass
+class ResumeConfig:
+    source: str = _key(
+        "auto: go on if run.dir has a journal; never: refuse; or a run directory or snapshot, from whose journal "
+        "this run begins (also written resume=...)",
+        "auto",
+    )
+    allow_changes: list[str] = _key("settings that decide the center and may differ from the journal's", [])
+
+
+@dataclass
 class RunConfig:
-    dir: str = _key("run directory: config, metrics, journal, samples, TensorBoard files", MISSING)
+    dir: str = _key("run directory: config, metrics, journal, samples, snapshots, TensorBoard files", MISSING)
     timeout: float = _key("seconds that a rank waits for another before the run stops", 1800.0)
 
 
@@ -117,6 +140,8 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     run: RunConfig = field(default_factory=RunConfig)
     profile: bool = _key("write torch.profiler traces of the second iteration, for Perfetto, to run.dir", False)
 
@@ -166,7 +191,11 @@ def load(path: str, overrides: list[str]) -> Config:
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path}: holds no settings (key: value lines); see configs/ for examples")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.from_dotlist(overrides))
+        layers = [given, OmegaConf.from_dotlist(overrides)]
+        for layer in layers:
+            if isinstance(layer.get("resume"), str):
+                layer["resume"] = {"source": layer["resume"]}
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error.full_key)) from None
@@ -200,12 +229,21 @@ def check(config: Config) -> None:
         (generation.batch_tokens >= 1, "generation.batch_tokens", "must be at least 1"),
         (all(generation.stop), "generation.stop", "must not hold an empty string"),
         (config.eval.every >= 0, "eval.every", "must not be negative"),
+        (config.checkpoint.every >= 0, "checkpoint.every", "must not be negative"),
+        (config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1"),
+        (is_size(config.checkpoint.shard_size), "checkpoint.shard_size", "must be a size such as 5GB or 500MB"),
+        (config.checkpoint.verify_every >= 0, "checkpoint.verify_every", "must not be negative"),
         (config.run.timeout > 0, "run.timeout", "must be positive"),
     ]
     for holds, key, demand in rules:
         if not holds:
             section, name = key.split(".")
             raise ConfigError(f"{key}={getattr(getattr(config, section), name)}: {demand}")
+
+
+def is_size(text: str) -> bool:
+    """Whether a text is a number of bytes as Hugging Face's libraries write it."""
+    return re.fullmatch(r"[1-9]\d*[KMGT]B", text) is not None
 
 
 def check_layout(config: Config, world_size: int) -> int:
