@@ -142,12 +142,12 @@ INDEX_FACTOR, BITS_FACTOR = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 MIX_1, MIX_2 = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
 
 
-def digest(name: str, regions: Sequence[Region], values: torch.Tensor) -> int:
+def digest(name: str, regions: Sequence[Region], values: torch.Tensor, threads: bool = True) -> int:
     """The digest of some elements of parameter `name`: an integer in [0, 2**64).
 
     A digest is a sum over elements, modulo 2**64, of a hash of (name, element index, float32 bits), so those
     of the parts of a model add up to the same number however it is sharded. `values` is flat, any floating
-    dtype, widened to float32, in the order of `regions`.
+    dtype, widened to float32, in the order of `regions`. `threads` says whether a CPU may use several.
     """
     total, offset, key = 0, 0, name_key(name)
     for region in regions:
@@ -156,7 +156,8 @@ def digest(name: str, regions: Sequence[Region], values: torch.Tensor) -> int:
             bits = values[offset + first : offset + last].float().view(torch.int32)
             for piece in region.cut(first, last):
                 part, bits = bits[: piece.numel], bits[piece.numel :]
-                total += _hash_on_cpu(part, piece, key) if part.device.type == "cpu" else _hash(part, piece, key)
+                on_cpu = part.device.type == "cpu"
+                total += _hash_on_cpu(part, piece, key, threads) if on_cpu else _hash(part, piece, key)
         offset += region.numel
     return total % 2**64
 
@@ -179,24 +180,41 @@ def _signed(x: int) -> int:
     return x - 2**64 if x >= 2**63 else x
 
 
-def _hash_on_cpu(bits: torch.Tensor, region: Region, key: int) -> int:
+def _hash_on_cpu(bits: torch.Tensor, region: Region, key: int, threads: bool) -> int:
+    hash_rows = _hash_rows_threaded if threads else _hash_rows_alone
     lanes = bits.numpy().view(np.uint32)
     if region.rows == 1 and region.cols > 8192:  # threads share out rows
         region = Region(region.start, region.cols // 4096, 4096, 4096)
     at, tail = region.start + region.rows * region.stride, lanes[region.numel :]
-    sums = _hash_rows(lanes, np.uint64(region.start), region.rows, region.cols, region.stride, np.uint64(key))
-    return int(sums) + int(_hash_rows(tail, np.uint64(at), 1, tail.size, 0, np.uint64(key)))
+    sums = hash_rows(lanes, np.uint64(region.start), region.rows, region.cols, region.stride, np.uint64(key))
+    return int(sums) + int(hash_rows(tail, np.uint64(at), 1, tail.size, 0, np.uint64(key)))
+
+
+@numba.njit(inline="always")
+def _hash_row(bits, base):
+    total = np.uint64(0)
+    for col in range(bits.size):
+        x = base + np.uint64(col) * np.uint64(INDEX_FACTOR)
+        x += np.uint64(bits[col]) * np.uint64(BITS_FACTOR)
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(MIX_1)
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(MIX_2)
+        total += x ^ (x >> np.uint64(33))
+    return total
 
 
 @numba.njit(parallel=True, cache=True)
-def _hash_rows(bits, start, rows, cols, stride, key):
+def _hash_rows_threaded(bits, start, rows, cols, stride, key):
     total = np.uint64(0)
     for row in numba.prange(rows):
         base = key + (start + np.uint64(row * stride)) * np.uint64(INDEX_FACTOR)
-        for col in range(cols):
-            x = base + np.uint64(col) * np.uint64(INDEX_FACTOR)
-            x += np.uint64(bits[row * cols + col]) * np.uint64(BITS_FACTOR)
-            x = (x ^ (x >> np.uint64(33))) * np.uint64(MIX_1)
-            x = (x ^ (x >> np.uint64(33))) * np.uint64(MIX_2)
-            total += x ^ (x >> np.uint64(33))
+        total += _hash_row(bits[row * cols : (row + 1) * cols], base)
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _hash_rows_alone(bits, start, rows, cols, stride, key):
+    total = np.uint64(0)
+    for row in range(rows):
+        base = key + (start + np.uint64(row * stride)) * np.uint64(INDEX_FACTOR)
+        total += _hash_row(bits[row * cols : (row + 1) * cols], base)
     return total

@@ -1,8 +1,11 @@
 """A model directory's safetensors files, of which each rank reads only its own bytes."""
 
+import hashlib
 import json
+import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from shardes.shards import BLOCK, Region, Shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+COMPANIONS = ["*.json", "*.jinja", "tokenizer.model", "LICENSE*"]  # what a model directory has beside its weights
 
 
 def model_directory(path: str) -> Path:
@@ -27,11 +31,31 @@ def model_directory(path: str) -> Path:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ConfigError(f"model.path={path}: no such directory, and not a hub id (owner/name) either")
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", *COMPANIONS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path={path}: not a directory here, and the hub says: {reason}") from error
+
+
+def companions(directory: Path) -> list[str]:
+    """The names of a model directory's small files: config, generation config, tokenizer, licence."""
+    found = {path.name for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(found - {INDEX, "manifest.json"})
+
+
+def sha256s(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each of a directory's files, several at a time."""
+
+    def sha256(name: str) -> str:
+        sha = hashlib.sha256()
+        with open(directory / name, "rb", buffering=0) as opened:
+            while block := opened.read(1 << 22):
+                sha.update(block)
+        return sha.hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(names, pool.map(sha256, names), strict=True))
 
 
 class WeightFiles:
@@ -96,14 +120,23 @@ class WeightFiles:
                             self._shapes[name] = tuple(param.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, or of a tensor of the files."""
         return self._shapes[name]
+
+    def parts(self, name: str) -> list[str]:
+        """The tensors of the files that make up a parameter, of equal sizes, in order."""
+        return self._parts.get(name, [name])
+
+    def fingerprint(self) -> dict[str, str]:
+        """The SHA-256 of every file that says what the model is: weights, config, tokenizer."""
+        return sha256s(self.directory, sorted({*self._file_of.values(), *companions(self.directory)}))
 
     def check(self, shapes: dict[str, Sequence[int]]) -> None:
         """Raise ConfigError where a parameter is absent or has another shape than the model's config says."""
         for name, shape in shapes.items():
             if name not in self._shapes:
                 raise ConfigError(f"model.path={self.directory}: the files have no tensor {name}")
-            parts = self._parts.get(name, [name])
+            parts = self.parts(name)
             if self.shape(name) != tuple(shape) or sum(prod(self.shape(part)) for part in parts) != prod(shape):
                 raise ConfigError(
                     f"model.path={self.directory}: {name} has shape {self.shape(name)}, "
@@ -112,11 +145,11 @@ class WeightFiles:
 
     def read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
         """Copy the elements of `regions`, in order, to the front of the flat tensor `out`, cast to its dtype."""
-        parts = self._parts.get(name, [name])
+        parts = self.parts(name)
         size = prod(self.shape(name)) // len(parts)
         offset = 0
         for region in regions:
-            for part, pieces in _by_part(region, size):
+            for part, pieces in by_part(region, size):
                 count = sum(piece.numel for piece in pieces)
                 self._read(parts[part], pieces, out[offset : offset + count])
                 offset += count
@@ -137,7 +170,7 @@ class WeightFiles:
                         offset += piece.numel
 
 
-def _by_part(region: Region, size: int) -> Iterator[tuple[int, list[Region]]]:
+def by_part(region: Region, size: int) -> Iterator[tuple[int, list[Region]]]:
     """A region of a tensor that is stacked from parts of `size` elements: (part, its regions), in order."""
     begin = 0
     while begin < region.numel:
