@@ -3,7 +3,9 @@
     deepspeed --num_gpus 2 launchers/train.py CONFIG.yaml [key=value ...]
 
 The launcher's ranks become replicas × shard × tensor ranks; without a launcher it is a world of one.
-Exit codes: 0 done, 2 the user's mistake, 1 anything else.
+Started again with the same run.dir, it goes on where it was.
+Exit codes: 0 done or stopped by SIGINT or SIGTERM, 75 stopped by SIGUSR1 (start it again), 2 the user's mistake,
+1 anything else.
 """
 
 import argparse
@@ -25,9 +27,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from shardes import config as settings  # noqa: E402
 from shardes.center import open_center  # noqa: E402
-from shardes.config import Config, ConfigError  # noqa: E402
+from shardes.config import Config, ConfigError, RunError  # noqa: E402
 from shardes.engines import build, check_model, empty_model  # noqa: E402
 from shardes.generation import Greedy, encode, greedy  # noqa: E402
+from shardes.resume import Opened, Start, open_run  # noqa: E402
+from shardes.stop import Stopped, StopWatch  # noqa: E402
 from shardes.tasks import Task, load_task  # noqa: E402
 from shardes.trainer import Trainer  # noqa: E402
 from shardes.weights import WeightFiles, model_directory  # noqa: E402
@@ -48,6 +52,7 @@ class Plan:
     task: Task
     greedy: Greedy
     encoded: dict[str, list[list[int]]]
+    opened: Opened | None  # on rank 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,20 +99,8 @@ def prepare(argv: list[str], job: Job) -> Plan:
         stop=config.generation.stop,
         batch_tokens=config.generation.batch_tokens,
     )
-    if job.rank == 0:
-        prepare_directory(Path(config.run.dir), config)
-    return Plan(config, replicas, files, module, tokenizer, task, decoding, encoded)
-
-
-def prepare_directory(directory: Path, config: Config) -> None:
-    """Make the run directory and write the resolved settings into it."""
-    if (directory / "journal.jsonl").exists():
-        raise ConfigError(f"run.dir={directory}: holds a run already; choose another directory or remove it")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(settings.to_yaml(config))
-    except OSError as error:
-        raise ConfigError(f"run.dir={directory}: cannot be written: {error}") from error
+    opened = open_run(config, files) if job.rank == 0 else None
+    return Plan(config, replicas, files, module, tokenizer, task, decoding, encoded, opened)
 
 
 def train(argv: list[str]) -> int:
@@ -120,22 +113,62 @@ def train(argv: list[str]) -> int:
         problem = str(error)
     if not agree(job, problem, settings.to_yaml(plan.config) if plan else "", say=complain):
         return 2
+    watch, code = StopWatch(job), 1
+    try:
+        work(job, plan, watch)
+        code = 0
+    except Stopped as stopped:
+        code = stopped.code
+        watch.end(code)
+    except (ConfigError, RunError) as error:
+        code = 2 if isinstance(error, ConfigError) else 1
+        if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks meet the same mistake
+            complain(str(error))
+        watch.end(code)
+    except BaseException:
+        watch.end(1)
+        raise
+    finally:
+        watch.close()
+        missing = part(job, plan.config.run.timeout if code == 0 else 10)
+    if missing and code == 0:
+        complain(f"the run is done, but after {plan.config.run.timeout:.0f} s ranks {missing} have not ended")
+        return 1
+    return code
+
+
+def work(job: Job, plan: Plan, watch: StopWatch) -> None:
+    """Build the replica and train."""
     config = plan.config
+    if plan.opened:
+        plan.opened.start.send(job.store)
+    start = Start.receive(job.store)
     world = form_replica(job, plan.replicas, config.sharding.shard, config.sharding.tensor, config.run.timeout)
     engine = build(config, plan.module, world)
-    center = open_center(config.es.restore, engine.shards, world, plan.files)
-    trainer = Trainer(config, world, engine, center, plan.files, plan.task, plan.tokenizer, plan.greedy, plan.encoded)
+    source = plan.files
+    if start.source:
+        if not Path(start.source).is_dir():
+            raise RunError(f"rank {job.rank}: no {start.source} here; run.dir must be where all hosts see it")
+        source = WeightFiles(Path(start.source))
+        source.stack(plan.module)
+    center = open_center(config.es.restore, engine.shards, world, source)
+    journal = plan.opened.journal if plan.opened else None
+    trainer = Trainer(
+        config, world, engine, center, plan.files, plan.task, plan.tokenizer, plan.greedy, plan.encoded, watch, start,
+        journal,
+    )  # fmt: skip
     try:
+        for note in plan.opened.notes if plan.opened else ():
+            trainer.say(note)
         trainer.run()
+        dist.barrier()
+    except Stopped as stopped:
+        trainer.say(str(stopped))
+        raise
     finally:
         trainer.close()
-    dist.barrier()
-    missing = part(job, config.run.timeout)
-    if missing:
-        complain(f"the run is done, but after {config.run.timeout:.0f} s ranks {missing} have not ended")
-        return 1
-    dist.destroy_process_group()
-    return 0
+        if plan.opened:
+            plan.opened.close()
 
 
 def complain(message: str) -> None:
@@ -150,8 +183,7 @@ def main(argv: list[str]) -> int:
     try:
         return train(argv)
     except ConfigError as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks meet the same mistake
-            complain(str(error))
+        complain(str(error))
         return 2
 
 

@@ -16,7 +16,7 @@ import torch
 
 from shardes.config import Restore
 from shardes.noise import add_noise
-from shardes.shards import BLOCK, Shard, digest
+from shardes.shards import BLOCK, Region, Shard, digest
 from shardes.weights import WeightFiles, load
 from shardes.world import World
 
@@ -53,8 +53,23 @@ class Center(ABC):
 
     def digest(self) -> str:
         """The digest of the whole center, over all ranks of the replica: 16 hexadecimal digits."""
-        parts = (digest(shard.name, shard.regions, self.values(shard)) for shard in self._shards if shard.owned)
+        parts = (digest(*part) for part in self.parts())
         return f"{self._world.sum_uint64(sum(parts) % 2**64):016x}"
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters, in the model's order."""
+        return [shard.name for shard in self._shards]
+
+    def parts(self) -> Iterator[tuple[str, Sequence[Region], torch.Tensor]]:
+        """What this rank holds and counts: (parameter, regions, flat values)."""
+        for shard in self._shards:
+            if shard.owned:
+                yield shard.name, shard.regions, self.values(shard)
+
+    def tensor_digests(self) -> dict[str, str]:
+        """The digest of what this rank alone holds of each parameter, whether it counts it or not."""
+        return {s.name: f"{digest(s.name, s.regions, self.values(s)):016x}" for s in self._shards}
 
     def distance(self, base: WeightFiles) -> dict[str, float]:
         """How far the center is from the base model: L2 norm of θ − θ₀, and that over the norm of θ₀."""

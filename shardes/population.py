@@ -7,15 +7,17 @@ the others'. A faster replica takes more members; nothing that crosses depends o
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from types import MappingProxyType
 
 import numpy as np
 import torch.distributed as dist
 
 from shardes.config import ConfigError
-from shardes.world import World
+from shardes.world import World, await_keys
+
+NOTHING: Mapping = MappingProxyType({})
 
 
 def member_seeds(run_seed: int, iteration: int, population_size: int) -> list[int]:
@@ -50,17 +52,23 @@ def update_coefficients(rewards: Sequence[float], alpha: float) -> list[float]:
 class Exchange:
     """Pieces of work, numbered from 0, that replicas share out, and what was found, as text.
 
-    Every rank of a replica makes the same calls; the replica's leading rank speaks to the store. `bytes` counts
-    the keys and values that this rank has sent to and received from the store.
+    Every rank of a replica makes the same calls; the replica's leading rank speaks to the store. `known` is what was
+    found before, by piece: nobody is to do those. `bytes` counts the keys and values that this rank has sent to and
+    received from the store.
     """
 
-    def __init__(self, world: World, name: str, count: int, timeout: float):
+    def __init__(self, world: World, name: str, count: int, timeout: float, known: Mapping[int, str] = NOTHING):
         self._world = world
         self._store = dist.PrefixStore(name, world.job.store)
         self._name = name
         self._count = count
         self._timeout = timeout
+        self._known = known
+        self._seen: set[int] = set()
         self.bytes = 0
+        if known and world.speaks:
+            for number, found in known.items():
+                self.post(number, found)
 
     def claim(self) -> Iterator[int]:
         """The pieces that this replica is to do, one at a time, until none is left."""
@@ -69,6 +77,8 @@ class Exchange:
             number = int(self._world.broadcast([number], 1)[0])
             if number >= self._count:
                 return
+            if number in self._known:
+                continue
             if self._world.leads:
                 self._set(f"replica/{number}", str(self._world.replica))
             yield number
@@ -82,6 +92,14 @@ class Exchange:
     def done(self) -> int:
         """How many pieces are done so far, by all replicas."""
         return self._add("done", 0)
+
+    def news(self) -> Iterator[tuple[int, str]]:
+        """What has been found since the last call, by all replicas: (piece, what)."""
+        if self.done() > len(self._seen):
+            for number in range(self._count):
+                if number not in self._seen and self._store.check([f"found/{number}"]):
+                    self._seen.add(number)
+                    yield number, self._get(f"found/{number}")
 
     def collect(self, poll: Callable[[], None] = lambda: None) -> list[str]:
         """All that was found, in order, on the leading rank; waits for the other replicas, calling `poll` meanwhile.
@@ -140,8 +158,17 @@ def idle_seconds(evaluations: Sequence[Evaluation]) -> float:
 class Population(Exchange):
     """The members of one iteration, shared out between replicas."""
 
-    def __init__(self, world: World, iteration: int, seeds: Sequence[int], timeout: float):
-        super().__init__(world, f"iteration {iteration}", len(seeds), timeout)
+    def __init__(
+        self,
+        world: World,
+        iteration: int,
+        seeds: Sequence[int],
+        timeout: float,
+        known: Mapping[int, tuple[float, int]] = NOTHING,
+    ):
+        now = time.time()
+        found = {number: json.dumps([reward, tokens, 0, now]) for number, (reward, tokens) in known.items()}
+        super().__init__(world, f"iteration {iteration}", len(seeds), timeout, found)
         self._iteration = iteration
         self.seeds = list(seeds)
 
@@ -158,6 +185,13 @@ class Population(Exchange):
             )
         self.post(number, json.dumps([reward, tokens, self._world.replica, time.time()]))
 
+    def new_rewards(self) -> Iterator[tuple[int, float, int]]:
+        """The rewards posted since the last call that were not known before: (member, reward, tokens)."""
+        for number, found in self.news():
+            if number not in self._known:
+                reward, tokens, *_ = json.loads(found)
+                yield number, reward, tokens
+
     def evaluations(self, poll: Callable[[], None] = lambda: None) -> list[Evaluation]:
         """All members' evaluations, in member order, on every rank; otherwise like `collect`."""
         count = len(self.seeds)
@@ -173,7 +207,5 @@ class Population(Exchange):
         self._set(name, "")
 
     def await_published(self, name: str) -> None:
-        """Wait for one rank's `publish(name)`."""
-        if self._world.leads:
-            self._store.wait([name], timedelta(seconds=self._timeout))
-        dist.barrier()
+        """Wait for one rank's `publish(name)`. Every rank looks for itself."""
+        await_keys(self._store, [name], self._timeout, self._name)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,20 @@ import torch.distributed as dist
 from torch.profiler import profile
 from transformers import PreTrainedTokenizerBase
 
+from shardes.agreement import check_replicas
 from shardes.center import Center, member
-from shardes.config import Config, ConfigError, Restore
+from shardes.config import Config, ConfigError, Restore, RunError
 from shardes.engines import Engine
 from shardes.generation import Greedy
-from shardes.journal import Journal, Record
+from shardes.journal import Finish, Journal, Record, Reward
 from shardes.metrics import Clock, Reporter, peak_resident_bytes
 from shardes.population import Exchange, Population, idle_seconds, mean, member_seeds, std, update_coefficients
+from shardes.resume import Start
+from shardes.snapshots import Snapshots
+from shardes.stop import StopWatch
 from shardes.tasks import Split, Task
 from shardes.weights import WeightFiles
-from shardes.world import World
+from shardes.world import World, all_gather
 
 SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and their metrics' names
 
@@ -37,7 +41,11 @@ class Examination:
 
 
 class Trainer:
-    """Everything one rank needs for a run. `encoded` holds each split's prompts as token ids."""
+    """Everything one rank needs for a run.
+
+    `encoded` holds each split's prompts as token ids. `center` is that of `start.source`. `journal` is there on the
+    rank that speaks.
+    """
 
     def __init__(
         self,
@@ -50,6 +58,9 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         greedy: Greedy,
         encoded: dict[str, list[list[int]]],
+        watch: StopWatch,
+        start: Start,
+        journal: Journal | None,
     ):
         self.config = config
         self.world = world
@@ -60,39 +71,58 @@ class Trainer:
         self.tokenizer = tokenizer
         self.greedy = greedy
         self.encoded = encoded
+        self.watch = watch
+        self.start = start
+        self.journal = journal
         self.clock = Clock()
         self.reporter: Reporter | None = None
-        self.journal: Journal | None = None
+        directory = Path(config.run.dir)
+        self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
         if world.speaks:
-            directory = Path(config.run.dir)
-            self.reporter = Reporter(directory, config.es.iterations, config.es.population_size)
-            self.journal = Journal(directory / "journal.jsonl")
+            self.reporter = Reporter(directory, config.es.iterations, config.es.population_size, start.means)
             if config.es.restore is Restore.subtract and world.replicas > 1:
                 self.reporter.say(
                     "warning: es.restore=subtract: each replica's center drifts by itself; only copy is exact"
                 )
 
+    def say(self, line: str) -> None:
+        if self.reporter:
+            self.reporter.say(line)
+
     def run(self) -> None:
-        """Train, from iteration 0 to the last."""
+        """Train, from where the run stands to the last iteration."""
         started = time.monotonic()
-        means, evaluations = [], []
-        iterations = self.config.es.iterations
-        for iteration in range(iterations):
-            every = self.config.eval.every
+        self.watch.wait_for_polls()
+        digest = self.rebuild()
+        means, evaluations = list(self.start.means), []
+        iterations, every, verify_every = (
+            self.config.es.iterations,
+            self.config.eval.every,
+            self.config.checkpoint.verify_every,
+        )
+        for iteration in range(self.start.iteration, iterations):
+            if verify_every and iteration % verify_every == 0 and self.world.replicas > 1:
+                check_replicas(self.world, self.center, iteration, digest, self.config.run.timeout)
+            if self.snapshots.due(iteration) and not self.from_snapshot(iteration):
+                self.snapshot(iteration, digest)
             due = iteration == 0 or (every > 0 and iteration % every == 0)
             examination = self.examine(iteration) if due else None
             with self.profiled(iteration):
-                metrics = self.iterate(iteration)
+                metrics = self.iterate(iteration, digest)
+            digest = self.center.digest()
             means.append(metrics["reward_mean"])
             if self.reporter:
                 evaluations += [self.judge(examination)] if examination else []
                 self.reporter.iteration(metrics | (evaluations[-1] if examination else {}))
+        if self.journal:
+            self.journal.append(Finish(iterations, digest))
+        if self.config.checkpoint.every and not self.from_snapshot(iterations):
+            self.snapshot(iterations, digest)
         examination = self.examine(iterations)
+        self.snapshots.finish()
         if self.reporter:
             evaluations.append(self.judge(examination))
-        digest = self.center.digest()
-        if self.reporter:
-            first, last = evaluations[0], evaluations[-1]
+            first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
             summary = {
                 "iterations": len(means),
                 "reward_mean_first": means[0],
@@ -111,16 +141,68 @@ class Trainer:
                 f"{last['held_out_reward']:.2f}; {summary['seconds']:.0f} s, center {digest}"
             )
 
-    def iterate(self, iteration: int) -> dict[str, float]:
-        """One iteration: evaluate the population, journal it, update the center. Returns its metrics."""
+    def rebuild(self) -> str:
+        """Replay what the journal says since the center was saved; returns the center's digest.
+
+        Raises:
+            RunError: the center is not the one that the journal speaks of.
+        """
+        exact = self.config.es.restore is Restore.copy  # else rounding left something behind with every member
+        digest = self.center.digest()
+        known = [(f"the center of {self.start.source}", self.start.digest)] if self.start.source else []
+        for record in self.start.records:
+            if exact:
+                known.append((f"the center before iteration {record.iteration}", record.digest))
+            self._expect(known, digest)
+            self.watch.poll()
+            self.center.update(record.seeds, record.coefficients)
+            digest, known = self.center.digest(), []
+        if exact:
+            known.append((f"the center before iteration {self.start.iteration}", self.start.target))
+        self._expect(known, digest)
+        return digest
+
+    def _expect(self, known: list[tuple[str, str | None]], digest: str) -> None:
+        for what, expected in known:
+            if expected not in (None, digest):
+                raise RunError(
+                    f"{what} is rebuilt with digest {digest}, where the journal has {expected}; "
+                    f"see python tools/journal.py {self.config.run.dir} verify"
+                )
+
+    def from_snapshot(self, iteration: int) -> bool:
+        """Whether the center before `iteration` is just what this start has read from a snapshot."""
+        return iteration == self.start.iteration and self.start.source is not None and not self.start.records
+
+    def snapshot(self, iteration: int, digest: str) -> None:
+        """Start writing the center; it may change again after `snapshots.wait_written`."""
+        self.snapshots.begin(iteration, digest)
+        if self.config.es.restore is Restore.subtract:
+            self.snapshots.wait_written()  # the live weights are about to be perturbed
+
+    def iterate(self, iteration: int, digest: str) -> dict[str, float]:
+        """One iteration: evaluate the population, journal it, update the center. Returns its metrics.
+
+        `digest` is the center's.
+        """
         es, clock = self.config.es, Clock()
         self.clock, started = clock, time.perf_counter()
-        digest = self.center.digest()
         seeds = member_seeds(es.seed, iteration, es.population_size)
-        population = Population(self.world, iteration, seeds, self.config.run.timeout)
+        known = {number: tuple(found) for number, found in self.start.rewards.items()}
+        known = known if iteration == self.start.iteration else {}
+        population = Population(self.world, iteration, seeds, self.config.run.timeout, known)
+        looked = time.monotonic()
+
+        def record_rewards():
+            for number, reward, tokens in population.new_rewards() if self.journal else ():
+                self.journal.append(Reward(iteration, number, reward, tokens, digest))
 
         def poll():
-            if self.reporter and self.reporter.due():
+            nonlocal looked
+            self.watch.poll()
+            if self.reporter and time.monotonic() - looked > 0.5:
+                looked = time.monotonic()
+                record_rewards()
                 self.reporter.members(iteration, population.done())
 
         for number in population.claim():
@@ -128,6 +210,8 @@ class Trainer:
                 tokens = self.respond(self.encoded["train"], poll)
             reward = self.world.led(lambda tokens=tokens: mean(self.score("train", self.texts(tokens))))
             population.post_reward(number, reward, sum(map(len, tokens)))
+            with clock("exchange"):
+                record_rewards()
 
         with clock("exchange"):
             evaluations = population.evaluations(poll)
@@ -144,6 +228,8 @@ class Trainer:
                 population.publish("journalled")
             population.await_published("journalled")
 
+        with clock("exchange"):
+            self.snapshots.wait_written()
         with clock("update"):
             updated = self.center.update(seeds, coefficients)
 
@@ -173,13 +259,13 @@ class Trainer:
         exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
         for number in exchange.claim():
             split, where = work[number]
-            exchange.post(number, json.dumps(self.respond(self.encoded[split][where])))
+            exchange.post(number, json.dumps(self.respond(self.encoded[split][where], self.watch.poll)))
         distance = self.center.distance(self.base) if self.world.replica == 0 else {}
         return Examination(iteration, exchange, work, distance)
 
     def judge(self, examination: Examination) -> dict[str, float]:
         """The center's rewards on both splits and its distance from the base; its responses become samples."""
-        found = list(map(json.loads, examination.exchange.collect()))
+        found = list(map(json.loads, examination.exchange.collect(self.watch.poll)))
         metrics = {}
         for split, name in SPLITS.items():
             tokens: list[list[int]] = [[] for _ in self.encoded[split]]
@@ -192,7 +278,7 @@ class Trainer:
             self.reporter.samples(examination.iteration, split, self.task.prompts(split), texts, rewards)
         return metrics | examination.distance
 
-    def respond(self, prompts: Sequence[list[int]], poll=lambda: None) -> list[list[int]]:
+    def respond(self, prompts: Sequence[list[int]], poll: Callable[[], None]) -> list[list[int]]:
         """The live weights' greedy responses, as token ids; the shard axis splits the prompts."""
         group = self.world.mesh.get_group("shard")
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -219,7 +305,7 @@ class Trainer:
         for row, tokens in zip(table, mine, strict=False):
             row[: 1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
         tables = table.new_empty(ranks * len(table), 1 + width)
-        dist.all_gather_into_tensor(tables, table, group=group)
+        all_gather(tables, table, group=group)
         rows = tables.view(ranks, *table.shape).transpose(0, 1).reshape(-1, 1 + width)[:count].tolist()
         return [row[1 : 1 + row[0]] for row in rows]
 
@@ -240,4 +326,3 @@ class Trainer:
     def close(self) -> None:
         if self.reporter:
             self.reporter.close()
-            self.journal.close()

@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardes.config import ConfigError
+from shardes.config import ConfigError, RunError
+
+# One name is newer, the other deprecated: all ranks' tensors, one after the other, into one.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -129,6 +132,25 @@ def agree(job: Job, problem: str | None, settings: str, say: Callable[[str], Non
     if not agreed:
         part(job, 10)
     return agreed
+
+
+def await_keys(
+    store: dist.Store, keys: list[str], timeout: float, what: str, poll: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until all keys are set, calling `poll` meanwhile.
+
+    Not `store.wait`, which keeps every other thread of the process from the store.
+
+    Raises:
+        RunError: they were not within `timeout` seconds; names the missing ones. `what` says what they are.
+    """
+    since = time.monotonic()
+    while not store.check(keys):
+        poll()
+        if time.monotonic() - since > timeout:
+            missing = ", ".join(key for key in keys if not store.check([key]))
+            raise RunError(f"{what}: after {timeout:.0f} s still missing: {missing}")
+        time.sleep(0.01)
 
 
 def part(job: Job, seconds: float) -> list[int]:

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
-from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -74,6 +73,8 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
                 "as engine=fsdp needs; engine=deepspeed cuts heads unevenly"
             )
     elif tensor > 1:
+        from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+
         try:
             TPPlanConverter.convert(module.tp_plan)
         except ValueError as error:

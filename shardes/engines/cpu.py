@@ -46,11 +46,12 @@ def shared_memory(replica: int) -> Iterator[bool]:
     is gone once all ranks have the memory in hand.
     """
     host = torch.tensor([zlib.crc32(socket.gethostname().encode())])
-    hosts = host.new_empty(dist.get_world_size())
-    dist.all_gather_into_tensor(hosts, host)
-    local = bool((hosts == host).all())
+    least, most = host.clone(), host.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    local = bool(least == most)
     address, port = os.environ["MASTER_ADDR"], f"{os.environ['MASTER_PORT']}_{replica}"
-    names = {"LOCAL_SIZE": str(len(hosts)) if local else "0", "MASTER_PORT": port}
+    names = {"LOCAL_SIZE": str(dist.get_world_size()) if local else "0", "MASTER_PORT": port}
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ |= names
     try:

@@ -27,7 +27,7 @@ from shardes.config import ConfigError, Gather, Offload, ShardingConfig
 from shardes.engines import cpu
 from shardes.engines.vocabulary import VocabularyPart
 from shardes.shards import Region, Shard, cut, run, strided_regions
-from shardes.world import World
+from shardes.world import World, all_gather
 
 logger.setLevel(logging.WARNING)
 
@@ -113,7 +113,7 @@ class DeepSpeedEngine:
             yield self._module
             return
         for name, param in self._params.items():
-            dist.all_gather_into_tensor(self._buffers[name], param.ds_tensor.to(self.device), group=self._group)
+            all_gather(self._buffers[name], param.ds_tensor.to(self.device), group=self._group)
             _show(param, self._buffers[name])
         try:
             yield self._module

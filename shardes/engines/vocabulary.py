@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from shardes.world import all_gather
+
 
 @dataclass
 class VocabularyPart:
@@ -21,7 +23,7 @@ class VocabularyPart:
         value, index = logits.max(-1)
         mine = torch.stack([value.double(), (index + self.first).double()], -1)
         parts = mine.new_empty(self.group.size() * len(mine), 2)
-        dist.all_gather_into_tensor(parts, mine, group=self.group)
+        all_gather(parts, mine, group=self.group)
         parts = parts.view(-1, *mine.shape)
         best = parts[:, :, 0].argmax(0)
         return parts[:, :, 1].gather(0, best[None])[0].long()

@@ -1,0 +1,91 @@
+"""Ending a run early: a signal that any rank gets ends all of them, soon, with nothing lost.
+
+What a run must keep is in the journal, and rank 0 writes it. So rank 0 stops by itself, between two decode steps,
+and the other ranks, who may be waiting for each other in the midst of a collective, end once it has.
+"""
+
+import os
+import signal
+import sys
+import threading
+from typing import NoReturn
+
+from shardes.world import Job
+
+PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+CODES = {signal.SIGINT: 0, signal.SIGTERM: 0, signal.SIGUSR1: PREEMPTED}  # SLURM warns by SIGUSR1
+INTERVAL = 0.2  # seconds between looks at the store
+
+
+class Stopped(Exception):
+    """The run was asked to stop; `code` is the exit code."""
+
+    def __init__(self, code: int):
+        why = "preempted" if code == PREEMPTED else "stopped as asked"
+        super().__init__(f"{why}; nothing is lost: start the same command again to go on")
+        self.code = code
+
+
+class StopWatch:
+    """Watches, in a thread, for a signal to this process and for the job's end."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._store = job.store.clone()  # a connection of its own, for the main thread may be waiting on the other
+        self._signal: int | None = None
+        self._code: int | None = None
+        self._patient = False
+        self._closed = threading.Event()
+        for number in CODES:
+            signal.signal(number, self._note)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _note(self, number: int, frame) -> None:
+        self._signal = number
+
+    def poll(self) -> None:
+        """Raise Stopped, on rank 0, where the run has been asked to stop."""
+        if self._code is not None and self._job.rank == 0:
+            raise Stopped(self._code)
+
+    def wait_for_polls(self) -> None:
+        """From now on rank 0 calls `poll`, and stops there; before, it ends at once."""
+        self._patient = True
+        self.poll()
+
+    def end(self, code: int) -> None:
+        """Tell the other ranks, from rank 0, to end with `code`."""
+        if self._job.rank == 0:
+            self._store.set("end", str(code))
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        try:
+            while not self._closed.wait(INTERVAL):
+                if self._signal is not None:
+                    self._store.set("stop", str(int(CODES[signal.Signals(self._signal)])))
+                    self._signal = None
+                if self._store.check(["end"]) and self._job.rank:
+                    self._store.set(f"parted/{self._job.rank}", "")
+                    _exit(int(self._store.get("end")))
+                if self._code is None and self._store.check(["stop"]):
+                    self._code = int(self._store.get("stop"))
+                    if self._job.rank == 0 and not self._patient:
+                        self.end(self._code)
+                        self._closed.wait(5 * INTERVAL)
+                        _exit(self._code)
+        except RuntimeError as error:
+            if not self._closed.is_set():
+                print(f"error: rank {self._job.rank}: rank 0's store is gone: {error}", file=sys.stderr, flush=True)
+                _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,158 @@
+"""Where a run goes on, and when it is refused."""
+
+import multiprocessing
+import os
+import shutil
+
+import pytest
+
+from shardes.config import Config, ConfigError
+from shardes.journal import Header, Record, Resumption, Reward, read
+from shardes.resume import Lock, Start, decisive, open_run
+from shardes.weights import WeightFiles
+
+
+@pytest.fixture
+def base(tied_llama, tmp_path) -> WeightFiles:
+    return WeightFiles(shutil.copytree(tied_llama, tmp_path / "base"))
+
+
+@pytest.fixture
+def config(tmp_path, base) -> Config:
+    config = Config()
+    config.model.path, config.run.dir = str(base.directory), str(tmp_path / "run")
+    config.task.name, config.es.iterations = "conciseness", 5
+    return config
+
+
+def record(iteration: int) -> Record:
+    return Record(iteration, [1, 2], [0.0, 1.0], [-0.1, 0.1], 0.001, 0.0005, f"{iteration:016x}")
+
+
+@pytest.fixture
+def begun(config, base):
+    """A run of two iterations and a member, whose process is gone."""
+    opened = open_run(config, base)
+    for entry in (record(0), record(1), Reward(2, 1, 0.25, 7, f"{2:016x}")):
+        opened.journal.append(entry)
+    opened.close()
+    return config
+
+
+def test_a_new_run_begins_at_the_base_model(config, base):
+    opened = open_run(config, base)
+    assert opened.start == Start() and not opened.notes
+    header = read(opened.journal._path).header
+    assert header == Header(str(base.directory.resolve()), base.fingerprint(), decisive(config))
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(header.files)
+
+
+def test_a_run_goes_on_where_it_was(begun, base):
+    start = open_run(begun, base).start
+    assert (start.iteration, start.source, start.target) == (2, None, f"{2:016x}")
+    assert start.records == [record(0), record(1)] and start.means == [0.5, 0.5]
+    assert start.rewards == {1: [0.25, 7]}
+
+
+def test_a_start_survives_the_store(begun, base):
+    import torch.distributed as dist
+
+    start, store = open_run(begun, base).start, dist.HashStore()
+    start.send(store)
+    assert Start.receive(store) == start
+
+
+def test_never_refuses_and_says_what_to_do(begun, base):
+    begun.resume.source = "never"
+    with pytest.raises(ConfigError, match=r"run\.dir=.*holds a run already, and resume=never"):
+        open_run(begun, base)
+
+
+def test_a_run_that_recorded_nothing_may_begin_anew_with_other_settings(config, base):
+    open_run(config, base).close()
+    config.es.sigma = 0.5
+    config.resume.source = "never"
+    assert open_run(config, base).start == Start()
+
+
+@pytest.mark.parametrize(
+    "section, name, value",
+    [
+        ("es", "sigma", 0.5),
+        ("es", "alpha", 0.5),
+        ("es", "seed", 9),
+        ("es", "population_size", 7),
+        ("generation", "stop", ["x"]),
+    ],
+)
+def test_what_decides_the_center_may_change_on_purpose_only(begun, base, section, name, value):
+    old = getattr(getattr(begun, section), name)
+    setattr(getattr(begun, section), name, value)
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}=.*allow_changes"):
+        open_run(begun, base)
+    begun.resume.allow_changes = [f"{section}.{name}"]
+    opened = open_run(begun, base)
+    opened.close()
+    assert opened.start.rewards == {} and any(f"{section}.{name}" in note for note in opened.notes)
+    history = read(opened.journal._path)
+    assert history.resumptions == [Resumption(2, {f"{section}.{name}": [old, value]})]
+    begun.resume.allow_changes = []
+    assert open_run(begun, base).start.iteration == 2  # it is the setting now
+
+
+def test_what_does_not_decide_it_may_change(begun, base):
+    begun.sharding.tensor, begun.es.iterations, begun.eval.every, begun.checkpoint.every = 2, 9, 1, 3
+    assert open_run(begun, base).start.iteration == 2
+
+
+def test_a_wrong_name_in_allow_changes(begun, base):
+    begun.resume.allow_changes = ["sigma"]
+    with pytest.raises(ConfigError, match=r"resume\.allow_changes: sigma.*es\.sigma"):
+        open_run(begun, base)
+
+
+def test_fewer_iterations_than_there_are(begun, base):
+    begun.es.iterations = 1
+    with pytest.raises(ConfigError, match=r"es\.iterations=1: .* has 2 already"):
+        open_run(begun, base)
+
+
+def test_another_directory_begins_from_a_runs_journal(begun, base, tmp_path):
+    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    begun.run.dir, begun.resume.source = str(tmp_path / "branch"), str(tmp_path / "run")
+    opened = open_run(begun, base)
+    assert opened.start.iteration == 2 and opened.start.rewards
+    opened.journal.append(record(2))
+    opened.close()
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
+    assert len(read(tmp_path / "branch" / "journal.jsonl").records) == 3
+    with pytest.raises(ConfigError, match="holds a run already"):
+        open_run(begun, base)
+    begun.run.dir, begun.resume.source = str(tmp_path / "third"), str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"resume=.*nothing: neither"):
+        open_run(begun, base)
+
+
+def hold(directory, ready, done):
+    lock = Lock(directory)
+    ready.set()
+    done.wait()
+    del lock
+
+
+def test_a_lock_is_its_processs_while_it_lives(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready, done))
+    process.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on {os.uname().nodename}"):
+            Lock(tmp_path)
+    finally:
+        process.kill()
+        process.join()
+    lock = Lock(tmp_path)
+    assert f"process {process.pid}" in lock.note
+    lock.release()
+    assert not Lock(tmp_path).note
