@@ -1,0 +1,186 @@
+"""Exports: an ordinary checkpoint that gives the trainer's own tokens; other programs' checkpoints."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch import ROOT, deepspeed, run, torchrun
+from shardes import journal, snapshots
+from shardes.checkpoint import verify
+
+TASK = """
+class Echo:
+    def prompts(self, split):
+        return ["abc", "a much longer prompt", "x"] if split == "train" else ["hello", "you there"]
+    def score(self, split, responses):
+        return [float(sum(map(ord, text)) % 97) for text in responses]
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, biased_qwen, moe_qwen):
+    """Finished runs on two ranks, by the dtype and model they compute with."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "task.py").write_text(TASK)
+
+    def train(name: str, model: Path, dtype: str, *keys: str) -> Path:
+        settings = {
+            "model": {"path": str(model), "dtype": dtype},
+            "es": {"population_size": 4, "sigma": 0.05, "alpha": 0.1, "iterations": 4},
+            "generation": {"max_new_tokens": 16},
+            "task": {"path": f"{folder}/task.py:Echo"},
+            "checkpoint": {"every": 3, "keep": 1},
+            "run": {"dir": str(folder / name), "timeout": 60},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        done = deepspeed(2, "launchers/train.py", str(folder / f"{name}.yaml"), "sharding.shard=2", *keys)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return folder / name
+
+    return {
+        "float32": train("float32", biased_qwen, "float32"),
+        "bfloat16": train("bfloat16", moe_qwen, "bfloat16", "engine=fsdp"),
+        "subtract": train("subtract", biased_qwen, "bfloat16", "es.restore=subtract"),
+    }
+
+
+def export(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return run([sys.executable, "tools/export_safetensors.py", *map(str, arguments)], 120)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "subtract"])
+def test_an_export_gives_the_trainers_own_tokens(trained, tmp_path, name):
+    done = export(trained[name], tmp_path / "out", "--shard-size", "50KB")
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "out").iteration == 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.dtype == (torch.float32 if name == "float32" else torch.bfloat16)
+    samples = [json.loads(line) for line in (trained[name] / "samples.jsonl").read_text().splitlines()]
+    samples = [row for row in samples if row["iteration"] == 4]
+    assert len(samples) == 5
+    for row in samples:
+        prompt = tokenizer(row["prompt"], return_tensors="pt")
+        tokens = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == row["response"]
+
+
+def test_from_the_journal_alone_and_from_a_snapshot_it_is_the_same(trained, tmp_path):
+    source = shutil.copytree(trained["float32"], tmp_path / "run")
+    history = journal.read(source / "journal.jsonl")
+    assert list(snapshots.found(source)) == [4]
+    for iteration in range(5):
+        assert export(source, tmp_path / f"with {iteration}", "--iteration", iteration).returncode == 0
+    shutil.rmtree(source / "snapshots")
+    assert export(source, tmp_path / "without").returncode == 0
+    for iteration in range(5):
+        assert verify(tmp_path / f"with {iteration}").digest == history.digest(iteration)
+    with_snapshot, without = (load_file(tmp_path / out / "model.safetensors") for out in ("with 4", "without"))
+    assert all(torch.equal(with_snapshot[key], without[key]) for key in with_snapshot)
+
+
+def test_the_model_card_says_what_it_is(trained, biased_qwen, tmp_path):
+    assert export(trained["float32"], tmp_path / "out", "--dtype", "bfloat16").returncode == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (biased_qwen.name, "task.py", "| `es.sigma` | 0.05 |", "from_pretrained", "| 3 |", "4 iterations"):
+        assert part in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_it_holds_one_tensor_at_a_time(tmp_path):
+    """A model of 800 MB in float32, whose largest tensor has 65 MB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from models import save_model
+
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=16
+    )
+    model = LlamaForCausalLM(config)
+    size = 4 * sum(param.numel() for param in model.parameters())
+    save_model(tmp_path / "base", model)
+    del model
+    directory = tmp_path / "run"
+    directory.mkdir()
+    settings = {"model.dtype": "float32", "es.restore": "copy", "task.name": "conciseness", "task.path": None}
+    from shardes.weights import WeightFiles
+
+    written = journal.Journal(directory / "journal.jsonl", None)
+    written.append(journal.Header(str(tmp_path / "base"), WeightFiles(tmp_path / "base").fingerprint(), settings))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    done = export(directory, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert size > 7.5e8
+    assert max(peak, before) == before or peak * 1024 < 1.1e9
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, biased_qwen) -> Path:
+    folder = tmp_path_factory.mktemp("foreign")
+    torchrun(2, "foreign.py", str(biased_qwen), str(folder))
+    return folder
+
+
+def test_a_zero_3_checkpoint(foreign, biased_qwen, tmp_path):
+    done = export(foreign / "zero", tmp_path / "out", "--base", biased_qwen, "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    found, expected = load_file(tmp_path / "out" / "model.safetensors"), load_file(foreign / "zero.safetensors")
+    before = AutoModelForCausalLM.from_pretrained(biased_qwen).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert sum(not torch.equal(found[name], before[name].bfloat16().float()) for name in found) > len(found) / 2
+
+
+def test_transformers_distributed_save(foreign, biased_qwen, tmp_path):
+    done = export(foreign / "distributed", tmp_path / "out", "--base", biased_qwen)
+    assert done.returncode == 0, done.stderr
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(biased_qwen).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+MISTAKES = {
+    "no such run": (["{run}/none", "{out}"], "none: neither a run directory"),
+    "iteration": (["{run}", "{out}", "--iteration", "9"], "--iteration 9: the run in"),
+    "size": (["{run}", "{out}", "--shard-size", "5"], "--shard-size 5"),
+    "there already": (["{run}", "{run}"], "is there already"),
+    "another base": (["{run}", "{out}", "--base", "{tied}"], "not as when the run began"),
+    "no base": (["{zero}", "{out}"], "as --base"),
+    "a wrong base": (["{zero}", "{out}", "--base", "{tied}"], "is"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(trained, foreign, tied_llama, tmp_path, mistake):
+    arguments, expected = MISTAKES[mistake]
+    places = {"run": trained["float32"], "out": tmp_path / "out", "tied": tied_llama, "zero": foreign / "zero"}
+    done = export(*(argument.format(**places) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_checkpoint_is_named(foreign, biased_qwen, tmp_path):
+    spoiled = shutil.copytree(foreign / "zero", tmp_path / "zero")
+    (file,) = spoiled.glob("global_step1/*rank_1*optim_states.pt")
+    file.write_bytes(file.read_bytes()[:2000])
+    done = export(spoiled, tmp_path / "out", "--base", biased_qwen)
+    assert done.returncode == 2 and file.name in done.stderr
+
+
+def test_the_tools_say_what_they_do():
+    for tool in ("export_safetensors.py", "journal.py"):
+        done = run([sys.executable, f"tools/{tool}", "--help"], 60)
+        assert done.returncode == 0 and "RUN_DIR" in done.stdout
+    assert (ROOT / "docs" / "reliability.md").exists()

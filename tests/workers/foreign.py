@@ -1,0 +1,67 @@
+"""What other programs save, on two ranks: foreign.py MODEL OUT_DIRECTORY
+
+OUT/zero: a ZeRO-3 checkpoint of bfloat16 weights with float32 masters, after a step of Adam, one parameter frozen.
+OUT/distributed: transformers' distributed save under FSDP. OUT/zero.safetensors: what the first holds, gathered.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from shardes import environment
+
+environment.prepare()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import AutoModelForCausalLM, DistributedConfig  # noqa: E402
+
+from launch import report  # noqa: E402
+
+FROZEN = "model.layers.1.mlp.up_proj.weight"
+
+
+def zero(model: str, out: Path) -> None:
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    module.get_parameter(FROZEN).requires_grad_(False)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[param for param in module.parameters() if param.requires_grad],
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}},
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000},
+        },
+    )
+    ids = torch.arange(8)[None]
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(str(out / "zero"))
+    whole = {}
+    for name, param in engine.module.named_parameters():
+        found = deepspeed.utils.safe_get_full_fp32_param(param) if param.requires_grad else None
+        if found is None:
+            with deepspeed.zero.GatheredParameters([param]):
+                found = param.detach().float().clone()
+        whole[name] = found.contiguous()
+    if dist.get_rank() == 0:
+        save_file(whole, out / "zero.safetensors")
+    dist.barrier()
+
+
+def distributed(model: str, out: Path) -> None:
+    module = AutoModelForCausalLM.from_pretrained(model, distributed_config=DistributedConfig(fsdp_size=2))
+    module.save_pretrained(out / "distributed", distributed_checkpoint=True)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed("gloo")
+    distributed(sys.argv[1], Path(sys.argv[2]))
+    zero(sys.argv[1], Path(sys.argv[2]))
+    report({"rank": dist.get_rank()})
+    dist.barrier()
