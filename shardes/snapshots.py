@@ -127,7 +127,7 @@ class Snapshots:
                 self._prune()
         except Failed:
             pass
-        except (OSError, RunError) as error:
+        except (OSError, RuntimeError) as error:
             store.set("failed", f"rank {self._world.job.rank}: {error}")
         finally:
             self._written.set()

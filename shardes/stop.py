@@ -32,17 +32,18 @@ class StopWatch:
     def __init__(self, job: Job):
         self._job = job
         self._store = job.store.clone()  # a connection of its own, for the main thread may be waiting on the other
-        self._signal: int | None = None
+        # Python calls handlers in the main thread, which may be waiting in a collective; the pipe hears at once.
+        self._signals, heard = os.pipe()
+        for end in (self._signals, heard):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
         self._code: int | None = None
         self._patient = False
         self._closed = threading.Event()
         for number in CODES:
-            signal.signal(number, self._note)
+            signal.signal(number, lambda number, frame: None)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
-
-    def _note(self, number: int, frame) -> None:
-        self._signal = number
 
     def poll(self) -> None:
         """Raise Stopped, on rank 0, where the run has been asked to stop."""
@@ -64,12 +65,18 @@ class StopWatch:
         self._closed.set()
         self._thread.join()
 
+    def _heard(self) -> list[int]:
+        """The signals since the last look that ask for a stop."""
+        try:
+            return [number for number in os.read(self._signals, 64) if number in CODES]
+        except BlockingIOError:
+            return []
+
     def _watch(self) -> None:
         try:
             while not self._closed.wait(INTERVAL):
-                if self._signal is not None:
-                    self._store.set("stop", str(int(CODES[signal.Signals(self._signal)])))
-                    self._signal = None
+                for number in self._heard():
+                    self._store.set("stop", str(CODES[number]))
                 if self._store.check(["end"]) and self._job.rank:
                     self._store.set(f"parted/{self._job.rank}", "")
                     _exit(int(self._store.get("end")))

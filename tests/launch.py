@@ -1,6 +1,7 @@
 """Starting several ranks, with a time limit, leaving no process behind."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -8,7 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -43,6 +47,24 @@ def run(command: list[str], seconds: float = 240, **environ: str) -> subprocess.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def script(path: str) -> ModuleType:
+    """The module that a script of the repository is, imported."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(main: Callable[[list[str]], int], *arguments: object) -> subprocess.CompletedProcess:
+    """What a script's `main` does and prints, within this process."""
+    with contextlib.redirect_stdout(StringIO()) as out, contextlib.redirect_stderr(StringIO()) as err:
+        try:
+            code = main(list(map(str, arguments)))
+        except SystemExit as error:
+            code = error.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def deepspeed(ranks: int, *arguments: str, seconds: float = 240) -> subprocess.CompletedProcess:

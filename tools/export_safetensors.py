@@ -106,6 +106,9 @@ def of_checkpoint(directory: Path, base: str | None) -> Plan:
     for name, shape in shapes.items():
         if tensors.shapes.get(name) != shape:
             raise ConfigError(f"{directory}: {name} is {tensors.shapes.get(name, 'missing')}, in {base} it is {shape}")
+    unknown = sorted(tensors.shapes.keys() - module.state_dict().keys())
+    if unknown:
+        raise ConfigError(f"{directory}: {unknown[0]} has no place in {base}; is it another model's?")
     return Plan(files, shapes, lambda name, _: tensors.read(name), torch.float32)
 
 
