@@ -165,11 +165,15 @@ class Checkpoint:
         self._directory.rename(self._home)
         _sync(self._home.parent)
 
-    def discard(self) -> None:
-        """Remove what was written."""
+    def close(self) -> None:
+        """Write no more, complete or not."""
         for handle in self._open.values():
             os.close(handle)
         self._open = {}
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

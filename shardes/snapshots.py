@@ -131,6 +131,7 @@ class Snapshots:
             store.set("failed", f"rank {self._world.job.rank}: {error}")
         finally:
             self._written.set()
+            checkpoint.close()
             if rank == 0 and store.check(["failed"]):
                 checkpoint.discard()
                 reason = store.get("failed").decode()

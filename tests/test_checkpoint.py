@@ -81,6 +81,7 @@ def test_files_keep_to_their_size(biased_qwen, tmp_path):
         assert any(file == path.name for file in weights.values())
 
 
+@pytest.mark.faults
 def test_one_flipped_byte_anywhere_is_found_and_its_file_named(tied_llama, tmp_path):
     out = write(tmp_path / "out", tied_llama)
     generator = torch.Generator().manual_seed(0)
@@ -89,19 +90,10 @@ def test_one_flipped_byte_anywhere_is_found_and_its_file_named(tied_llama, tmp_p
         ats = {0, len(whole) - 1, *torch.randint(len(whole), (12,), generator=generator).tolist()}
         for at in ats:
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
-            if path.name == "manifest.json" and json_equal(path.read_bytes(), whole):
-                continue  # white space
             with pytest.raises(ConfigError, match=path.name):
                 verify(out)
         path.write_bytes(whole)
     assert verify(out).iteration == 12
-
-
-def json_equal(one: bytes, other: bytes) -> bool:
-    try:
-        return json.loads(one) == json.loads(other)
-    except ValueError:
-        return False
 
 
 def test_a_missing_file_is_named(tied_llama, tmp_path):

@@ -8,6 +8,8 @@ import pytest
 from shardes.config import ConfigError, RunError
 from shardes.journal import Finish, Header, Journal, Record, Resumption, Reward, read
 
+pytestmark = pytest.mark.faults
+
 
 def record(iteration: int) -> Record:
     rewards = [1.5, -2.0, 0.1 + iteration]

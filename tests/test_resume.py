@@ -11,6 +11,8 @@ from shardes.journal import Header, Record, Resumption, Reward, read
 from shardes.resume import Lock, Start, decisive, open_run
 from shardes.weights import WeightFiles
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def base(tied_llama, tmp_path) -> WeightFiles:
