@@ -78,7 +78,7 @@ def prepare(argv: list[str], job: Job) -> Plan:
     arguments = parser().parse_args(argv)
     config = settings.load(arguments.config, arguments.overrides)
     replicas = settings.check_layout(config, job.size)
-    task = load_task(config.task.name, config.task.path)
+    task = load_task(config.task.name, config.task.path, config.task.train, config.task.test)
     directory = model_directory(config.model.path)
     module = empty_model(directory, getattr(torch, config.model.dtype.value))
     check_model(config, module)

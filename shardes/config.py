@@ -95,8 +95,10 @@ class GenerationConfig:
 
 @dataclass
 class TaskConfig:
-    name: str | None = _key("a built-in task: conciseness", None)
+    name: str | None = _key("a built-in task: conciseness, countdown", None)
     path: str | None = _key("your own task: file.py:Class", None)
+    train: str | None = _key("countdown: JSON file of training problems; null: the shipped ones", None)
+    test: str | None = _key("countdown: JSON file of test problems; null: the shipped ones", None)
 
 
 @dataclass

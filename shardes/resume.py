@@ -29,6 +29,7 @@ DECISIVE = [  # the settings that decide the center, given the model and the mac
     "generation.stop",
     "task.name",
     "task.path",
+    "task.train",
 ]
 
 
@@ -169,7 +170,7 @@ def _changes(config: Config, history: History, header: Header) -> dict[str, list
             )
         changes["model.path"] = [history.files, header.files]
     for key, new in header.settings.items():
-        old = history.settings[key]
+        old = history.settings.get(key)
         if old != new:
             if key not in allowed:
                 raise ConfigError(

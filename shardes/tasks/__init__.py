@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from shardes.config import ConfigError
 from shardes.tasks.conciseness import Conciseness
+from shardes.tasks.countdown import Countdown
 
 Split = Literal["train", "test"]
 Message = dict[str, str]
@@ -36,13 +37,14 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Callable[[], Task]] = {"conciseness": Conciseness}
+TASKS: dict[str, Callable[..., Task]] = {"conciseness": Conciseness, "countdown": Countdown}
 
 
-def load_task(name: str | None, path: str | None) -> Task:
+def load_task(name: str | None, path: str | None, train: str | None = None, test: str | None = None) -> Task:
     """The built-in task called `name`, or the user's own at `path`, written file.py:Class.
 
-    The user's class is made without arguments. While its file loads, modules beside it can be imported.
+    The user's class is made without arguments. While its file loads, modules beside it can be imported. `train` and
+    `test` are files of problems, for countdown.
 
     Raises:
         ConfigError: both or neither given, no such task, or a file or class that cannot be used.
@@ -50,13 +52,16 @@ def load_task(name: str | None, path: str | None) -> Task:
     if (name is None) == (path is None):
         what = "both are given" if name is not None else "neither is given"
         raise ConfigError(f"task.name, task.path: {what}; give one: a built-in task's name, or file.py:Class")
+    for split, file in (("train", train), ("test", test)):
+        if file is not None and name != "countdown":
+            raise ConfigError(f"task.{split}={file}: only the task countdown takes files of problems")
     if path is not None:
         return _load_own(path)
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(TASKS)}"
         raise ConfigError(f"task.name={name}: no such task; {hint}")
-    return TASKS[name]()
+    return Countdown(train, test) if name == "countdown" else TASKS[name]()
 
 
 def _load_own(path: str) -> Task:
