@@ -1,5 +1,6 @@
 """Small models that many tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from transformers import (  # noqa: E402
 )
 
 from models import SIZES, save_model  # noqa: E402
+from zygote import Zygote  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Starts runs without the launcher's and the imports' seconds."""
+    with Zygote() as zygote:
+        yield zygote
 
 
 @pytest.fixture(scope="session")

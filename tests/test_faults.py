@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from models import SIZES, save_model
 from shardes import journal, snapshots
 from shardes.checkpoint import verify
-from zygote import Zygote
 
 pytestmark = pytest.mark.faults
 
@@ -29,12 +28,6 @@ class Letters:
     def score(self, split, responses):
         return [float(sum(map(ord, text)) % 97) for text in responses]
 '''
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    with Zygote() as zygote:
-        yield zygote
 
 
 @pytest.fixture(scope="module")

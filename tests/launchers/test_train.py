@@ -120,9 +120,9 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
     assert len(set(map(str, runs.values()))) == 1
 
 
-def test_a_profile_of_one_iteration(config, tmp_path):
-    done = deepspeed(2, "launchers/train.py", config(("es", "iterations", 2)), "profile=true")
-    assert done.returncode == 0, done.stderr
+def test_a_profile_of_one_iteration(zygote, config, tmp_path):
+    run = zygote.start(config(("es", "iterations", 2)), "profile=true", ranks=2, log=tmp_path / "log")
+    assert run.wait() == [0, 0], run.text()
     (file,) = (tmp_path / "run").glob("trace_rank*.json.gz")
     with gzip.open(file, "rt") as opened:
         names = {event.get("name") for event in json.load(opened)["traceEvents"]}
@@ -146,21 +146,21 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
     ],
     ids=["NaN", "too few", "raises"],
 )
-def test_a_reward_that_fails_ends_every_rank(config, tmp_path, body, code, message):
+def test_a_reward_that_fails_ends_every_rank(zygote, config, tmp_path, body, code, message):
     path = config()
     source = TASK.replace("return [float(sum(map(ord, text)) % 97) for text in responses]", body)
     (tmp_path / "task.py").write_text(source)
-    done = deepspeed(2, "launchers/train.py", path, "sharding.shard=2", seconds=120)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
+    run = zygote.start(path, "sharding.shard=2", ranks=2, log=tmp_path / "log")
+    assert run.wait() == [code, code], run.text()
+    assert message in run.text()
 
 
-def test_equal_rewards_teach_nothing_and_say_so(config, tmp_path):
+def test_equal_rewards_teach_nothing_and_say_so(zygote, config, tmp_path):
     path = config(("es", "iterations", 1))
     (tmp_path / "task.py").write_text(TASK.replace("float(sum(map(ord, text)) % 97)", "1.0"))
-    done = deepspeed(1, "launchers/train.py", path)
-    assert done.returncode == 0, done.stderr
-    assert "warning: iteration 0: all 5 rewards are 1.0" in done.stdout
+    run = zygote.start(path, log=tmp_path / "log")
+    assert run.wait() == [0], run.text()
+    assert "warning: iteration 0: all 5 rewards are 1.0" in run.text()
     (record,) = records(tmp_path / "run")
     assert record["coefficients"] == [0.0] * 5
     assert record["digest"] == json.loads((tmp_path / "run" / "summary.json").read_text())["digest"]

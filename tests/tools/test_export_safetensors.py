@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from launch import ROOT, call, deepspeed, run, script, torchrun
+from launch import ROOT, call, run, script, torchrun
 from models import save_model
 from shardes import journal, snapshots
 from shardes.checkpoint import verify
@@ -28,7 +28,7 @@ class Echo:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, biased_qwen, moe_qwen):
+def trained(zygote, tmp_path_factory, biased_qwen, moe_qwen):
     """Finished runs on two ranks, by the dtype and model they compute with."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "task.py").write_text(TASK)
@@ -43,8 +43,9 @@ def trained(tmp_path_factory, biased_qwen, moe_qwen):
             "run": {"dir": str(folder / name), "timeout": 60},
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-        done = deepspeed(2, "launchers/train.py", str(folder / f"{name}.yaml"), "sharding.shard=2", *keys)
-        assert done.returncode == 0, done.stdout + done.stderr
+        config = str(folder / f"{name}.yaml")
+        run = zygote.start(config, "sharding.shard=2", *keys, ranks=2, log=folder / f"{name}.log")
+        assert run.wait() == [0, 0], run.text()
         return folder / name
 
     return {
@@ -187,6 +188,6 @@ def test_a_truncated_checkpoint_is_named(export, foreign, biased_qwen, tmp_path)
 
 
 def test_the_tools_say_what_they_do():
-    for tool in ("export_safetensors.py", "journal.py"):
-        done = run([sys.executable, f"tools/{tool}", "--help"], 60)
-        assert done.returncode == 0 and "RUN_DIR" in done.stdout
+    for tool in ("export_safetensors.py", "journal.py", "make_countdown.py"):
+        done = call(script(f"tools/{tool}").main, "--help")
+        assert done.returncode == 0 and "default" in done.stdout
