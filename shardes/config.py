@@ -111,7 +111,7 @@ class CheckpointConfig:
     every: int = _key("iterations between snapshots of the center, the last one included; 0: none", 20)
     keep: int = _key("snapshots that are kept, the newest ones", 2)
     shard_size: str = _key("most bytes of one safetensors file of a snapshot", "5GB")
-    verify_every: int = _key("iterations between comparisons of the replicas' centers; 0: never", 10)
+    verify_every: int = _key("iterations between comparisons of the replicas' centers (es.restore=copy); 0: never", 10)
 
 
 @dataclass

@@ -100,8 +100,9 @@ class Trainer:
             self.config.eval.every,
             self.config.checkpoint.verify_every,
         )
+        comparable = self.world.replicas > 1 and self.config.es.restore is Restore.copy
         for iteration in range(self.start.iteration, iterations):
-            if verify_every and iteration % verify_every == 0 and self.world.replicas > 1:
+            if comparable and verify_every and iteration % verify_every == 0:
                 check_replicas(self.world, self.center, iteration, digest, self.config.run.timeout)
             if self.snapshots.due(iteration) and not self.from_snapshot(iteration):
                 self.snapshot(iteration, digest)

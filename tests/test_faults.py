@@ -326,6 +326,18 @@ def test_a_center_that_went_wrong_stops_the_run(zygote, configure, undisturbed, 
     assert journal.read(directory / "journal.jsonl").finish == undisturbed[0].finish
 
 
+def test_centers_that_drift_are_not_compared_and_go_on_from_their_snapshot(zygote, configure, tmp_path):
+    directory = tmp_path / "run"
+    config = configure(directory)
+    keys = ["es.restore=subtract", "model.dtype=bfloat16"]
+    run = zygote.start(config, *keys, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5])
+    assert run.wait() == [-signal.SIGKILL] * 2, run.text()
+    manifest = verify(snapshots.found(directory)[4])
+    assert "iteration_4 and 0 iterations replayed" in finish(zygote, config, directory, *keys)
+    history = journal.read(directory / "journal.jsonl")
+    assert len(history.records) == 5 and history.records[4].digest == manifest.digest
+
+
 def test_a_killed_export_leaves_no_half_checkpoint(zygote, configure, tmp_path):
     _, directory = stopped_run(zygote, configure, tmp_path)
     arguments = [str(directory), str(tmp_path / "out"), "--shard-size", "100KB"]
