@@ -193,11 +193,10 @@ def load(path: str, overrides: list[str]) -> Config:
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path}: holds no settings (key: value lines); see configs/ for examples")
     try:
-        layers = [given, OmegaConf.from_dotlist(overrides)]
-        for layer in layers:
-            if isinstance(layer.get("resume"), str):
-                layer["resume"] = {"source": layer["resume"]}
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
+        if not isinstance(given.get("resume", {}), DictConfig | dict):
+            given["resume"] = {"source": given["resume"]}
+        overrides = [re.sub(r"^resume=", "resume.source=", override) for override in overrides]
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.from_dotlist(overrides))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error.full_key)) from None

@@ -122,3 +122,15 @@ def test_help_lists_every_key_with_its_meaning():
     text = settings.help_text()
     for key, (_, meaning) in settings.keys().items():
         assert key in text and meaning in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["resume=never", "resume.allow_changes=[es.sigma]"], ["resume.allow_changes=[es.sigma]", "resume=never"]],
+)
+def test_resume_has_a_short_form(tmp_path, overrides):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: x}\nrun: {dir: y}\nresume: /a/run\n")
+    assert settings.load(str(file), []).resume.source == "/a/run"
+    resume = settings.load(str(file), overrides).resume
+    assert (resume.source, resume.allow_changes) == ("never", ["es.sigma"])
