@@ -40,7 +40,7 @@ def model_directory(path: str) -> Path:
 def companions(directory: Path) -> list[str]:
     """The names of a model directory's small files: config, generation config, tokenizer, licence."""
     found = {path.name for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
-    return sorted(found - {INDEX, "manifest.json"})
+    return sorted(name for name in found if not name.endswith(".index.json") and name != "manifest.json")
 
 
 def sha256s(directory: Path, names: Iterable[str]) -> dict[str, str]:
