@@ -1,9 +1,12 @@
 """Settings are typed and checked, and a mistake is named with the nearest right key."""
 
+from pathlib import Path
+
 import pytest
 
 from shardes import config as settings
 from shardes.config import ConfigError, DType, Gather
+from shardes.tasks import load_task
 
 ENOUGH = "model: {path: m}\nrun: {dir: r}\n"
 
@@ -134,3 +137,11 @@ def test_resume_has_a_short_form(tmp_path, overrides):
     assert settings.load(str(file), []).resume.source == "/a/run"
     resume = settings.load(str(file), overrides).resume
     assert (resume.source, resume.allow_changes) == ("never", ["es.sigma"])
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_the_configs_that_come_along_are_sound(file):
+    config = settings.load(str(file), [])
+    load_task(config.task.name, config.task.path, config.task.train, config.task.test)
