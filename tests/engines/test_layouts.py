@@ -35,7 +35,13 @@ def models(engine: str, tensor: int) -> list[str]:
     return names
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+# Replicas share nothing here; tests/launchers runs two of them every time.
+SLOW = {"2 replicas × ZeRO 2"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
+)
 def layout(request) -> tuple[str, int, int, int]:
     return LAYOUTS[request.param]
 
