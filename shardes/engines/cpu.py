@@ -1,7 +1,10 @@
 """What makes a replica on CPUs fast: dense layers through oneDNN, sums over its ranks through shared memory."""
 
+import fcntl
 import os
 import socket
+import sys
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from shardes.config import RunError
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -37,15 +42,54 @@ def forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
+def load_operation() -> None:
+    """Build, once, or load DeepSpeed's operation for sums through shared memory.
+
+    torch marks a build by a file, which outlives a process that is killed, and waits for it to go. So the
+    operation has a directory of its own, used by one process at a time under a lock that the system frees: a mark
+    found there is a dead one's.
+
+    Raises:
+        RunError: another process has held the lock for ten minutes.
+    """
+    from deepspeed.comm.torch import build_shm_op  # the other engine does without deepspeed
+    from torch.utils.cpp_extension import get_default_build_root
+
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    installed = zlib.crc32(f"{sys.prefix} {sys.version}".encode())
+    directory = Path(given or get_default_build_root()) / f"shardes_{torch.__version__}_{installed:08x}"
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "in_use", "w") as lock:
+        deadline = time.monotonic() + 600
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError(f"{directory}: in use by another process for ten minutes; end it") from None
+                time.sleep(0.05)
+        for mark in directory.glob("*/lock"):
+            mark.unlink()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
+        try:
+            build_shm_op()
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if given is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = given
+
+
 @contextmanager
 def shared_memory(replica: int) -> Iterator[bool]:
     """A context for `deepspeed.init_distributed`: whether it sets up sums through shared memory.
 
-    It does where all ranks of the default process group are on one host. DeepSpeed names the memory by the
-    job's port, which other replicas have too, and leaves it behind: here each replica has its own name, which
-    is gone once all ranks have the memory in hand.
+    The operation that does is built or loaded on entering. It does where all ranks of the default process group are on
+    one host. DeepSpeed names the memory by the job's port, which other replicas have too, and leaves it behind: here
+    each replica has its own name, which is gone once all ranks have the memory in hand.
     """
     host = torch.tensor([zlib.crc32(socket.gethostname().encode())])
+    load_operation()
     least, most = host.clone(), host.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)

@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         module.requires_grad_(False).eval()
         on_cpu = world.device.type == "cpu"
         shared_memory = cpu.shared_memory(world.replica) if on_cpu else nullcontext(False)
-        with shared_memory as shared, redirect_stdout(StringIO()):  # every rank prints what it builds for the CPU
+        with redirect_stdout(StringIO()), shared_memory as shared:  # every rank prints what it builds for the CPU
             deepspeed.init_distributed(dist_init_required=False)
         set_autotp_mode(training=True)
         engine = _Engine(

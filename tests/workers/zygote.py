@@ -33,6 +33,7 @@ def load(path: str):
 
 TOOLS = {"train": load("launchers/train.py"), "export": load("tools/export_safetensors.py")}
 
+from torch.utils.file_baton import FileBaton  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
 
 from shardes import journal  # noqa: E402
@@ -49,6 +50,7 @@ def inject(faults: dict, rank: int) -> None:
     "kill in append": [kind, n]  kill the job when half of the journal's n-th line of this kind is written
     "fill in append": FILE  before the journal's 4th line fill the disk with this file
     "kill in write": n      kill the job at the n-th write of a part of a checkpoint
+    "kill in build": true   kill the job when a rank holds torch's lock on an extension that it builds or loads
     "stop in append": n     at the journal's n-th line stand still
     "flip": [rank, n]       before the n-th update flip a bit of this rank's center
     "slow": SECONDS         sleep before every decode step
@@ -94,6 +96,8 @@ def inject(faults: dict, rank: int) -> None:
 
     if rank == 0 and {"kill in append", "fill in append", "stop in append"} & set(faults):
         journal.open = File
+    if "kill in build" in faults:
+        FileBaton.release = lambda self: die()
     if "kill in write" in faults:
         os.pwrite = write_at
     if "slow" in faults:
