@@ -3,8 +3,9 @@
     python tools/export_safetensors.py RUN_DIR OUT_DIR [--iteration K] [--dtype bfloat16] [--shard-size 5GB]
 
 One process, no GPU, one tensor in memory at a time: the newest sound snapshot up to the iteration, or the base model,
-and the updates that the journal records after it. In place of RUN_DIR it takes a DeepSpeed ZeRO-3 checkpoint
-or a directory of transformers' distributed save; --base then says which model they belong to.
+and the updates that the journal records after it. In place of RUN_DIR it takes a directory of transformers'
+distributed save, or what DeepSpeed's zero_to_fp32.py --safe_serialization makes of a ZeRO-3 checkpoint; --base then
+says which model they belong to.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from transformers import PreTrainedModel  # noqa: E402
 from shardes import snapshots  # noqa: E402
 from shardes.checkpoint import DTYPES, Checkpoint, verify  # noqa: E402
 from shardes.config import ConfigError, is_size  # noqa: E402
-from shardes.engines import empty_model  # noqa: E402
-from shardes.foreign import open_foreign  # noqa: E402
+from shardes.engines import open_model  # noqa: E402
+from shardes.files import differing  # noqa: E402
+from shardes.foreign import ForeignFiles  # noqa: E402
 from shardes.journal import JOURNAL, History, Record, read  # noqa: E402
 from shardes.noise import add_noise  # noqa: E402
 from shardes.population import mean  # noqa: E402
@@ -55,12 +57,11 @@ def of_run(directory: Path, history: History, base: str | None, iteration: int |
     iteration = newest if iteration is None else iteration
     if not 0 <= iteration <= newest:
         raise ConfigError(f"--iteration {iteration}: the run in {directory} has the centers 0 to {newest}")
-    files, module = open_base(base or history.header.model)
+    files, module = open_model(model_directory(base or history.header.model), torch.float32)
     fingerprint = files.fingerprint()
     if fingerprint not in (history.header.files, history.files):
-        changed = [name for name, sha in fingerprint.items() if history.header.files.get(name) != sha]
         raise ConfigError(
-            f"{files.directory}: {', '.join(changed) or 'a missing file'}: not as when the run began; "
+            f"{files.directory}: {', '.join(differing(history.header.files, fingerprint))}: not as when the run began; "
             "give the model's directory as --base"
         )
     dtype = CHOICES[history.settings["model.dtype"]]
@@ -98,10 +99,10 @@ def replayed(source: WeightFiles, records: list[Record], dtype: torch.dtype) -> 
 
 def of_checkpoint(directory: Path, base: str | None) -> Plan:
     """What another program saved."""
-    tensors = open_foreign(directory)
+    tensors = ForeignFiles(directory)
     if base is None:
         raise ConfigError(f"{directory}: give the model that it was made from as --base, for its config and tokenizer")
-    files, module = open_base(base)
+    files, module = open_model(model_directory(base), torch.float32)
     shapes = shapes_of(module)
     for name, shape in shapes.items():
         if tensors.shapes.get(name) != shape:
@@ -110,14 +111,6 @@ def of_checkpoint(directory: Path, base: str | None) -> Plan:
     if unknown:
         raise ConfigError(f"{directory}: {unknown[0]} has no place in {base}; is it another model's?")
     return Plan(files, shapes, lambda name, _: tensors.read(name), torch.float32)
-
-
-def open_base(path: str) -> tuple[WeightFiles, PreTrainedModel]:
-    directory = model_directory(path)
-    module, files = empty_model(directory, torch.float32), WeightFiles(directory)
-    files.stack(module)
-    files.check(shapes_of(module))
-    return files, module
 
 
 def shapes_of(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,8 @@ from rich.table import Table  # noqa: E402
 from shardes import snapshots  # noqa: E402
 from shardes.checkpoint import verify as verify_snapshot  # noqa: E402
 from shardes.config import ConfigError  # noqa: E402
-from shardes.engines import empty_model  # noqa: E402
+from shardes.engines import open_model  # noqa: E402
+from shardes.files import differing  # noqa: E402
 from shardes.journal import JOURNAL, History, read  # noqa: E402
 from shardes.noise import add_noise  # noqa: E402
 from shardes.population import mean, std  # noqa: E402
@@ -82,12 +83,9 @@ def verify(directory: Path, base: str | None, console: Console) -> bool:
     if history.settings["es.restore"] != "copy":
         console.print("digests: es.restore=subtract leaves rounding behind that no journal has, so there is no replay")
         return sound
-    files = WeightFiles(model_directory(base or history.header.model))
-    changed = [name for name, sha in files.fingerprint().items() if history.header.files.get(name) != sha]
-    if changed:
+    files, module = open_model(model_directory(base or history.header.model), torch.float32)
+    if changed := differing(history.header.files, files.fingerprint()):
         raise ConfigError(f"{files.directory}: {changed[0]} is not what the run began with; see --base")
-    module = empty_model(files.directory, torch.float32)
-    files.stack(module)
     digests = replay(files, {name: param.numel() for name, param in module.named_parameters()}, history)
     wrong = [i for i, found in enumerate(digests) if history.digest(i) not in (None, found)]
     if wrong:
@@ -119,13 +117,9 @@ def diff(one: Path, other: Path, console: Console) -> bool:
     a, b = history_of(one), history_of(other)
     differences = [
         f"settings: {key}: {a.header.settings.get(key)} and {b.header.settings.get(key)}"
-        for key in a.header.settings.keys() | b.header.settings.keys()
-        if a.header.settings.get(key) != b.header.settings.get(key)
+        for key in differing(a.header.settings, b.header.settings)
     ]
-    names = sorted(a.header.files.keys() | b.header.files.keys())
-    differences += [
-        f"base model: {name} differs" for name in names if a.header.files.get(name) != b.header.files.get(name)
-    ]
+    differences += [f"base model: {name} differs" for name in differing(a.header.files, b.header.files)]
     for mine, theirs in zip(a.records, b.records, strict=False):
         parts = [key for key in vars(mine) if getattr(mine, key) != getattr(theirs, key)]
         if parts:
@@ -135,7 +129,7 @@ def diff(one: Path, other: Path, console: Console) -> bool:
             which = f" (of members {', '.join(map(str, members))})" if members else ""
             differences.append(f"iteration {mine.iteration}, the first to differ: {', '.join(parts)}{which}")
             break
-    for line in sorted(differences, key=lambda line: line.startswith("iteration")):
+    for line in differences:
         console.print(line)
     lengths = sorted([len(a.records), len(b.records)])
     longer = f"; one goes on to {lengths[1]}" if lengths[0] != lengths[1] else ""

@@ -13,6 +13,7 @@ from shardes import config as settings
 from shardes.config import Config, ConfigError, DType, Offload
 from shardes.engines.vocabulary import VocabularyPart
 from shardes.shards import Shard
+from shardes.weights import WeightFiles
 from shardes.world import World
 
 
@@ -49,6 +50,14 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         return module
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={directory}: {str(error).strip().splitlines()[0]}") from error
+
+
+def open_model(directory: Path, dtype: torch.dtype) -> tuple[WeightFiles, PreTrainedModel]:
+    """A model directory's weight files, checked against its `empty_model`, and that."""
+    files, module = WeightFiles(directory), empty_model(directory, dtype)
+    files.stack(module)
+    files.check({name: param.shape for name, param in module.named_parameters()})
+    return files, module
 
 
 def check_model(config: Config, module: PreTrainedModel) -> None:

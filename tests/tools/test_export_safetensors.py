@@ -137,11 +137,19 @@ def test_it_holds_one_tensor_at_a_time(tmp_path):
 def foreign(tmp_path_factory, biased_qwen) -> Path:
     folder = tmp_path_factory.mktemp("foreign")
     torchrun(2, "foreign.py", str(biased_qwen), str(folder))
+    convert = [
+        sys.executable,
+        str(folder / "zero" / "zero_to_fp32.py"),
+        str(folder / "zero"),
+        str(folder / "converted"),
+    ]
+    done = run([*convert, "--safe_serialization", "--max_shard_size", "50KB"], 120)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_a_zero_3_checkpoint(export, foreign, biased_qwen, tmp_path):
-    done = export(foreign / "zero", tmp_path / "out", "--base", biased_qwen, "--dtype", "float32")
+    done = export(foreign / "converted", tmp_path / "out", "--base", biased_qwen, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     found, expected = load_file(tmp_path / "out" / "model.safetensors"), load_file(foreign / "zero.safetensors")
     before = AutoModelForCausalLM.from_pretrained(biased_qwen).state_dict()
@@ -164,8 +172,9 @@ MISTAKES = {
     "size": (["{run}", "{out}", "--shard-size", "5"], "--shard-size 5"),
     "there already": (["{run}", "{run}"], "is there already"),
     "another base": (["{run}", "{out}", "--base", "{tied}"], "not as when the run began"),
-    "no base": (["{zero}", "{out}"], "as --base"),
-    "a wrong base": (["{zero}", "{out}", "--base", "{tied}"], "is"),
+    "not converted": (["{zero}", "{out}", "--base", "{tied}"], "zero_to_fp32.py"),
+    "no base": (["{converted}", "{out}"], "as --base"),
+    "a wrong base": (["{converted}", "{out}", "--base", "{tied}"], "is it another model's?"),
 }
 
 
@@ -173,6 +182,7 @@ MISTAKES = {
 def test_mistakes_are_named(export, trained, foreign, tied_llama, tmp_path, mistake):
     arguments, expected = MISTAKES[mistake]
     places = {"run": trained["float32"], "out": tmp_path / "out", "tied": tied_llama, "zero": foreign / "zero"}
+    places["converted"] = foreign / "converted"
     done = export(*(argument.format(**places) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr and "Traceback" not in done.stderr
@@ -180,11 +190,14 @@ def test_mistakes_are_named(export, trained, foreign, tied_llama, tmp_path, mist
 
 
 def test_a_truncated_checkpoint_is_named(export, foreign, biased_qwen, tmp_path):
-    spoiled = shutil.copytree(foreign / "zero", tmp_path / "zero")
-    (file,) = spoiled.glob("global_step1/*rank_1*optim_states.pt")
+    spoiled = shutil.copytree(foreign / "distributed", tmp_path / "distributed")
+    file = sorted(spoiled.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:2000])
     done = export(spoiled, tmp_path / "out", "--base", biased_qwen)
-    assert done.returncode == 2 and file.name in done.stderr
+    assert done.returncode == 2 and str(spoiled) in done.stderr
+    file.unlink()
+    done = export(spoiled, tmp_path / "out", "--base", biased_qwen)
+    assert done.returncode == 2 and str(spoiled) in done.stderr
 
 
 def test_the_tools_say_what_they_do():
