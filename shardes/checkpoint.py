@@ -18,8 +18,9 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from shardes.config import ConfigError
+from shardes.files import checksum, sha256s, sync
 from shardes.shards import BLOCK, Region, digest, run
-from shardes.weights import INDEX, WeightFiles, by_part, companions, sha256s
+from shardes.weights import INDEX, WeightFiles, by_part, companions
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the names of directories that are being written or removed
@@ -156,14 +157,14 @@ class Checkpoint:
         others = sorted(path.name for path in self._directory.iterdir() if path.name not in shas)
         shas = shas | sha256s(self._directory, others)
         for name in others:
-            _sync(self._directory / name)
+            sync(self._directory / name)
         body = asdict(Manifest(iteration, digest, dict(sorted(shas.items()))))
         text = json.dumps(body | {"checksum": _checksum(body)}, indent=2) + "\n"
         (self._directory / MANIFEST).write_text(text)
-        _sync(self._directory / MANIFEST)
-        _sync(self._directory)
+        sync(self._directory / MANIFEST)
+        sync(self._directory)
         self._directory.rename(self._home)
-        _sync(self._home.parent)
+        sync(self._home.parent)
 
     def close(self) -> None:
         """Write no more, complete or not."""
@@ -218,18 +219,10 @@ def verify(directory: Path) -> Manifest:
 
 
 def _checksum(body: dict) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return checksum(json.dumps(body, sort_keys=True))
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(handle, data, offset)
         data, offset = data[count:], offset + count
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

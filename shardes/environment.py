@@ -37,6 +37,11 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, with what it has printed."""
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: while threads of a process group still run, the interpreter's own teardown may abort.

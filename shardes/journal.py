@@ -5,7 +5,6 @@ happened. A line is a JSON object and ends with a checksum over all lines up to 
 changed, lost or moved unnoticed. What is appended is on disk before anything is done that rests on it.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from shardes.config import ConfigError, RunError
+from shardes.files import checksum, sync
 from shardes.noise.definition import NOISE
 
 JOURNAL = "journal.jsonl"
@@ -194,23 +194,20 @@ def _begin(path: Path, entry: Entry) -> History:
     return History(path, entry, dict(entry.settings), dict(entry.files))
 
 
-def _checksum(previous: str, body: str) -> str:
-    return hashlib.blake2b((previous + body).encode(), digest_size=8).hexdigest()
-
-
 def _encode(entry: Entry, previous: str) -> tuple[str, str]:
     """An entry's line, and its checksum, after a line with checksum `previous`."""
     body = json.dumps({"kind": entry.kind, **asdict(entry)}, allow_nan=False)[:-1]
-    checksum = _checksum(previous, body)
-    return f'{body}{MARK}{checksum}"}}\n', checksum
+    found = checksum(previous + body)
+    return f'{body}{MARK}{found}"}}\n', found
 
 
 def _decode(line: str, previous: str) -> tuple[Entry, str]:
-    body, mark, checksum = line.rpartition(MARK)
-    if not mark or checksum != _checksum(previous, body) + '"}':
+    body, mark, end = line.rpartition(MARK)
+    found = checksum(previous + body)
+    if not mark or end != found + '"}':
         raise ValueError("its checksum does not fit")
     values = json.loads(body + "}")
-    return ENTRIES[values.pop("kind")](**values), checksum[:-2]
+    return ENTRIES[values.pop("kind")](**values), found
 
 
 class Journal:
@@ -223,7 +220,7 @@ class Journal:
         self._checksum = history.checksum if history else ""
         self._file.truncate(self._end)
         self._file.seek(self._end)
-        _sync_directory(path.parent)
+        sync(path.parent)
 
     def append(self, entry: Entry) -> None:
         """Write an entry; on return it is on disk.
@@ -231,7 +228,7 @@ class Journal:
         Raises:
             RunError: it could not be written, and the journal is as it was; or another process wrote to it.
         """
-        line, checksum = _encode(entry, self._checksum)
+        line, found = _encode(entry, self._checksum)
         rest = line.encode()
         if os.fstat(self._file.fileno()).st_size != self._end:
             raise RunError(f"{self._path}: another process has written to it; is a second run using this directory?")
@@ -246,15 +243,7 @@ class Journal:
                 f"{self._path}: cannot be written ({error}). Nothing was applied that it does not hold: "
                 "once it can be written, start the same command again to go on"
             ) from error
-        self._end, self._checksum = self._end + len(line.encode()), checksum
+        self._end, self._checksum = self._end + len(line.encode()), found
 
     def close(self) -> None:
         self._file.close()
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ from shardes import config as settings
 from shardes import journal, snapshots
 from shardes.checkpoint import MANIFEST, read_manifest, verify
 from shardes.config import Config, ConfigError
+from shardes.files import differing, sync
 from shardes.journal import JOURNAL, Header, History, Journal, Record, Resumption
 from shardes.population import mean
 from shardes.weights import WeightFiles
@@ -143,8 +144,7 @@ def _history(config: Config, directory: Path) -> tuple[History | None, list[Path
     end = origin.end if run == given else origin.ends[read_manifest(given).iteration]
     copied = directory / (JOURNAL + ".partial")
     copied.write_bytes(origin.path.read_bytes()[:end])
-    with open(copied, "rb") as opened:
-        os.fsync(opened.fileno())
+    sync(copied)
     copied.rename(directory / JOURNAL)
     return journal.read(directory / JOURNAL), [directory, run]
 
@@ -159,9 +159,8 @@ def _changes(config: Config, history: History, header: Header) -> dict[str, list
                 f"{', '.join(DECISIVE)}, model.path"
             )
     changes = {}
-    if history.files != header.files:
-        names = sorted(history.files.keys() | header.files.keys())
-        name = next(name for name in names if history.files.get(name) != header.files.get(name))
+    if differ := differing(history.files, header.files):
+        name = differ[0]
         then, now = (files.get(name, "missing")[:16] for files in (history.files, header.files))
         if "model.path" not in allowed:
             raise ConfigError(

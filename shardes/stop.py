@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from typing import NoReturn
 
+from shardes.environment import leave
 from shardes.world import Job
 
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
@@ -79,20 +79,14 @@ class StopWatch:
                     self._store.set("stop", str(CODES[number]))
                 if self._store.check(["end"]) and self._job.rank:
                     self._store.set(f"parted/{self._job.rank}", "")
-                    _exit(int(self._store.get("end")))
+                    leave(int(self._store.get("end")))
                 if self._code is None and self._store.check(["stop"]):
                     self._code = int(self._store.get("stop"))
                     if self._job.rank == 0 and not self._patient:
                         self.end(self._code)
                         self._closed.wait(5 * INTERVAL)
-                        _exit(self._code)
+                        leave(self._code)
         except RuntimeError as error:
             if not self._closed.is_set():
                 print(f"error: rank {self._job.rank}: rank 0's store is gone: {error}", file=sys.stderr, flush=True)
-                _exit(1)
-
-
-def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+                leave(1)

@@ -1,11 +1,8 @@
 """A model directory's safetensors files, of which each rank reads only its own bytes."""
 
-import hashlib
 import json
-import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from shardes.config import ConfigError
+from shardes.files import sha256s
 from shardes.shards import BLOCK, Region, Shard
 
 INDEX = "model.safetensors.index.json"
@@ -41,21 +39,6 @@ def companions(directory: Path) -> list[str]:
     """The names of a model directory's small files: config, generation config, tokenizer, licence."""
     found = {path.name for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
     return sorted(name for name in found if not name.endswith(".index.json") and name != "manifest.json")
-
-
-def sha256s(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of each of a directory's files, several at a time."""
-
-    def sha256(name: str) -> str:
-        sha = hashlib.sha256()
-        with open(directory / name, "rb", buffering=0) as opened:
-            while block := opened.read(1 << 22):
-                sha.update(block)
-        return sha.hexdigest()
-
-    names = list(names)
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(names, pool.map(sha256, names), strict=True))
 
 
 class WeightFiles:

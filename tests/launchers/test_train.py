@@ -1,7 +1,6 @@
 """The main job, started as a user starts it."""
 
 import gzip
-import importlib.util
 import json
 import shutil
 import socket
@@ -13,12 +12,10 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import ROOT, deepspeed, run
+from launch import deepspeed, run, script
 from shardes.config import ConfigError
 
-spec = importlib.util.spec_from_file_location("train", ROOT / "launchers" / "train.py")
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
+train = script("launchers/train.py")
 
 TASK = '''
 class Letters:

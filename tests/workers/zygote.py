@@ -6,7 +6,6 @@ Reads commands, JSON objects one to a line, and answers each with one:
 All ranks of a run are one process group. `faults` are described in `inject`.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,23 +14,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # a fork must not find threads
 
-from shardes import environment  # noqa: E402
+from shardes import environment
 
 environment.prepare()
 
 
-def load(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from launch import script  # noqa: E402
 
-
-TOOLS = {"train": load("launchers/train.py"), "export": load("tools/export_safetensors.py")}
+TOOLS = {"train": script("launchers/train.py"), "export": script("tools/export_safetensors.py")}
 
 from torch.utils.file_baton import FileBaton  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
