@@ -130,13 +130,17 @@ def _put(file: TextIO, rows: Sequence[dict]) -> None:
         RunError: they could not be written.
     """
     try:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write(_lines(rows))
         file.flush()
     except OSError as error:
         raise RunError(
             f"{file.name}: cannot be written ({error}). The journal is whole: once there is room, start the same "
             "command again to go on"
         ) from error
+
+
+def _lines(rows: Sequence[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _rows(file: Path) -> list[dict]:
@@ -149,7 +153,7 @@ def _rows(file: Path) -> list[dict]:
 
 def _replace(file: Path, rows: list[dict]) -> None:
     beside = file.with_name(file.name + ".partial")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.write_text(_lines(rows), encoding="utf-8")
     beside.replace(file)
 
 

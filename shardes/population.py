@@ -64,7 +64,7 @@ class Exchange:
         self._count = count
         self._timeout = timeout
         self._known = known
-        self._seen: set[int] = set()
+        self._seen = set(known)
         self.bytes = 0
         if known and world.speaks:
             for number, found in known.items():
@@ -94,7 +94,7 @@ class Exchange:
         return self._add("done", 0)
 
     def news(self) -> Iterator[tuple[int, str]]:
-        """What has been found since the last call, by all replicas: (piece, what)."""
+        """What has been found since the last call, by all replicas, and was not known: (piece, what)."""
         if self.done() > len(self._seen):
             for number in range(self._count):
                 if number not in self._seen and self._store.check([f"found/{number}"]):
@@ -164,7 +164,7 @@ class Population(Exchange):
         iteration: int,
         seeds: Sequence[int],
         timeout: float,
-        known: Mapping[int, tuple[float, int]] = NOTHING,
+        known: Mapping[int, Sequence] = NOTHING,
     ):
         now = time.time()
         found = {number: json.dumps([reward, tokens, 0, now]) for number, (reward, tokens) in known.items()}
@@ -188,9 +188,8 @@ class Population(Exchange):
     def new_rewards(self) -> Iterator[tuple[int, float, int]]:
         """The rewards posted since the last call that were not known before: (member, reward, tokens)."""
         for number, found in self.news():
-            if number not in self._known:
-                reward, tokens, *_ = json.loads(found)
-                yield number, reward, tokens
+            reward, tokens, *_ = json.loads(found)
+            yield number, reward, tokens
 
     def evaluations(self, poll: Callable[[], None] = lambda: None) -> list[Evaluation]:
         """All members' evaluations, in member order, on every rank; otherwise like `collect`."""

@@ -189,8 +189,7 @@ class Trainer:
         es, clock = self.config.es, Clock()
         self.clock, started = clock, time.perf_counter()
         seeds = member_seeds(es.seed, iteration, es.population_size)
-        known = {number: tuple(found) for number, found in self.start.rewards.items()}
-        known = known if iteration == self.start.iteration else {}
+        known = self.start.rewards if iteration == self.start.iteration else {}
         population = Population(self.world, iteration, seeds, self.config.run.timeout, known)
         looked = time.monotonic()
 

@@ -10,14 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from shardes.checkpoint import Checkpoint, read_manifest, verify
 from shardes.config import ConfigError
-from shardes.engines import empty_model
+from shardes.engines import open_model
 from shardes.shards import Region, cut, digest, run
-from shardes.weights import WeightFiles
 
 
 def opened(directory):
-    module, files = empty_model(directory, torch.float32), WeightFiles(directory)
-    files.stack(module)
+    files, module = open_model(directory, torch.float32)
     return files, {name: tuple(param.shape) for name, param in module.named_parameters()}
 
 
