@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import Row, ratios, seconds
 from shardes.engines.cpu import speed_up
-from shardes.generation import encode, greedy
+from shardes.generation import decoder, encode
 
 PLACES = "France Japan Italy Spain Egypt Peru Norway Kenya Chile Greece Cuba Iran Iraq Nepal Qatar Oman"
 THINGS = "a lighthouse, a clock, an otter, a bridge, a comet, a garden, a violin, a harbour"
@@ -36,7 +36,7 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     speed_up(model)  # as the engines do
     count, longest = (8, 12) if toy else (64, 256)
     asked = encode(tokenizer, prompts(count))
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=longest)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=longest)
     batch = tokenizer.pad({"input_ids": asked}, return_tensors="pt")
 
     def theirs():
@@ -61,7 +61,7 @@ def against_vllm(directory: Path, toy: bool, vllm: str | None) -> Row:
     tokenizer, model = _load(directory)
     speed_up(model)
     asked = encode(tokenizer, prompts(count))
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=longest)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=longest)
     decode.eos = frozenset()  # every answer runs to the limit, in both
     decode(model, asked)
     mine = [count * longest / seconds(lambda: decode(model, asked)) for _ in range(5)]

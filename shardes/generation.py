@@ -1,8 +1,9 @@
-"""Greedy decoding of prompts, on a module that is ready.
+"""Decoding of prompts, greedy or sampled, on a module that is ready.
 
 It works on token ids and knows the tokenizer only to find stop strings. Rows that are finished leave the
 batch, key-value cache included (but not with layers that keep a state of another kind). Token for token it
-gives what transformers' `generate(do_sample=False)` does.
+gives what transformers' `generate(do_sample=False)` does. A sampled response is a function of the model, the
+prompt and a seed: which others are decoded beside it does not matter, nor how the model is sharded.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ Prompt = str | list[dict[str, str]]
 
 
 @dataclass
-class Greedy:
+class Decoder:
     """How responses are decoded.
 
     `eos` ends a response and is part of it; so does the first token that completes one of the `stop` strings.
@@ -40,6 +41,7 @@ class Greedy:
         module: nn.Module,
         prompts: Sequence[Sequence[int]],
         *,
+        seeds: Sequence[int] | None = None,
         vocabulary: VocabularyPart | None = None,
         lockstep: dist.ProcessGroup | None = None,
         poll: Callable[[], None] = lambda: None,
@@ -49,6 +51,8 @@ class Greedy:
         Args:
             module: a causal language model of transformers.
             prompts: token ids, at least one each.
+            seeds: of each prompt's response, 64 bits, to sample it from the model's distribution (temperature 1);
+                by default it is the greedy one.
             vocabulary: the part of the vocabulary that this rank's logits cover; all of it by default.
             lockstep: the ranks that must make the same number of forward passes, where a pass is collective
                 over them although their prompts differ.
@@ -58,10 +62,11 @@ class Greedy:
         device = next(module.parameters()).device
         with torch.no_grad():
             for rows in self._batches(prompts):
-                batch = self._decode(module, [prompts[r] for r in rows], device, vocabulary, lockstep, poll)
+                chosen = None if seeds is None else [seeds[r] for r in rows]
+                batch = self._decode(module, [prompts[r] for r in rows], chosen, device, vocabulary, lockstep, poll)
                 for row, tokens in zip(rows, batch, strict=True):
                     responses[row] = tokens
-            while lockstep is not None and _any_unfinished(False, device, lockstep):
+            while lockstep is not None and any_unfinished(False, device, lockstep):
                 module(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
         return responses
 
@@ -75,7 +80,7 @@ class Greedy:
             batches[-1].append(row)
         return batches
 
-    def _decode(self, module, prompts, device, vocabulary, lockstep, poll) -> list[list[int]]:
+    def _decode(self, module, prompts, seeds, device, vocabulary, lockstep, poll) -> list[list[int]]:
         width = max(map(len, prompts))
         length = width + self.max_new_tokens
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -85,10 +90,11 @@ class Greedy:
         responses: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # which prompt each row of the batch is
         going = [True] * len(rows)
+        count = 0
         while True:
             poll()
             if lockstep is not None:
-                _any_unfinished(True, device, lockstep)
+                any_unfinished(True, device, lockstep)
             logits = module(
                 input_ids=ids,
                 attention_mask=mask[:, :width],
@@ -97,6 +103,11 @@ class Greedy:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
+            if seeds is not None:
+                noise = gumbel([seeds[row] for row in rows], count, module.config.get_text_config().vocab_size, device)
+                first = 0 if vocabulary is None else vocabulary.first
+                logits = logits.float() + noise[:, first : first + logits.shape[1]]
+            count += 1
             tokens = logits.argmax(-1) if vocabulary is None else vocabulary.argmax(logits)
             for i, token in enumerate(tokens.tolist()):
                 if going[i]:
@@ -138,25 +149,38 @@ def _compact(going: list[bool]) -> list[int]:
     return [row if going[row] else next(movers) for row in range(count)]
 
 
-def _any_unfinished(unfinished: bool, device: torch.device, group: dist.ProcessGroup) -> bool:
+def gumbel(seeds: Sequence[int], step: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Gumbel noise, float32 (rows, vocabulary): the argmax of its sum with logits is a sample of their softmax.
+
+    A row's noise is a function of its seed and the step alone. CPUs and GPUs have generators of their own.
+    """
+    generator = torch.Generator(device)
+    drawn = torch.empty(len(seeds), vocab_size, device=device)
+    for row, seed in zip(drawn, seeds, strict=True):
+        generator.manual_seed((seed + step * 0x9E3779B97F4A7C15) % 2**64)  # far from the seeds of other rows
+        row.exponential_(generator=generator)
+    return -drawn.log()
+
+
+def any_unfinished(unfinished: bool, device: torch.device, group: dist.ProcessGroup) -> bool:
     """Whether any rank of the group has decoding left; every rank asks before each forward pass."""
     count = torch.tensor([int(unfinished)], device=device)
     dist.all_reduce(count, group=group)
     return count.item() > 0
 
 
-def greedy(
+def decoder(
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationConfig,
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
     batch_tokens: int = 65536,
-) -> Greedy:
-    """Greedy decoding with the end-of-sequence ids of a model's generation config."""
+) -> Decoder:
+    """A decoder with the end-of-sequence ids of a model's generation config."""
     eos = generation.eos_token_id
     ids = frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-    return Greedy(tokenizer, max_new_tokens, ids, tuple(stop), batch_tokens)
+    return Decoder(tokenizer, max_new_tokens, ids, tuple(stop), batch_tokens)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:

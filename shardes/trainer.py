@@ -2,30 +2,26 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch.profiler import profile
-from transformers import PreTrainedTokenizerBase
 
 from shardes.agreement import check_replicas
 from shardes.center import Center, member
-from shardes.config import Config, ConfigError, Restore, RunError
-from shardes.engines import Engine
-from shardes.generation import Greedy
+from shardes.config import Config, Restore, RunError
 from shardes.journal import Finish, Journal, Record, Reward
+from shardes.judging import score
 from shardes.metrics import Clock, Reporter, peak_resident_bytes
 from shardes.population import Exchange, Population, idle_seconds, mean, member_seeds, std, update_coefficients
+from shardes.responses import Responder
 from shardes.resume import Start
 from shardes.snapshots import Snapshots
 from shardes.stop import StopWatch
 from shardes.tasks import Split, Task
 from shardes.weights import WeightFiles
-from shardes.world import World, all_gather
+from shardes.world import World
 
 SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and their metrics' names
 
@@ -51,12 +47,10 @@ class Trainer:
         self,
         config: Config,
         world: World,
-        engine: Engine,
         center: Center,
         base: WeightFiles,
         task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        greedy: Greedy,
+        responder: Responder,
         encoded: dict[str, list[list[int]]],
         watch: StopWatch,
         start: Start,
@@ -64,17 +58,14 @@ class Trainer:
     ):
         self.config = config
         self.world = world
-        self.engine = engine
         self.center = center
         self.base = base
         self.task = task
-        self.tokenizer = tokenizer
-        self.greedy = greedy
+        self.responder = responder
         self.encoded = encoded
         self.watch = watch
         self.start = start
         self.journal = journal
-        self.clock = Clock()
         self.reporter: Reporter | None = None
         directory = Path(config.run.dir)
         self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
@@ -187,7 +178,7 @@ class Trainer:
         `digest` is the center's.
         """
         es, clock = self.config.es, Clock()
-        self.clock, started = clock, time.perf_counter()
+        self.responder.clock, started = clock, time.perf_counter()
         seeds = member_seeds(es.seed, iteration, es.population_size)
         known = self.start.rewards if iteration == self.start.iteration else {}
         population = Population(self.world, iteration, seeds, self.config.run.timeout, known)
@@ -207,8 +198,8 @@ class Trainer:
 
         for number in population.claim():
             with member(self.center, seeds[number], es.sigma, clock):
-                tokens = self.respond(self.encoded["train"], poll)
-            reward = self.world.led(lambda tokens=tokens: mean(self.score("train", self.texts(tokens))))
+                tokens = self.responder.respond(self.encoded["train"], poll=poll)
+            reward = self.world.led(lambda tokens=tokens: mean(self.score("train", self.responder.texts(tokens))))
             population.post_reward(number, reward, sum(map(len, tokens)))
             with clock("exchange"):
                 record_rewards()
@@ -259,7 +250,7 @@ class Trainer:
         exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
         for number in exchange.claim():
             split, where = work[number]
-            exchange.post(number, json.dumps(self.respond(self.encoded[split][where], self.watch.poll)))
+            exchange.post(number, json.dumps(self.responder.respond(self.encoded[split][where], poll=self.watch.poll)))
         distance = self.center.distance(self.base) if self.world.replica == 0 else {}
         return Examination(iteration, exchange, work, distance)
 
@@ -272,49 +263,15 @@ class Trainer:
             for (of, where), part in zip(examination.work, found, strict=True):
                 if of == split:
                     tokens[where] = part
-            texts = self.texts(tokens)
+            texts = self.responder.texts(tokens)
             rewards = self.score(split, texts)
             metrics[name] = mean(rewards)
             self.reporter.samples(examination.iteration, split, self.task.prompts(split), texts, rewards)
         return metrics | examination.distance
 
-    def respond(self, prompts: Sequence[list[int]], poll: Callable[[], None]) -> list[list[int]]:
-        """The live weights' greedy responses, as token ids; the shard axis splits the prompts."""
-        group = self.world.mesh.get_group("shard")
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        lockstep = group if self.engine.lockstep else None
-        with ExitStack() as stack:
-            with self.clock("gather"):
-                module = stack.enter_context(self.engine.ready())
-            with self.clock("generate"):
-                mine = self.greedy(
-                    module, prompts[rank::ranks], vocabulary=self.engine.vocabulary, lockstep=lockstep, poll=poll
-                )
-        with self.clock("exchange"):
-            return self._exchange(mine, len(prompts), rank, ranks, group)
-
-    def texts(self, tokens: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    def _exchange(self, mine: Sequence[list[int]], count: int, rank: int, ranks: int, group) -> list[list[int]]:
-        """All ranks' responses in prompt order, where rank r holds those of prompts r, r + ranks, ..."""
-        if ranks == 1:
-            return list(mine)
-        width = self.config.generation.max_new_tokens
-        table = torch.zeros(-(-count // ranks), 1 + width, dtype=torch.long, device=self.world.device)
-        for row, tokens in zip(table, mine, strict=False):
-            row[: 1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
-        tables = table.new_empty(ranks * len(table), 1 + width)
-        all_gather(tables, table, group=group)
-        rows = tables.view(ranks, *table.shape).transpose(0, 1).reshape(-1, 1 + width)[:count].tolist()
-        return [row[1 : 1 + row[0]] for row in rows]
-
     def score(self, split: str, texts: list[str]) -> list[float]:
         """The task's rewards, one per response."""
-        rewards = list(map(float, self.task.score(split, texts)))
-        if len(rewards) != len(texts):
-            raise ConfigError(f"task: score gave {len(rewards)} rewards for {len(texts)} responses")
-        return rewards
+        return score(self.task, split, texts, None, Path(self.config.run.dir) / "failed_scoring.json")
 
     def profiled(self, iteration: int) -> AbstractContextManager:
         """A context that writes a torch.profiler trace of the second iteration (the only one, if there is one)."""

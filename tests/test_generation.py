@@ -1,4 +1,4 @@
-"""Greedy decoding gives, token for token, what transformers' own does."""
+"""Decoder decoding gives, token for token, what transformers' own does."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import (
 
 from models import SIZES, byte_tokenizer
 from shardes.config import ConfigError
-from shardes.generation import Greedy, _compact, encode, greedy
+from shardes.generation import Decoder, _compact, decoder, encode
 
 TEXTS = ["a", "a longer prompt, of many letters", "b" * 17, "xyz", "?"]
 
@@ -56,19 +56,19 @@ def test_the_same_tokens_as_transformers_and_rows_that_end_early(model, tokenize
     monkeypatch.setattr(model.generation_config, "eos_token_id", common_tokens(model, tokenizer))
     expected = transformers_way(model, tokenizer, TEXTS, max_new_tokens=40)
     assert len({len(row) for row in expected}) > 1
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=40)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=40)
     assert decode(model, encode(tokenizer, TEXTS)) == expected
 
 
 def test_the_cache_serves_batches_and_calls_of_any_shape(model, tokenizer):
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=12)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=12)
     for texts in (TEXTS, TEXTS[:1], TEXTS[1:4], TEXTS * 2, TEXTS):
         expected = transformers_way(model, tokenizer, texts, max_new_tokens=12)
         assert decode(model, encode(tokenizer, texts)) == expected
 
 
 def test_a_repeated_call_takes_no_new_memory(model, tokenizer):
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=12)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=12)
     decode(model, encode(tokenizer, TEXTS))
     memory = [tensor.data_ptr() for layer in decode._cache.layers for tensor in layer._memory]
     decode(model, encode(tokenizer, TEXTS))
@@ -89,7 +89,7 @@ def test_layers_that_do_not_attend_to_all(tokenizer, kind, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", 256)
     monkeypatch.setattr(model.generation_config, "eos_token_id", common_tokens(model, tokenizer))
     expected = transformers_way(model, tokenizer, TEXTS, max_new_tokens=30)
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=30)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=30)
     assert decode(model, encode(tokenizer, TEXTS)) == expected
     assert (decode._cache is None) == (kind == "hybrid")
 
@@ -103,12 +103,12 @@ def test_compaction_keeps_those_that_go_on(going):
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 150])
 def test_smaller_batches_give_the_same_tokens(model, tokenizer, batch_tokens):
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=12, batch_tokens=batch_tokens)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=12, batch_tokens=batch_tokens)
     assert decode(model, encode(tokenizer, TEXTS)) == transformers_way(model, tokenizer, TEXTS, max_new_tokens=12)
 
 
 def test_batches_keep_to_the_token_budget():
-    decode = Greedy(byte_tokenizer(), 10, frozenset(), (), batch_tokens=60)
+    decode = Decoder(byte_tokenizer(), 10, frozenset(), (), batch_tokens=60)
     prompts = [[0] * n for n in (3, 20, 9, 5, 100, 8)]
     batches = decode._batches(prompts)
     assert sorted(sum(batches, [])) == list(range(6))
@@ -119,7 +119,7 @@ def test_batches_keep_to_the_token_budget():
 def test_stop_strings_end_a_response_and_stay_in_it(model, tokenizer):
     full = transformers_way(model, tokenizer, TEXTS, max_new_tokens=40)
     stop = tokenizer.decode(full[0][8:11])
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=40, stop=[stop])
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=40, stop=[stop])
     for tokens, whole in zip(decode(model, encode(tokenizer, TEXTS)), full, strict=True):
         assert tokens == whole[: len(tokens)]
         text = tokenizer.decode(tokens)
@@ -135,7 +135,7 @@ def test_polling_stops_the_decoding(model, tokenizer):
         if len(steps) == 3:
             raise KeyboardInterrupt
 
-    decode = greedy(tokenizer, model.generation_config, max_new_tokens=40)
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=40)
     with pytest.raises(KeyboardInterrupt):
         decode(model, encode(tokenizer, TEXTS), poll=poll)
     assert len(steps) == 3
@@ -164,6 +164,6 @@ def test_prompts_that_cannot_be_asked(prompts, template, message):
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config():
-    assert greedy(None, GenerationConfig(eos_token_id=[1, 5]), max_new_tokens=1).eos == {1, 5}
-    assert greedy(None, GenerationConfig(eos_token_id=3), max_new_tokens=1).eos == {3}
-    assert greedy(None, GenerationConfig(eos_token_id=None), max_new_tokens=1).eos == frozenset()
+    assert decoder(None, GenerationConfig(eos_token_id=[1, 5]), max_new_tokens=1).eos == {1, 5}
+    assert decoder(None, GenerationConfig(eos_token_id=3), max_new_tokens=1).eos == {3}
+    assert decoder(None, GenerationConfig(eos_token_id=None), max_new_tokens=1).eos == frozenset()

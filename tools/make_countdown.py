@@ -10,7 +10,8 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from shardes.tasks.countdown import evaluate, prompt
@@ -46,6 +47,11 @@ def problems(seed: int, counts: list[int], largest: int) -> Iterator[dict]:
         yield dict(id=len(seen) - 1, context=context, numbers=numbers, target=str(value), solution=found)
 
 
+def write(file: Path, problems: Iterable[dict]) -> None:
+    """A JSON list, a problem on a line."""
+    file.write_text("[\n" + ",\n".join(map(json.dumps, problems)) + "\n]\n", encoding="utf-8")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="tools/make_countdown.py"
@@ -64,8 +70,7 @@ def main(argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     made = problems(options.seed, options.numbers, options.largest)
     for name, count in (("train", options.train), ("test", options.test)):
-        rows = [json.dumps(next(made)) for _ in range(count)]
-        (options.out / f"{name}.json").write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+        write(options.out / f"{name}.json", islice(made, count))
     print(f"{options.out}: {options.train} problems for training, {options.test} for testing")
     return 0
 

@@ -21,9 +21,23 @@ class VocabularyPart:
         Ranks exchange a value and an index per row, not logits.
         """
         value, index = logits.max(-1)
-        mine = torch.stack([value.double(), (index + self.first).double()], -1)
-        parts = mine.new_empty(self.group.size() * len(mine), 2)
-        all_gather(parts, mine, group=self.group)
-        parts = parts.view(-1, *mine.shape)
+        parts = self._gather(torch.stack([value.double(), (index + self.first).double()], -1))
         best = parts[:, :, 0].argmax(0)
         return parts[:, :, 1].gather(0, best[None])[0].long()
+
+    def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The log-probability of each token, float32. Shapes (rows, length, part) and (rows, length) to the latter.
+
+        Ranks exchange a sum and a logit per token.
+        """
+        logits, at = logits.float(), tokens - self.first
+        mine = (at >= 0) & (at < logits.shape[-1])
+        picked = logits.gather(-1, at.where(mine, 0)[..., None])[..., 0].where(mine, -torch.inf)
+        parts = self._gather(torch.stack([logits.logsumexp(-1), picked], -1))
+        return parts[..., 1].amax(0) - parts[..., 0].logsumexp(0)
+
+    def _gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """What each rank has, along a new first axis."""
+        parts = mine.new_empty(self.group.size() * len(mine), *mine.shape[1:])
+        all_gather(parts, mine, group=self.group)
+        return parts.view(-1, *mine.shape)

@@ -185,3 +185,8 @@ class Countdown:
     def score(self, split: Literal["train", "test"], responses: list[str]) -> list[float]:
         pairs = zip(self._problems[split], responses, strict=True)
         return [reward(response, problem.numbers, problem.target) for problem, response in pairs]
+
+    def correct(self, split: Literal["train", "test"], responses: list[str]) -> list[bool]:
+        """Whether each response's answer is right; over a split that is the accuracy."""
+        pairs = zip(self._problems[split], responses, strict=True)
+        return [answer_score("<think>" + response, p.numbers, p.target) == 1 for p, response in pairs]

@@ -139,7 +139,7 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
     [
         ("return [float('nan') for _ in responses]", 2, "member 0 of iteration 0 (seed "),
         ("return [0.0]", 2, "error: task: score gave 1 rewards for 4 responses"),
-        ("raise OSError('the judge is out')", 1, "the judge is out"),
+        ("raise OSError('the judge is out')", 2, "score raised OSError: the judge is out; what it was to score: "),
     ],
     ids=["NaN", "too few", "raises"],
 )

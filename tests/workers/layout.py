@@ -19,7 +19,7 @@ from shardes.config import Gather, Offload, Restore, ShardingConfig  # noqa: E40
 from shardes.engines import empty_model  # noqa: E402
 from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
 from shardes.engines.fsdp import FSDPEngine  # noqa: E402
-from shardes.generation import greedy  # noqa: E402
+from shardes.generation import decoder  # noqa: E402
 from shardes.population import member_seeds, update_coefficients  # noqa: E402
 from shardes.weights import WeightFiles  # noqa: E402
 from shardes.world import form_replica, join_job  # noqa: E402
@@ -62,7 +62,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     engine = kind(module, world, sharding)
     center = open_center(Restore.copy, engine.shards, world, files)
     generation = GenerationConfig(eos_token_id=ENDS)
-    decode = greedy(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
+    decode = decoder(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
     group = world.mesh.get_group("shard")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
 

@@ -18,7 +18,7 @@ from launch import report  # noqa: E402
 from shardes.config import ShardingConfig  # noqa: E402
 from shardes.engines import empty_model  # noqa: E402
 from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
-from shardes.generation import encode, greedy  # noqa: E402
+from shardes.generation import decoder, encode  # noqa: E402
 from shardes.tasks.conciseness import Conciseness  # noqa: E402
 from shardes.weights import WeightFiles, load  # noqa: E402
 from shardes.world import form_replica, join_job  # noqa: E402
@@ -59,7 +59,7 @@ def main() -> None:
         load(files, engine.shards)
     params = engine._params.values()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    decode = greedy(tokenizer, GenerationConfig.from_pretrained(directory), max_new_tokens=16)
+    decode = decoder(tokenizer, GenerationConfig.from_pretrained(directory), max_new_tokens=16)
     prompts = encode(tokenizer, Conciseness().prompts("test"))
     with engine.ready() as module:
         tokens = decode(module, prompts, vocabulary=engine.vocabulary)

@@ -1,0 +1,190 @@
+"""Judge a model on a task's prompts: rewards, accuracy, and how far it has moved from its base.
+
+    deepspeed --num_gpus 2 launchers/evaluate.py CONFIG.yaml --model DIR [--split test] [--samples 4] [--out FILE]
+
+CONFIG.yaml is that of the training run; its model.path is the base. DIR is the tuned model: a snapshot or an export.
+Every prompt gets the greedy response and, with --samples n, n responses sampled at temperature 1, each a function of
+es.seed, prompt and number. On these the base and the tuned model are compared: KL by the k3 estimator (the paper's
+equation 1), in nats per token. FILE (default: evaluation.json in the working directory) holds the figures with 95 %
+intervals, and every response.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shardes import environment
+
+environment.prepare()
+with environment.quiet():
+    import deepspeed  # noqa: F401
+
+import torch.distributed as dist  # noqa: E402
+
+from shardes import launch  # noqa: E402
+from shardes.config import ConfigError, RunError  # noqa: E402
+from shardes.generation import encode  # noqa: E402
+from shardes.judging import interval, proportion_interval, score  # noqa: E402
+from shardes.launch import Parser, Plan  # noqa: E402
+from shardes.likelihood import k3  # noqa: E402
+from shardes.population import Exchange, mean  # noqa: E402
+from shardes.stop import StopWatch  # noqa: E402
+from shardes.weights import WeightFiles, load, model_directory  # noqa: E402
+from shardes.world import Job  # noqa: E402
+
+PIECE = 64  # prompts that a replica claims at a time
+
+
+@dataclass
+class Evaluation(Plan):
+    """`base` is None where there is nothing to compare with."""
+
+    split: str
+    encoded: list[list[int]]
+    samples: int
+    base: WeightFiles | None
+    out: Path
+
+
+def parser() -> Parser:
+    parser = Parser(
+        "deepspeed [--num_gpus N] launchers/evaluate.py CONFIG.yaml --model DIR [options] [key=value ...]",
+        __doc__.splitlines()[0],
+    )
+    parser.add_argument("--model", metavar="DIR", help="the model to judge; default: model.path itself")
+    parser.add_argument("--split", default="test", help="the task's prompts: train or test; default: %(default)s")
+    parser.add_argument("--samples", type=int, default=0, help="sampled responses per prompt; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
+    return parser
+
+
+def prepare(argv: list[str], job: Job) -> Evaluation:
+    arguments, config = parser().read(argv)
+    if arguments.samples < 0:
+        raise ConfigError(f"--samples {arguments.samples}: must not be negative")
+    base = config.model.path
+    config.model.path = arguments.model or base
+    plan = launch.check(config, job)
+    origin = None
+    if arguments.model and arguments.samples:
+        origin = WeightFiles(model_directory(base))
+        origin.stack(plan.module)
+        origin.check({name: param.shape for name, param in plan.module.named_parameters()})
+    if not arguments.out.parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
+    encoded = encode(plan.tokenizer, plan.task.prompts(arguments.split))
+    return Evaluation(
+        **vars(plan), split=arguments.split, encoded=encoded, samples=arguments.samples, base=origin, out=arguments.out
+    )
+
+
+def work(job: Job, plan: Evaluation, watch: StopWatch) -> None:
+    """Answer, score, and compare with the base; rank 0 writes what was found."""
+    started = time.monotonic()
+    world, engine, responder = launch.build_replica(job, plan)
+    load(plan.files, engine.shards)
+    watch.wait_for_polls()
+    count = len(plan.encoded)
+    # Piece after piece: all greedy responses, then the first sample of every prompt, and so on.
+    pieces = [(s, range(b, min(b + PIECE, count))) for s in range(1 + plan.samples) for b in range(0, count, PIECE)]
+    exchange = Exchange(world, "evaluation", len(pieces), plan.config.run.timeout)
+    mine: dict[int, dict] = {}
+    for number in exchange.claim():
+        sample, rows = pieces[number]
+        prompts = [plan.encoded[row] for row in rows]
+        seeds = [_seed(plan.config.es.seed, row, sample) for row in rows] if sample else None
+        tokens = responder.respond(prompts, seeds, watch.poll)
+        tuned = responder.log_probs(prompts, tokens, watch.poll) if sample and plan.base else []
+        mine[number] = dict(tokens=tokens, tuned=tuned)
+    if plan.base:
+        load(plan.base, engine.shards)
+    for number, found in mine.items():
+        if found["tuned"]:
+            prompts = [plan.encoded[row] for row in pieces[number][1]]
+            found["base"] = responder.log_probs(prompts, found["tokens"], watch.poll)
+        exchange.post(number, json.dumps(found))
+    if world.speaks:
+        found = map(json.loads, exchange.collect(watch.poll))
+        report = judge(plan, responder.texts, pieces, list(found))
+        report["seconds"] = round(time.monotonic() - started, 1)
+        try:
+            plan.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"--out {plan.out}: cannot be written: {error}") from error
+        print(summary(report), f"every response: {plan.out}", sep="\n", flush=True)
+    dist.barrier()
+
+
+def _seed(run_seed: int, prompt: int, sample: int) -> int:
+    return int(np.random.SeedSequence([run_seed, prompt, sample]).generate_state(1, np.uint64)[0])
+
+
+def judge(plan: Evaluation, texts: Callable[[list[list[int]]], list[str]], pieces: list, found: list[dict]) -> dict:
+    """The report: figures of greedy and sampled responses, and all responses."""
+    prompts = plan.task.prompts(plan.split)
+    responses = []
+    for sample in range(1 + plan.samples):
+        mine = [part for (of, _), part in zip(pieces, found, strict=True) if of == sample]
+        tokens = [row for part in mine for row in part["tokens"]]
+        apart = [k3(t, b) for part in mine for t, b in zip(part["tuned"], part.get("base", []), strict=True)]
+        written = texts(tokens)
+        rewards = score(plan.task, plan.split, written, None, plan.out.with_suffix(".failed.json"))
+        right = plan.task.correct(plan.split, written) if hasattr(plan.task, "correct") else None
+        for row, text in enumerate(written):
+            responses.append(
+                dict(prompt=row, sample=sample, reward=rewards[row], tokens=len(tokens[row]), response=text)
+                | ({"correct": right[row]} if right else {})
+                | ({"kl": apart[row]} if apart else {})
+            )
+    report = dict(
+        model=str(plan.files.directory),
+        base=str(plan.base.directory) if plan.base else None,
+        split=plan.split,
+        greedy=figures([row for row in responses if row["sample"] == 0]),
+    )
+    if plan.samples:
+        report["sampled"] = figures([row for row in responses if row["sample"]])
+    return report | dict(prompts=prompts, responses=responses)
+
+
+def figures(rows: list[dict]) -> dict[str, float | list[float]]:
+    """Means with 95 % intervals: of reward and KL over prompts (each its samples' mean), of accuracy over responses."""
+    found = {"responses": len(rows), "tokens": mean([row["tokens"] for row in rows])}
+    for key in ("reward", "kl"):
+        if key in rows[0]:
+            by_prompt: dict[int, list[float]] = {}
+            for row in rows:
+                by_prompt.setdefault(row["prompt"], []).append(row[key])
+            means = [mean(values) for values in by_prompt.values()]
+            found |= {key: mean(means), f"{key}_interval": interval(means)}
+    if "correct" in rows[0]:
+        right = sum(row["correct"] for row in rows)
+        found |= {"accuracy": right / len(rows), "accuracy_interval": proportion_interval(right, len(rows))}
+    return found
+
+
+def summary(report: dict) -> str:
+    """The figures, a line each for greedy and sampled."""
+    lines = []
+    for kind in ("greedy", "sampled"):
+        if kind in report:
+            parts = [
+                f"{key} {report[kind][key]:.4g} [{report[kind][key + '_interval'][0]:.4g}, "
+                f"{report[kind][key + '_interval'][1]:.4g}]"
+                for key in ("reward", "accuracy", "kl")
+                if key in report[kind]
+            ]
+            lines.append(f"{kind}: {', '.join(parts)} ({report[kind]['responses']} responses)")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    return launch.launch(argv, parser(), prepare, work)
+
+
+if __name__ == "__main__":
+    environment.run(main)
