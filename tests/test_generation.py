@@ -1,4 +1,4 @@
-"""Decoder decoding gives, token for token, what transformers' own does."""
+"""Greedy decoding gives, token for token, what transformers' own does."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import (
 
 from models import SIZES, byte_tokenizer
 from shardes.config import ConfigError
-from shardes.generation import Decoder, _compact, decoder, encode
+from shardes.generation import Decoder, _compact, decoder, encode, gumbel
 
 TEXTS = ["a", "a longer prompt, of many letters", "b" * 17, "xyz", "?"]
 
@@ -167,3 +167,21 @@ def test_end_of_sequence_ids_come_from_the_generation_config():
     assert decoder(None, GenerationConfig(eos_token_id=[1, 5]), max_new_tokens=1).eos == {1, 5}
     assert decoder(None, GenerationConfig(eos_token_id=3), max_new_tokens=1).eos == {3}
     assert decoder(None, GenerationConfig(eos_token_id=None), max_new_tokens=1).eos == frozenset()
+
+
+def test_samples_follow_the_models_distribution():
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    seeds = range(2**63, 2**63 + 20000)
+    noise = torch.cat([gumbel(list(seeds)[i : i + 5000], 3, 4, logits.device) for i in range(0, 20000, 5000)])
+    counts = torch.bincount((logits + noise).argmax(-1), minlength=4)
+    expected = 20000 * logits.softmax(-1)
+    assert torch.sum((counts - expected) ** 2 / expected) < 16.3  # 0.1 % of chi-squared with 3 degrees of freedom
+    assert not torch.equal(gumbel([1], 0, 9, logits.device), gumbel([1], 1, 9, logits.device))
+
+
+def test_a_sample_depends_on_its_seed_alone(model, tokenizer):
+    decode = decoder(tokenizer, model.generation_config, max_new_tokens=12)
+    prompts = encode(tokenizer, TEXTS)
+    together = decode(model, prompts, seeds=[1, 2, 3, 4, 5])
+    assert decode(model, prompts[3:], seeds=[4, 5]) == together[3:]
+    assert decode(model, prompts, seeds=[6, 7, 8, 9, 10]) != together

@@ -21,10 +21,13 @@ from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
 from shardes.engines.fsdp import FSDPEngine  # noqa: E402
 from shardes.generation import decoder  # noqa: E402
 from shardes.population import member_seeds, update_coefficients  # noqa: E402
+from shardes.responses import Responder  # noqa: E402
 from shardes.weights import WeightFiles  # noqa: E402
 from shardes.world import form_replica, join_job  # noqa: E402
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
+RESPONSES = [[30 + n] * n for n in (4, 1, 9, 2, 6)]
+SEEDS = [2**63 + 5, 1, 2, 3, 4]
 ENDS = [*range(24), 256]  # so many end-of-sequence tokens that responses differ in length
 REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
 VARIANTS = [
@@ -63,24 +66,17 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     center = open_center(Restore.copy, engine.shards, world, files)
     generation = GenerationConfig(eos_token_id=ENDS)
     decode = decoder(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
-    group = world.mesh.get_group("shard")
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-
-    def tokens():
-        # Each shard rank decodes other prompts, which end at other lengths.
-        with engine.ready() as module:
-            mine = decode(
-                module,
-                PROMPTS[rank::ranks],
-                vocabulary=engine.vocabulary,
-                lockstep=group if engine.lockstep else None,
-            )
-        return {str(rank + i * ranks): tokens for i, tokens in enumerate(mine)}
-
+    responder = Responder(world, engine, decode, decode.tokenizer)
     center.show()
-    found = {"base": center.digest(), "tokens": tokens(), "numel": sum(s.numel for s in engine.shards if s.owned)}
+    found = {
+        "base": center.digest(),
+        "tokens": responder.respond(PROMPTS),
+        "sampled": responder.respond(PROMPTS, SEEDS),
+        "log_probs": responder.log_probs(PROMPTS, RESPONSES),
+        "numel": sum(s.numel for s in engine.shards if s.owned),
+    }
     with member(center, 7, 0.05):
-        found["member tokens"] = tokens()
+        found["member tokens"] = responder.respond(PROMPTS)
     try:
         with member(center, 8, 0.05), engine.ready():
             raise KeyError("a reward that raises")
@@ -88,7 +84,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
         found["after a failure"] = center.digest()
         center.show()
         found["live again"] = all(torch.equal(s.values, center.values(s).to(dtype)) for s in engine.shards)
-        found["tokens again"] = tokens()
+        found["tokens again"] = responder.respond(PROMPTS)
     digests = []
     for iteration, rewards in enumerate(REWARDS):
         seeds = member_seeds(5, iteration, len(rewards))
