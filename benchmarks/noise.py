@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.measure import Row, median_seconds, ratios, slope
-from shardes.center import CopyCenter, member
+from shardes.center import member, open_center
+from shardes.config import Restore
 from shardes.engines import empty_model
 from shardes.noise import add_noise
 from shardes.shards import Region, Shard, cut, run
@@ -75,7 +76,7 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     yield Row("perturb", f"perturb, {size}", "randn, add_", 6, found, note=rate)
 
     shards = [Shard(name, x.shape, x, (run(0, x.numel()),)) for name, x in weights.live.items()]
-    center = CopyCenter(shards, SimpleNamespace(device=torch.device("cpu")), weights)
+    center = open_center(Restore.copy, shards, SimpleNamespace(device=torch.device("cpu")), weights)
 
     def ours():
         with member(center, 7, SIGMA):

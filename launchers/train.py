@@ -63,7 +63,7 @@ def work(job: Job, plan: Training, watch: StopWatch) -> None:
             raise RunError(f"rank {job.rank}: no {start.source} here; run.dir must be where all hosts see it")
         source = WeightFiles(Path(start.source))
         source.stack(plan.module)
-    center = open_center(plan.config.es.restore, engine.shards, world, source)
+    center = open_center(plan.config.es.restore, engine.shards, world, source, plan.files, plan.config.es.evolve)
     journal = plan.opened.journal if plan.opened else None
     trainer = Trainer(plan.config, world, center, plan.files, plan.task, responder, plan.encoded, watch, start, journal)
     try:

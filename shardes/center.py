@@ -17,6 +17,7 @@ import torch
 from shardes.config import Restore
 from shardes.noise import add_noise
 from shardes.shards import BLOCK, Region, Shard, digest
+from shardes.update import Update, evolves
 from shardes.weights import WeightFiles, load
 from shardes.world import World
 
@@ -26,9 +27,11 @@ SAMPLE = 256  # subtract mode watches one element in this many for drift
 class Center(ABC):
     """The weights being trained, on this rank."""
 
-    def __init__(self, shards: Sequence[Shard], world: World):
+    def __init__(self, shards: Sequence[Shard], world: World, base: WeightFiles, evolve: str | None):
         self._shards = shards
         self._world = world
+        self._base = base
+        self._moving = [shard for shard in shards if evolves(evolve, shard.name)]
         self._lossy = shards[0].tensor.dtype != torch.float32  # live weights that an update may leave as they were
 
     @abstractmethod
@@ -48,8 +51,8 @@ class Center(ABC):
         """Make the live weights the center's, between members."""
 
     @abstractmethod
-    def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
-        """θ += Σ c_n·ε(s_n), in member order. Returns what metrics should say of it."""
+    def update(self, update: Update) -> dict[str, float]:
+        """Take a step. Returns what metrics should say of it."""
 
     def digest(self) -> str:
         """The digest of the whole center, over all ranks of the replica: 16 hexadecimal digits."""
@@ -71,14 +74,14 @@ class Center(ABC):
         """The digest of what this rank alone holds of each parameter, whether it counts it or not."""
         return {s.name: f"{digest(s.name, s.regions, self.values(s)):016x}" for s in self._shards}
 
-    def distance(self, base: WeightFiles) -> dict[str, float]:
+    def distance(self) -> dict[str, float]:
         """How far the center is from the base model: L2 norm of θ − θ₀, and that over the norm of θ₀."""
         moved = total = 0.0
         for shard in self._shards:
             for where, regions in shard.blocks() if shard.owned else ():
                 theta = self.values(shard)[where].to("cpu", torch.float32)
                 origin = torch.empty_like(theta)
-                base.read(shard.name, regions, origin)
+                self._base.read(shard.name, regions, origin)
                 moved += torch.sum((theta - origin).double() ** 2).item()
                 total += torch.sum(origin.double() ** 2).item()
         moved, total = self._world.sum(moved, total)
@@ -96,14 +99,18 @@ class Center(ABC):
 class CopyCenter(Center):
     """An exact float32 center beside the live weights."""
 
-    def __init__(self, shards: Sequence[Shard], world: World, source: WeightFiles):
-        super().__init__(shards, world)
+    def __init__(
+        self, shards: Sequence[Shard], world: World, source: WeightFiles, base: WeightFiles, evolve: str | None
+    ):
+        super().__init__(shards, world, base, evolve)
         pinned = world.device.type == "cuda"
         self._thetas = {
             shard.name: torch.empty(shard.numel, dtype=torch.float32, pin_memory=pinned) for shard in shards
         }
         for shard in shards:
             source.read(shard.name, shard.regions, self.values(shard))
+            if shard not in self._moving:
+                shard.values.copy_(self.values(shard))  # members are written only where they differ
         self._shown = False
 
     def values(self, shard: Shard) -> torch.Tensor:
@@ -111,7 +118,7 @@ class CopyCenter(Center):
 
     def perturb(self, seed: int, sigma: float) -> None:
         self._shown = False
-        for shard in self._shards:
+        for shard in self._moving:
             for where, regions, theta in self._staged(shard, shard.numel):
                 add_noise(theta, shard.name, regions, [seed], [sigma], out=shard.values[where])
 
@@ -124,13 +131,13 @@ class CopyCenter(Center):
                 shard.values.copy_(self.values(shard))
         self._shown = True
 
-    def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
+    def update(self, update: Update) -> dict[str, float]:
         same = 0
         for shard in self._shards:
             for where, regions, theta in self._staged(shard, BLOCK if self._lossy else shard.numel):
                 live, home = shard.values[where], self.values(shard)[where]
                 before = theta.to(live.dtype) if self._lossy and shard.owned else None
-                add_noise(theta, shard.name, regions, seeds, coefficients)
+                update.apply(theta, shard.name, regions, self._base)
                 live.copy_(theta)
                 if before is not None:
                     same += int(torch.sum(live == before))
@@ -151,8 +158,10 @@ class CopyCenter(Center):
 class SubtractCenter(Center):
     """The live weights are the center; what perturbing and subtracting leaves behind is measured."""
 
-    def __init__(self, shards: Sequence[Shard], world: World, source: WeightFiles):
-        super().__init__(shards, world)
+    def __init__(
+        self, shards: Sequence[Shard], world: World, source: WeightFiles, base: WeightFiles, evolve: str | None
+    ):
+        super().__init__(shards, world, base, evolve)
         load(source, shards)
         self._perturbed: list[Shard] = []
         self._watch()
@@ -161,7 +170,7 @@ class SubtractCenter(Center):
         return shard.values
 
     def perturb(self, seed: int, sigma: float) -> None:
-        for shard in self._shards:
+        for shard in self._moving:
             add_noise(shard.values, shard.name, shard.regions, [seed], [sigma])
             self._perturbed.append(shard)
 
@@ -173,14 +182,14 @@ class SubtractCenter(Center):
     def show(self) -> None:
         assert not self._perturbed
 
-    def update(self, seeds: Sequence[int], coefficients: Sequence[float]) -> dict[str, float]:
+    def update(self, update: Update) -> dict[str, float]:
         metrics = self._drift()
         same = 0
         for shard in self._shards:
             for where, regions in shard.blocks():
                 live = shard.values[where]
                 before = live.clone() if self._lossy and shard.owned else None
-                add_noise(live, shard.name, regions, seeds, coefficients)
+                update.apply(live, shard.name, regions, self._base, live)
                 if before is not None:
                     same += int(torch.sum(live == before))
         self._watch()
@@ -203,9 +212,20 @@ class SubtractCenter(Center):
         return {"drift": sqrt(squares / count), "drifted": changed / count}
 
 
-def open_center(mode: Restore, shards: Sequence[Shard], world: World, source: WeightFiles) -> Center:
-    """The center with the weights of `source`."""
-    return {Restore.copy: CopyCenter, Restore.subtract: SubtractCenter}[mode](shards, world, source)
+def open_center(
+    mode: Restore,
+    shards: Sequence[Shard],
+    world: World,
+    source: WeightFiles,
+    base: WeightFiles | None = None,
+    evolve: str | None = None,
+) -> Center:
+    """The center with the weights of `source`; `base` is where training began, by default there.
+
+    Members differ from it in the parameters that `evolve`, a regular expression, is found in; None: in all.
+    """
+    kind = {Restore.copy: CopyCenter, Restore.subtract: SubtractCenter}[mode]
+    return kind(shards, world, source, base or source, evolve)
 
 
 @contextmanager

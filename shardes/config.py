@@ -45,6 +45,21 @@ class Restore(Enum):
     subtract = "subtract"
 
 
+class Fitness(Enum):
+    standardized = "standardized"
+    centered_rank = "centered_rank"
+
+
+class Schedule(Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+class DecayTo(Enum):
+    zero = "zero"
+    base = "base"
+
+
 def _key(meaning: str, default: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": meaning})
@@ -82,6 +97,18 @@ class ESConfig:
         "subtract: the paper's way, no second copy, the live weights drift by rounding",
         Restore.copy,
     )
+    antithetic: bool = _key("members come in pairs of one seed, θ + σ·ε and θ − σ·ε", False)
+    fitness: Fitness = _key(
+        "what weighs a member's noise: standardized rewards, or centered_rank: ranks from −0.5 to 0.5",
+        Fitness.standardized,
+    )
+    standardize_prompts: bool = _key("standardise each prompt's rewards over the members before averaging them", False)
+    sigma_final: float | None = _key("σ of the last iteration; null: σ stays", None)
+    alpha_final: float | None = _key("α of the last iteration; null: α stays", None)
+    schedule: Schedule = _key("how σ and α go to their final values: linear or cosine", Schedule.linear)
+    weight_decay: float = _key("λ: each update also takes λ·(θ − anchor) away", 0.0)
+    decay_to: DecayTo = _key("the anchor of weight decay: zero, or base, the base model's weights", DecayTo.zero)
+    evolve: str | None = _key("regular expression: only parameters whose names it is found in are trained", None)
 
 
 @dataclass
@@ -99,6 +126,9 @@ class TaskConfig:
     path: str | None = _key("your own task: file.py:Class", None)
     train: str | None = _key("countdown: JSON file of training problems; null: the shipped ones", None)
     test: str | None = _key("countdown: JSON file of test problems; null: the shipped ones", None)
+    prompts_per_iteration: int | None = _key(
+        "training prompts asked per iteration, the same for every member, reshuffled each epoch; null: all", None
+    )
 
 
 @dataclass
@@ -111,6 +141,7 @@ class CheckpointConfig:
     every: int = _key("iterations between snapshots of the center, the last one included; 0: none", 20)
     keep: int = _key("snapshots that are kept, the newest ones", 2)
     shard_size: str = _key("most bytes of one safetensors file of a snapshot", "5GB")
+    best: bool = _key("also keep the center with the best held-out reward, as snapshots/best", False)
     verify_every: int = _key("iterations between comparisons of the replicas' centers (es.restore=copy); 0: never", 10)
 
 
@@ -221,6 +252,25 @@ def check(config: Config) -> None:
         (es.sigma > 0, "es.sigma", "must be positive"),
         (es.alpha >= 0, "es.alpha", "must not be negative"),
         (es.population_size >= 2, "es.population_size", "must be at least 2: rewards are compared with each other"),
+        (
+            not (es.antithetic and es.population_size % 2),
+            "es.population_size",
+            "must be even with es.antithetic=true: its members come in pairs",
+        ),
+        (es.sigma_final is None or es.sigma_final > 0, "es.sigma_final", "must be positive, or null"),
+        (es.alpha_final is None or es.alpha_final >= 0, "es.alpha_final", "must not be negative, or null"),
+        (0 <= es.weight_decay < 1, "es.weight_decay", "must be at least 0 and below 1"),
+        (is_pattern(es.evolve), "es.evolve", "must be a regular expression, or null"),
+        (
+            config.task.prompts_per_iteration is None or config.task.prompts_per_iteration >= 1,
+            "task.prompts_per_iteration",
+            "must be at least 1, or null",
+        ),
+        (
+            not config.checkpoint.best or config.checkpoint.every > 0,
+            "checkpoint.best",
+            "needs checkpoint.every above 0",
+        ),
         (es.iterations >= 1, "es.iterations", "must be at least 1"),
         (es.seed >= 0, "es.seed", "must not be negative"),
         (sharding.shard >= 1, "sharding.shard", "must be at least 1"),
@@ -240,6 +290,15 @@ def check(config: Config) -> None:
         if not holds:
             section, name = key.split(".")
             raise ConfigError(f"{key}={getattr(getattr(config, section), name)}: {demand}")
+
+
+def is_pattern(text: str | None) -> bool:
+    """Whether a text, if there is one, is a regular expression."""
+    try:
+        re.compile(text or "")
+    except re.error:
+        return False
+    return True
 
 
 def is_size(text: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from shardes.config import ConfigError, RunError
 from shardes.files import checksum, sync
 from shardes.noise.definition import NOISE
+from shardes.update import Update
 
 JOURNAL = "journal.jsonl"
 FORMAT = 1
@@ -34,7 +35,10 @@ class Header:
 
 @dataclass
 class Reward:
-    """One member of an iteration that is under way; `digest` is that of its center."""
+    """One member of an iteration that is under way; `digest` is that of its center.
+
+    `scores` are its rewards by prompt, with es.standardize_prompts.
+    """
 
     kind: ClassVar = "reward"
     iteration: int
@@ -42,13 +46,16 @@ class Reward:
     reward: float
     tokens: int
     digest: str
+    scores: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Record:
-    """One iteration: its members, what they earned, and what the update adds of each member's ε.
+    """One iteration: its members, what they earned, and what the update adds of each seed's ε.
 
-    `digest` is that of the center on which the rewards were measured, before the update.
+    `digest` is that of the center on which the rewards were measured, before the update. Antithetic members share a
+    seed in pairs: there are half as many seeds and coefficients as rewards. `prompts` are the training prompts that
+    were asked, by number; None: all.
     """
 
     kind: ClassVar = "iteration"
@@ -59,6 +66,14 @@ class Record:
     sigma: float
     alpha: float
     digest: str
+    weight_decay: float = 0.0
+    decay_to: str = "zero"
+    evolve: str | None = None
+    prompts: list[int] | None = None
+
+    @property
+    def update(self) -> Update:
+        return Update(self.seeds, self.coefficients, self.weight_decay, self.decay_to, self.evolve)
 
 
 @dataclass

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,14 @@ def check(config: Config, job: Job) -> Plan:
     """Check everything that can be checked before heavy work; ConfigError for what cannot run."""
     replicas = settings.check_layout(config, job.size)
     task = load_task(config.task.name, config.task.path, config.task.train, config.task.test)
+    if config.task.prompts_per_iteration is not None:
+        try:
+            signature(task.score).bind("train", [], [])
+        except TypeError:
+            raise ConfigError(
+                "task.prompts_per_iteration: the task's score must take the prompts that were asked as a third "
+                "argument: score(split, responses, which=None); see shardes.tasks.Task"
+            ) from None
     directory = model_directory(config.model.path)
     files, module = open_model(directory, getattr(torch, config.model.dtype.value))
     check_model(config, module)

@@ -1,6 +1,7 @@
 """What a person sees: progress while it runs, and the run directory's files."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -35,13 +36,17 @@ class Reporter:
 
     On a terminal a bar shows the iteration's members; elsewhere there is one plain line per iteration. `means` are
     the mean rewards of the iterations before; `first_evaluation` is what metrics.jsonl says of the first center
-    that was evaluated.
+    that was evaluated; `best_held_out` the best held-out reward of any.
     """
 
     def __init__(self, directory: Path, iterations: int, population_size: int, means: Sequence[float] = ()):
         self._directory = directory
         self._begin = len(means)
         self.first_evaluation = _continue(directory, means)
+        self.best_held_out = max(
+            (row["held_out_reward"] for row in _rows(directory / "metrics.jsonl") if "held_out_reward" in row),
+            default=-math.inf,
+        )
         self._iterations = iterations
         self._population_size = population_size
         self._metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -42,11 +42,6 @@ def standardize(rewards: Sequence[float]) -> list[float]:
         return [0.0] * len(rewards)
     center, spread = mean(rewards), std(rewards) + 1e-8
     return [(r - center) / spread for r in rewards]
-
-
-def update_coefficients(rewards: Sequence[float], alpha: float) -> list[float]:
-    """c_n = (α/N)·z_n as float32: what the update adds of each member's ε."""
-    return [float(np.float32(alpha / len(rewards) * z)) for z in standardize(rewards)]
 
 
 class Exchange:
@@ -138,13 +133,15 @@ class Exchange:
 class Evaluation:
     """A member's reward, how many tokens it generated, and which replica finished it at what time.
 
-    `finished` is in seconds since the epoch, by the replica's clock.
+    `finished` is in seconds since the epoch, by the replica's clock. `scores` are its rewards by prompt, where they
+    are exchanged.
     """
 
     reward: float
     tokens: int
     replica: int
     finished: float
+    scores: list[float] = field(default_factory=list)
 
 
 def idle_seconds(evaluations: Sequence[Evaluation]) -> float:
@@ -156,7 +153,11 @@ def idle_seconds(evaluations: Sequence[Evaluation]) -> float:
 
 
 class Population(Exchange):
-    """The members of one iteration, shared out between replicas."""
+    """The members of one iteration, shared out between replicas.
+
+    `seeds` are the members' own. `known` has reward, tokens and scores by member. `width` scores go along with each
+    reward.
+    """
 
     def __init__(
         self,
@@ -165,14 +166,18 @@ class Population(Exchange):
         seeds: Sequence[int],
         timeout: float,
         known: Mapping[int, Sequence] = NOTHING,
+        width: int = 0,
     ):
         now = time.time()
-        found = {number: json.dumps([reward, tokens, 0, now]) for number, (reward, tokens) in known.items()}
+        found = {
+            number: json.dumps([reward, tokens, 0, now, *scores]) for number, (reward, tokens, scores) in known.items()
+        }
         super().__init__(world, f"iteration {iteration}", len(seeds), timeout, found)
         self._iteration = iteration
+        self._width = width
         self.seeds = list(seeds)
 
-    def post_reward(self, number: int, reward: float, tokens: int) -> None:
+    def post_reward(self, number: int, reward: float, tokens: int, scores: Sequence[float] = ()) -> None:
         """Publish a member's evaluation; all ranks of the replica have the same.
 
         Raises:
@@ -183,23 +188,24 @@ class Population(Exchange):
                 f"task: the reward of member {number} of iteration {self._iteration} (seed {self.seeds[number]}) is "
                 f"{reward}; a task's scores must be finite numbers"
             )
-        self.post(number, json.dumps([reward, tokens, self._world.replica, time.time()]))
+        assert len(scores) == self._width
+        self.post(number, json.dumps([reward, tokens, self._world.replica, time.time(), *scores]))
 
-    def new_rewards(self) -> Iterator[tuple[int, float, int]]:
-        """The rewards posted since the last call that were not known before: (member, reward, tokens)."""
+    def new_rewards(self) -> Iterator[tuple[int, float, int, list[float]]]:
+        """What was posted since the last call and not known before: (member, reward, tokens, scores)."""
         for number, found in self.news():
-            reward, tokens, *_ = json.loads(found)
-            yield number, reward, tokens
+            reward, tokens, _, _, *scores = json.loads(found)
+            yield number, reward, tokens, scores
 
     def evaluations(self, poll: Callable[[], None] = lambda: None) -> list[Evaluation]:
         """All members' evaluations, in member order, on every rank; otherwise like `collect`."""
-        count = len(self.seeds)
+        count, size = len(self.seeds), 4 + self._width
         flat: list[float] | None = None
         if self._world.leads:
             flat = [value for found in self.collect(poll) for value in json.loads(found)]
-        flat = self._world.broadcast(flat, 4 * count)
-        rows = (flat[4 * n : 4 * n + 4] for n in range(count))
-        return [Evaluation(reward, int(tokens), int(who), when) for reward, tokens, who, when in rows]
+        flat = self._world.broadcast(flat, size * count)
+        rows = (flat[size * n : size * (n + 1)] for n in range(count))
+        return [Evaluation(reward, int(tokens), int(who), when, scores) for reward, tokens, who, when, *scores in rows]
 
     def publish(self, name: str) -> None:
         """Tell all replicas that a step of this iteration is done."""

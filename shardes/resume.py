@@ -26,11 +26,21 @@ DECISIVE = [  # the settings that decide the center, given the model and the mac
     "es.alpha",
     "es.seed",
     "es.restore",
+    "es.antithetic",
+    "es.fitness",
+    "es.standardize_prompts",
+    "es.sigma_final",
+    "es.alpha_final",
+    "es.schedule",
+    "es.weight_decay",
+    "es.decay_to",
+    "es.evolve",
     "generation.max_new_tokens",
     "generation.stop",
     "task.name",
     "task.path",
     "task.train",
+    "task.prompts_per_iteration",
 ]
 
 
@@ -39,7 +49,7 @@ class Start:
     """The center before `iteration`: that of `source` (None: the base model), and `records` to be replayed on it.
 
     `digest` is the source's where known, `target` that before `iteration`. `rewards` are members of `iteration`
-    that were evaluated already: [reward, tokens]. `means` are the mean rewards of all iterations before.
+    that were evaluated already: [reward, tokens, scores]. `means` are the mean rewards of all iterations before.
     """
 
     iteration: int = 0
@@ -115,6 +125,8 @@ def decisive(config: Config) -> dict[str, Any]:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         found[key] = getattr(value, "value", value)
+    if config.es.sigma_final is not None or config.es.alpha_final is not None:
+        found["es.iterations"] = config.es.iterations  # schedules span them
     return found
 
 
@@ -168,8 +180,9 @@ def _changes(config: Config, history: History, header: Header) -> dict[str, list
                 "put it back, or list model.path in resume.allow_changes"
             )
         changes["model.path"] = [history.files, header.files]
+    before = decisive(Config()) | history.settings
     for key, new in header.settings.items():
-        old = history.settings.get(key)
+        old = before.get(key)
         if old != new:
             if key not in allowed:
                 raise ConfigError(
@@ -191,7 +204,7 @@ def _start(config: Config, history: History, runs: list[Path]) -> tuple[Start, l
     start = Start(
         iteration,
         target=history.digest(iteration),
-        rewards={member: [found.reward, found.tokens] for member, found in history.rewards.items()},
+        rewards={member: [found.reward, found.tokens, found.scores] for member, found in history.rewards.items()},
         means=[mean(record.rewards) for record in history.records],
     )
     first = 0

@@ -33,10 +33,19 @@ def found(run: Path) -> dict[int, Path]:
     return dict(sorted(by_iteration.items(), reverse=True))
 
 
+def best(run: Path) -> int | None:
+    """The iteration of the snapshot that a run keeps for its held-out reward."""
+    link = directory(run) / BEST
+    return int(link.readlink().name.partition("_")[2]) if link.is_symlink() else None
+
+
 def clear(run: Path) -> None:
     """Remove what writers that were killed have left."""
     for path in directory(run).glob(f"*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+BEST = "best"
 
 
 class Failed(Exception):
@@ -66,6 +75,13 @@ class Snapshots:
         self._base, self._say, self._timeout = base, say, timeout
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
+        self._best: int | None = best(run)
+
+    def keep_best(self, iteration: int) -> None:
+        """From now on `best` is the snapshot of `iteration`, which is there or was begun; it is not removed."""
+        self._best = iteration
+        if self._thread is None:
+            self._link()
 
     def due(self, iteration: int) -> bool:
         """Whether the center before `iteration` is to be kept."""
@@ -94,6 +110,7 @@ class Snapshots:
         if self._thread:
             self._thread.join()
             self._thread = None
+            self._link()
 
     def _write(self, iteration: int, digest: str) -> None:
         # Ranks meet through the store alone, by looking: collectives are the main thread's.
@@ -146,8 +163,20 @@ class Snapshots:
 
         await_keys(store, keys, self._timeout, "its ranks", give_up)
 
+    def _link(self) -> None:
+        """Let `best` point to the snapshot that is, once it is there."""
+        home = directory(self._run) / f"iteration_{self._best}"
+        if self._world.speaks and self._config.best and home.is_dir():
+            beside = directory(self._run) / (BEST + PARTIAL)
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(home.name)
+            beside.rename(directory(self._run) / BEST)
+
     def _prune(self) -> None:
-        for path in list(found(self._run).values())[self._config.keep :]:
+        kept = best(self._run)
+        for number, path in list(found(self._run).items())[self._config.keep :]:
+            if number == kept:
+                continue
             doomed = path.with_name(path.name + PARTIAL)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

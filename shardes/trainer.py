@@ -14,12 +14,13 @@ from shardes.config import Config, Restore, RunError
 from shardes.journal import Finish, Journal, Record, Reward
 from shardes.judging import score
 from shardes.metrics import Clock, Reporter, peak_resident_bytes
-from shardes.population import Exchange, Population, idle_seconds, mean, member_seeds, std, update_coefficients
+from shardes.population import Exchange, Population, idle_seconds, mean, std
 from shardes.responses import Responder
 from shardes.resume import Start
 from shardes.snapshots import Snapshots
 from shardes.stop import StopWatch
 from shardes.tasks import Split, Task
+from shardes.variants import coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
 from shardes.weights import WeightFiles
 from shardes.world import World
 
@@ -34,6 +35,7 @@ class Examination:
     exchange: Exchange
     work: list[tuple[Split, slice]]
     distance: dict[str, float]
+    metrics: dict[str, float] | None = None  # once it has been judged
 
 
 class Trainer:
@@ -95,25 +97,30 @@ class Trainer:
         for iteration in range(self.start.iteration, iterations):
             if comparable and verify_every and iteration % verify_every == 0:
                 check_replicas(self.world, self.center, iteration, digest, self.config.run.timeout)
-            if self.snapshots.due(iteration) and not self.from_snapshot(iteration):
-                self.snapshot(iteration, digest)
             due = iteration == 0 or (every > 0 and iteration % every == 0)
             examination = self.examine(iteration) if due else None
+            best = examination is not None and self.is_best(examination)
+            if (best or self.snapshots.due(iteration)) and not self.from_snapshot(iteration):
+                self.snapshot(iteration, digest)
+            if best:
+                self.snapshots.keep_best(iteration)
             with self.profiled(iteration):
                 metrics = self.iterate(iteration, digest)
             digest = self.center.digest()
             means.append(metrics["reward_mean"])
             if self.reporter:
-                evaluations += [self.judge(examination)] if examination else []
+                evaluations += [self.judged(examination)] if examination else []
                 self.reporter.iteration(metrics | (evaluations[-1] if examination else {}))
         if self.journal:
             self.journal.append(Finish(iterations, digest))
         if self.config.checkpoint.every and not self.from_snapshot(iterations):
             self.snapshot(iterations, digest)
         examination = self.examine(iterations)
+        if self.is_best(examination):
+            self.snapshots.keep_best(iterations)
         self.snapshots.finish()
         if self.reporter:
-            evaluations.append(self.judge(examination))
+            evaluations.append(self.judged(examination))
             first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
             summary = {
                 "iterations": len(means),
@@ -147,7 +154,7 @@ class Trainer:
                 known.append((f"the center before iteration {record.iteration}", record.digest))
             self._expect(known, digest)
             self.watch.poll()
-            self.center.update(record.seeds, record.coefficients)
+            self.center.update(record.update)
             digest, known = self.center.digest(), []
         if exact:
             known.append((f"the center before iteration {self.start.iteration}", self.start.target))
@@ -179,14 +186,21 @@ class Trainer:
         """
         es, clock = self.config.es, Clock()
         self.responder.clock, started = clock, time.perf_counter()
-        seeds = member_seeds(es.seed, iteration, es.population_size)
+        sigma, alpha = scheduled(es, iteration)
+        asked = self.batch(iteration)
+        prompts = self.prompts("train", asked)
+        seeds = noise_seeds(es, iteration)
+        members = [perturbation(es, seeds, number, sigma) for number in range(es.population_size)]
         known = self.start.rewards if iteration == self.start.iteration else {}
-        population = Population(self.world, iteration, seeds, self.config.run.timeout, known)
+        width = len(prompts) if es.standardize_prompts else 0
+        population = Population(
+            self.world, iteration, [seed for seed, _ in members], self.config.run.timeout, known, width
+        )
         looked = time.monotonic()
 
         def record_rewards():
-            for number, reward, tokens in population.new_rewards() if self.journal else ():
-                self.journal.append(Reward(iteration, number, reward, tokens, digest))
+            for number, reward, tokens, scores in population.new_rewards() if self.journal else ():
+                self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
 
         def poll():
             nonlocal looked
@@ -197,32 +211,36 @@ class Trainer:
                 self.reporter.members(iteration, population.done())
 
         for number in population.claim():
-            with member(self.center, seeds[number], es.sigma, clock):
-                tokens = self.responder.respond(self.encoded["train"], poll=poll)
-            reward = self.world.led(lambda tokens=tokens: mean(self.score("train", self.responder.texts(tokens))))
-            population.post_reward(number, reward, sum(map(len, tokens)))
+            with member(self.center, *members[number], clock):
+                tokens = self.responder.respond(prompts, poll=poll)
+            scores = self.world.led(lambda tokens=tokens: self.score("train", tokens, asked), len(prompts))
+            population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])
             with clock("exchange"):
                 record_rewards()
 
         with clock("exchange"):
             evaluations = population.evaluations(poll)
         rewards = [evaluation.reward for evaluation in evaluations]
-        coefficients = update_coefficients(rewards, es.alpha)
-        if self.reporter and not any(coefficients) and es.alpha:
+        weights = fitness(es, [evaluation.scores or [evaluation.reward] for evaluation in evaluations])
+        record = Record(
+            iteration, seeds, rewards, coefficients(es, alpha, weights), sigma, alpha, digest,
+            es.weight_decay, es.decay_to.value, es.evolve, asked,
+        )  # fmt: skip
+        if self.reporter and not any(record.coefficients) and alpha:
             self.reporter.say(
                 f"warning: iteration {iteration}: all {len(rewards)} rewards are {rewards[0]}, so nothing is learned; "
                 "a larger es.sigma or a finer reward would tell the members apart"
             )
         with clock("exchange"):
             if self.journal:
-                self.journal.append(Record(iteration, seeds, rewards, coefficients, es.sigma, es.alpha, digest))
+                self.journal.append(record)
                 population.publish("journalled")
             population.await_published("journalled")
 
         with clock("exchange"):
             self.snapshots.wait_written()
         with clock("update"):
-            updated = self.center.update(seeds, coefficients)
+            updated = self.center.update(record.update)
 
         parts = ("perturb", "gather", "generate", "restore", "update", "exchange")
         return {
@@ -242,36 +260,67 @@ class Trainer:
 
     def examine(self, iteration: int) -> Examination:
         """Let the center answer both splits' prompts, a part per replica; nobody waits for the others' parts."""
-        work = []
+        work, prompts = [], {"train": self.prompts("train", self.batch(iteration)), "test": self.encoded["test"]}
         for split in SPLITS:
-            parts = min(self.world.replicas, len(self.encoded[split]))
+            parts = min(self.world.replicas, len(prompts[split]))
             work += [(split, slice(part, None, parts)) for part in range(parts)]
         self.center.show()
         exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
         for number in exchange.claim():
             split, where = work[number]
-            exchange.post(number, json.dumps(self.responder.respond(self.encoded[split][where], poll=self.watch.poll)))
-        distance = self.center.distance(self.base) if self.world.replica == 0 else {}
+            exchange.post(number, json.dumps(self.responder.respond(prompts[split][where], poll=self.watch.poll)))
+        distance = self.center.distance() if self.world.replica == 0 else {}
         return Examination(iteration, exchange, work, distance)
+
+    def is_best(self, examination: Examination) -> bool:
+        """Whether this center has the best held-out reward so far, where that one is kept. For replica 0."""
+        if not self.config.checkpoint.best or self.world.replica != 0:
+            return False
+        (reward,) = self.world.led(lambda: [self.judged(examination)["held_out_reward"]], 1)
+        (before,) = self.world.led(lambda: [self.reporter.best_held_out], 1)
+        if self.reporter:
+            self.reporter.best_held_out = max(before, reward)
+        return reward > before
+
+    def judged(self, examination: Examination) -> dict[str, float]:
+        """What `judge` says, which looks only once."""
+        if examination.metrics is None:
+            examination.metrics = self.judge(examination)
+        return examination.metrics
 
     def judge(self, examination: Examination) -> dict[str, float]:
         """The center's rewards on both splits and its distance from the base; its responses become samples."""
         found = list(map(json.loads, examination.exchange.collect(self.watch.poll)))
         metrics = {}
         for split, name in SPLITS.items():
-            tokens: list[list[int]] = [[] for _ in self.encoded[split]]
+            asked = self.batch(examination.iteration) if split == "train" else None
+            tokens: list[list[int]] = [[] for _ in self.prompts(split, asked)]
             for (of, where), part in zip(examination.work, found, strict=True):
                 if of == split:
                     tokens[where] = part
-            texts = self.responder.texts(tokens)
-            rewards = self.score(split, texts)
+            rewards, texts = self.score(split, tokens, asked), self.responder.texts(tokens)
             metrics[name] = mean(rewards)
-            self.reporter.samples(examination.iteration, split, self.task.prompts(split), texts, rewards)
+            if split == "test" and hasattr(self.task, "correct"):
+                metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
+            prompts = self.task.prompts(split)
+            prompts = prompts if asked is None else [prompts[number] for number in asked]
+            self.reporter.samples(examination.iteration, split, prompts, texts, rewards)
         return metrics | examination.distance
 
-    def score(self, split: str, texts: list[str]) -> list[float]:
-        """The task's rewards, one per response."""
-        return score(self.task, split, texts, None, Path(self.config.run.dir) / "failed_scoring.json")
+    def score(self, split: Split, tokens: list[list[int]], asked: list[int] | None) -> list[float]:
+        """The task's rewards, one per response to the prompts `asked`."""
+        saved = Path(self.config.run.dir) / "failed_scoring.json"
+        return score(self.task, split, self.responder.texts(tokens), asked, saved)
+
+    def batch(self, iteration: int) -> list[int] | None:
+        """The training prompts of an iteration, by number; None: all."""
+        size = self.config.task.prompts_per_iteration
+        return prompt_batch(self.config.es.seed, iteration, size, len(self.encoded["train"]))
+
+    def prompts(self, split: Split, asked: list[int] | None) -> list[list[int]]:
+        """The token ids of the prompts `asked`."""
+        encoded = self.encoded[split]
+        return encoded if asked is None else [encoded[number] for number in asked]
 
     def profiled(self, iteration: int) -> AbstractContextManager:
         """A context that writes a torch.profiler trace of the second iteration (the only one, if there is one)."""

@@ -63,22 +63,22 @@ class World:
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def led(self, work: Callable[[], float]) -> float:
-        """What `work()` gives on the leading rank, which alone calls it, on every rank of the replica.
+    def led(self, work: Callable[[], list[float]], count: int) -> list[float]:
+        """The `count` values of `work()` on the leading rank, which alone calls it, on every rank of the replica.
 
         Raises:
             ConfigError: on every rank, where `work` raises one.
         """
-        value, problem = 0.0, None
+        values, problem = [0.0] * count, None
         if self.leads:
             try:
-                value = work()
+                values = work()
             except ConfigError as error:
                 problem = error
-        value, failed = self.broadcast([value, float(problem is not None)], 2)
+        *values, failed = self.broadcast([*values, float(problem is not None)], count + 1)
         if failed:
             raise problem or ConfigError("the replica's leading rank says what is wrong")
-        return value
+        return values
 
     def broadcast(self, values: list[float] | None, count: int) -> list[float]:
         """The leading rank's `count` float64 values, on every rank of the replica."""

@@ -5,6 +5,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from shardes.config import ESConfig
+from shardes.population import standardize
+from shardes.variants import coefficients
+
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
@@ -37,3 +41,8 @@ SIZES = dict(
     max_position_embeddings=512,
     initializer_range=0.3,
 )
+
+
+def paper_coefficients(rewards: list[float], alpha: float) -> list[float]:
+    """c_n = (α/N)·z_n, float32."""
+    return coefficients(ESConfig(population_size=len(rewards)), alpha, standardize(rewards))

@@ -10,6 +10,7 @@ from shardes.center import CopyCenter, member, open_center
 from shardes.config import Restore
 from shardes.noise import add_noise
 from shardes.shards import Region, Shard, run
+from shardes.update import Update
 from shardes.weights import WeightFiles
 
 
@@ -81,7 +82,7 @@ def test_updates_land_in_float32_and_the_live_weights_follow(base):
     live_before = live(shards).clone()
     with member(center, 3, 0.01):
         pass
-    metrics = center.update([1, 2], [1e-4, -2e-4])
+    metrics = center.update(Update([1, 2], [1e-4, -2e-4]))
     for shard in shards:
         add_noise(expected[shard.name], shard.name, shard.regions, [1, 2], [1e-4, -2e-4])
         assert torch.equal(center.values(shard), expected[shard.name])
@@ -98,9 +99,9 @@ def test_staging_a_center_in_blocks_changes_no_bit(base, monkeypatch):
         for where, regions in shard.blocks(997):
             yield where, regions, self.values(shard)[where].clone()
 
-    whole.update([5, 6], [0.1, 0.2])
+    whole.update(Update([5, 6], [0.1, 0.2]))
     monkeypatch.setattr(CopyCenter, "_staged", blocks)
-    staged.update([5, 6], [0.1, 0.2])
+    staged.update(Update([5, 6], [0.1, 0.2]))
     assert whole.digest() == staged.digest()
     assert torch.equal(live(whole._shards), live(staged._shards))
 
@@ -114,12 +115,12 @@ def test_what_subtracting_leaves_behind_is_measured(base, monkeypatch):
         with member(center, seed, 0.001):
             pass
     drift = (torch.cat([shard.values for shard in shards]).double() - before).square().mean().sqrt().item()
-    metrics = center.update([1], [0.0])
+    metrics = center.update(Update([1], [0.0]))
     assert drift > 0
     assert metrics["drift"] == pytest.approx(drift)
     assert 0 < metrics["drifted"] <= 1
     assert metrics["unmoved"] == 1
-    assert center.update([1], [0.0])["drift"] == 0
+    assert center.update(Update([1], [0.0]))["drift"] == 0
 
 
 def test_a_member_that_fails_half_way_is_undone(base, monkeypatch):
@@ -149,10 +150,10 @@ def test_a_member_that_fails_half_way_is_undone(base, monkeypatch):
 def test_the_distance_from_the_base(base):
     shards = make_shards(torch.float32)
     center = open_center(Restore.copy, shards, Alone(), base)
-    assert center.distance(base) == {"distance": 0, "distance_relative": 0}
+    assert center.distance() == {"distance": 0, "distance_relative": 0}
     before = torch.cat([center.values(shard) for shard in shards]).double()
-    center.update([4], [0.01])
+    center.update(Update([4], [0.01]))
     after = torch.cat([center.values(shard) for shard in shards]).double()
-    distance = center.distance(base)
+    distance = center.distance()
     assert distance["distance"] == pytest.approx((after - before).norm().item(), rel=1e-6)
     assert distance["distance_relative"] == pytest.approx(((after - before).norm() / before.norm()).item(), rel=1e-6)

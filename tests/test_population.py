@@ -12,8 +12,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models import paper_coefficients
 from shardes.config import ConfigError
-from shardes.population import Evaluation, Population, idle_seconds, member_seeds, standardize, update_coefficients
+from shardes.population import Evaluation, Population, idle_seconds, member_seeds, standardize
 
 
 @dataclass
@@ -59,9 +60,9 @@ def test_standardized_rewards_are_the_papers_z_scores(rewards):
 
 
 def test_coefficients_are_float32():
-    coefficients = update_coefficients([1.0, 2.0, 4.0], alpha=0.3)
+    coefficients = paper_coefficients([1.0, 2.0, 4.0], 0.3)
     assert coefficients == [float(np.float32(0.1 * z)) for z in standardize([1.0, 2.0, 4.0])]
-    assert update_coefficients([2.5, 2.5], alpha=0.3) == [0.0, 0.0]
+    assert paper_coefficients([2.5, 2.5], 0.3) == [0.0, 0.0]
 
 
 def test_every_member_is_evaluated_once_and_the_faster_replica_takes_more(job):

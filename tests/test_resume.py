@@ -53,7 +53,7 @@ def test_a_run_goes_on_where_it_was(begun, base):
     start = open_run(begun, base).start
     assert (start.iteration, start.source, start.target) == (2, None, f"{2:016x}")
     assert start.records == [record(0), record(1)] and start.means == [0.5, 0.5]
-    assert start.rewards == {1: [0.25, 7]}
+    assert start.rewards == {1: [0.25, 7, []]}
 
 
 def test_a_start_survives_the_store(begun, base):

@@ -29,7 +29,6 @@ from shardes.engines import open_model  # noqa: E402
 from shardes.files import differing  # noqa: E402
 from shardes.foreign import ForeignFiles  # noqa: E402
 from shardes.journal import JOURNAL, History, Record, read  # noqa: E402
-from shardes.noise import add_noise  # noqa: E402
 from shardes.population import mean  # noqa: E402
 from shardes.shards import digest, run  # noqa: E402
 from shardes.weights import WeightFiles, model_directory  # noqa: E402
@@ -81,17 +80,17 @@ def of_run(directory: Path, history: History, base: str | None, iteration: int |
     held = torch.float32 if exact else dtype
     known = history.digest(iteration) if exact or first == iteration else None
     card = model_card(history, iteration, dtype)
-    return Plan(files, shapes_of(module), replayed(source, records, held), dtype, iteration, known, card)
+    return Plan(files, shapes_of(module), replayed(source, records, held, files), dtype, iteration, known, card)
 
 
-def replayed(source: WeightFiles, records: list[Record], dtype: torch.dtype) -> Read:
+def replayed(source: WeightFiles, records: list[Record], dtype: torch.dtype, base: WeightFiles) -> Read:
     """Values of `source` with the updates of `records`."""
 
     def values(name: str, numel: int) -> torch.Tensor:
         theta = torch.empty(numel, dtype=dtype)
         source.read(name, [run(0, numel)], theta)
         for record in records:
-            add_noise(theta, name, [run(0, numel)], record.seeds, record.coefficients)
+            record.update.apply(theta, name, [run(0, numel)], base)
         return theta
 
     return values

@@ -23,7 +23,6 @@ from shardes.config import ConfigError  # noqa: E402
 from shardes.engines import open_model  # noqa: E402
 from shardes.files import differing  # noqa: E402
 from shardes.journal import JOURNAL, History, read  # noqa: E402
-from shardes.noise import add_noise  # noqa: E402
 from shardes.population import mean, std  # noqa: E402
 from shardes.shards import digest, run  # noqa: E402
 from shardes.weights import WeightFiles, model_directory  # noqa: E402
@@ -107,7 +106,7 @@ def replay(files: WeightFiles, sizes: dict[str, int], history: History) -> list[
         files.read(name, whole, theta)
         totals[0] += digest(name, whole, theta)
         for number, record in enumerate(history.records, 1):
-            add_noise(theta, name, whole, record.seeds, record.coefficients)
+            record.update.apply(theta, name, whole, files)
             totals[number] += digest(name, whole, theta)
     return [f"{total % 2**64:016x}" for total in totals]
 

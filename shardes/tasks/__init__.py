@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol
@@ -32,8 +32,13 @@ class Task(Protocol):
         """
         ...
 
-    def score(self, split: Split, responses: list[str]) -> list[float]:
-        """One reward per prompt of the split, higher is better; responses come in the prompts' order."""
+    def score(self, split: Split, responses: list[str], which: Sequence[int] | None = None) -> list[float]:
+        """One reward per response, higher is better; responses come in the prompts' order.
+
+        `which` are the prompts that were answered, by number; None: all of the split. It is given only with
+        task.prompts_per_iteration: a task that is not used so need not take it. A task may also have
+        `correct(split, responses) -> list[bool]`: which of all prompts are answered right, for the accuracy.
+        """
         ...
 
 

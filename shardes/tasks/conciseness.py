@@ -1,5 +1,6 @@
 """The paper's conciseness task (arXiv 2509.24372, section 4.2): answer in as few characters as it takes."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 # Tables 4 and 5 of the paper: question and shortest right answer.
@@ -28,15 +29,17 @@ class Conciseness:
         """One chat of one user message per question."""
         return [[{"role": "user", "content": question}] for question, _ in QUESTIONS[split]]
 
-    def score(self, split: Literal["train", "test"], responses: list[str]) -> list[float]:
+    def score(
+        self, split: Literal["train", "test"], responses: list[str], which: Sequence[int] | None = None
+    ) -> list[float]:
         """−|len(response) − len(solution)|, in characters.
 
         Raises:
-            ValueError: not as many responses as the split has questions.
+            ValueError: not as many responses as there were questions.
         """
-        if len(responses) != len(QUESTIONS[split]):
-            raise ValueError(f"{len(responses)} responses for the {len(QUESTIONS[split])} prompts of {split}")
+        asked = QUESTIONS[split] if which is None else [QUESTIONS[split][number] for number in which]
+        if len(responses) != len(asked):
+            raise ValueError(f"{len(responses)} responses for the {len(asked)} prompts of {split}")
         return [
-            -float(abs(len(response) - len(solution)))
-            for response, (_, solution) in zip(responses, QUESTIONS[split], strict=True)
+            -float(abs(len(response) - len(solution))) for response, (_, solution) in zip(responses, asked, strict=True)
         ]

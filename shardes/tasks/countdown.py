@@ -6,7 +6,7 @@ The reward is 0.1 × format + answer. Expressions are parsed, never evaluated as
 import json
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -182,8 +182,12 @@ class Countdown:
     def prompts(self, split: Literal["train", "test"]) -> list[str]:
         return [problem.prompt for problem in self._problems[split]]
 
-    def score(self, split: Literal["train", "test"], responses: list[str]) -> list[float]:
-        pairs = zip(self._problems[split], responses, strict=True)
+    def score(
+        self, split: Literal["train", "test"], responses: list[str], which: Sequence[int] | None = None
+    ) -> list[float]:
+        problems = self._problems[split]
+        asked = problems if which is None else [problems[number] for number in which]
+        pairs = zip(asked, responses, strict=True)
         return [reward(response, problem.numbers, problem.target) for problem, response in pairs]
 
     def correct(self, split: Literal["train", "test"], responses: list[str]) -> list[bool]:

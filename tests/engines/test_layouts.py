@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launch import torchrun
+from models import paper_coefficients
 from shardes.generation import gumbel
 from shardes.noise import gaussian
-from shardes.population import member_seeds, update_coefficients
+from shardes.population import member_seeds
 from shardes.shards import digest, run
 from workers.layout import ENDS, PROMPTS, RESPONSES, REWARDS, SEEDS
 
@@ -111,7 +112,7 @@ def reference(directory: Path) -> dict:
     found["digests"] = []
     for iteration, rewards in enumerate(REWARDS):
         seeds = member_seeds(5, iteration, len(rewards))
-        coefficients = update_coefficients(rewards, 0.05)
+        coefficients = paper_coefficients(rewards, 0.05)
         for name, weight in weights.items():
             total = torch.zeros_like(weight)
             for seed, coefficient in zip(seeds, coefficients, strict=True):

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from launch import call, script
+from models import paper_coefficients
 from shardes import journal
 from shardes.checkpoint import Checkpoint
 from shardes.engines import empty_model
 from shardes.noise import add_noise
-from shardes.population import member_seeds, update_coefficients
+from shardes.population import member_seeds
 from shardes.shards import digest
 from shardes.shards import run as stretch
 from shardes.weights import WeightFiles
@@ -36,7 +37,7 @@ def directory(tmp_path, tied_llama):
     written = journal.Journal(place / "journal.jsonl", None)
     written.append(journal.Header(str(base), files.fingerprint(), settings))
     for iteration, rewards in enumerate([[1.0, 2.0, 4.0], [3.0, 2.5, -1.0], [0.0, 9.0, 1.0]]):
-        seeds, coefficients = member_seeds(0, iteration, 3), update_coefficients(rewards, 0.01)
+        seeds, coefficients = member_seeds(0, iteration, 3), paper_coefficients(rewards, 0.01)
         if iteration == 2:
             checkpoint = Checkpoint(place / "snapshots" / "iteration_2", files, thetas, torch.float32, "5GB")
             checkpoint.create()

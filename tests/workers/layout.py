@@ -14,14 +14,16 @@ import torch.distributed as dist  # noqa: E402
 from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
 
 from launch import report  # noqa: E402
+from models import paper_coefficients  # noqa: E402
 from shardes.center import member, open_center  # noqa: E402
 from shardes.config import Gather, Offload, Restore, ShardingConfig  # noqa: E402
 from shardes.engines import empty_model  # noqa: E402
 from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
 from shardes.engines.fsdp import FSDPEngine  # noqa: E402
 from shardes.generation import decoder  # noqa: E402
-from shardes.population import member_seeds, update_coefficients  # noqa: E402
+from shardes.population import member_seeds  # noqa: E402
 from shardes.responses import Responder  # noqa: E402
+from shardes.update import Update  # noqa: E402
 from shardes.weights import WeightFiles  # noqa: E402
 from shardes.world import form_replica, join_job  # noqa: E402
 
@@ -88,10 +90,10 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     digests = []
     for iteration, rewards in enumerate(REWARDS):
         seeds = member_seeds(5, iteration, len(rewards))
-        center.update(seeds, update_coefficients(rewards, 0.05))
+        center.update(Update(seeds, paper_coefficients(rewards, 0.05)))
         digests.append(center.digest())
     found["digests"] = digests
-    found["distance"] = center.distance(files)
+    found["distance"] = center.distance()
     with engine.ready() as module:
         found["gradients"] = sum(p.grad is not None or p.requires_grad for p in module.parameters())
     if kind is DeepSpeedEngine:
