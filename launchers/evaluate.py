@@ -1,6 +1,6 @@
 """Judge a model on a task's prompts: rewards, accuracy, and how far it has moved from its base.
 
-    deepspeed --num_gpus 2 launchers/evaluate.py CONFIG.yaml --model DIR [--split test] [--samples 4] [--out FILE]
+    deepspeed --num_gpus 2 launchers/evaluate.py CONFIG.yaml --model DIR [--split test ...] [--samples 4] [--out FILE]
 
 CONFIG.yaml is that of the training run; its model.path is the base. DIR is the tuned model: a snapshot or an export.
 Every prompt gets the greedy response and, with --samples n, n responses sampled at temperature 1, each a function of
@@ -41,13 +41,21 @@ PIECE = 64  # prompts that a replica claims at a time
 
 @dataclass
 class Evaluation(Plan):
-    """`base` is None where there is nothing to compare with."""
+    """`encoded` holds each split's prompts as token ids. `base` is None where there is nothing to compare with."""
 
-    split: str
-    encoded: list[list[int]]
+    encoded: dict[str, list[list[int]]]
     samples: int
     base: WeightFiles | None
     out: Path
+
+
+@dataclass
+class Piece:
+    """A part of the work: the `sample`-th responses (0: the greedy ones) to some prompts of a split."""
+
+    split: str
+    sample: int
+    rows: range
 
 
 def parser() -> Parser:
@@ -56,7 +64,12 @@ def parser() -> Parser:
         __doc__.splitlines()[0],
     )
     parser.add_argument("--model", metavar="DIR", help="the model to judge; default: model.path itself")
-    parser.add_argument("--split", default="test", help="the task's prompts: train or test; default: %(default)s")
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        default=["test"],
+        help="the task's prompts: train, test, names of task.tests; default: test",
+    )
     parser.add_argument("--samples", type=int, default=0, help="sampled responses per prompt; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
     return parser
@@ -76,10 +89,13 @@ def prepare(argv: list[str], job: Job) -> Evaluation:
         origin.check({name: param.shape for name, param in plan.module.named_parameters()})
     if not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
-    encoded = encode(plan.tokenizer, plan.task.prompts(arguments.split))
-    return Evaluation(
-        **vars(plan), split=arguments.split, encoded=encoded, samples=arguments.samples, base=origin, out=arguments.out
-    )
+    encoded = {}
+    for split in arguments.split:
+        try:
+            encoded[split] = encode(plan.tokenizer, plan.task.prompts(split))
+        except KeyError:
+            raise ConfigError(f"--split {split}: the task has no such prompts") from None
+    return Evaluation(**vars(plan), encoded=encoded, samples=arguments.samples, base=origin, out=arguments.out)
 
 
 def work(job: Job, plan: Evaluation, watch: StopWatch) -> None:
@@ -88,34 +104,43 @@ def work(job: Job, plan: Evaluation, watch: StopWatch) -> None:
     world, engine, responder = launch.build_replica(job, plan)
     load(plan.files, engine.shards)
     watch.wait_for_polls()
-    count = len(plan.encoded)
-    # Piece after piece: all greedy responses, then the first sample of every prompt, and so on.
-    pieces = [(s, range(b, min(b + PIECE, count))) for s in range(1 + plan.samples) for b in range(0, count, PIECE)]
+    # Of each split all greedy responses, then the first sample of every prompt, and so on.
+    pieces = [
+        Piece(split, sample, range(begin, min(begin + PIECE, len(prompts))))
+        for split, prompts in plan.encoded.items()
+        for sample in range(1 + plan.samples)
+        for begin in range(0, len(prompts), PIECE)
+    ]
     exchange = Exchange(world, "evaluation", len(pieces), plan.config.run.timeout)
     mine: dict[int, dict] = {}
     for number in exchange.claim():
-        sample, rows = pieces[number]
-        prompts = [plan.encoded[row] for row in rows]
-        seeds = [_seed(plan.config.es.seed, row, sample) for row in rows] if sample else None
+        piece = pieces[number]
+        prompts = [plan.encoded[piece.split][row] for row in piece.rows]
+        seeds = [_seed(plan.config.es.seed, row, piece.sample) for row in piece.rows] if piece.sample else None
         tokens = responder.respond(prompts, seeds, watch.poll)
-        tuned = responder.log_probs(prompts, tokens, watch.poll) if sample and plan.base else []
+        tuned = responder.log_probs(prompts, tokens, watch.poll) if piece.sample and plan.base else []
         mine[number] = dict(tokens=tokens, tuned=tuned)
     if plan.base:
         load(plan.base, engine.shards)
     for number, found in mine.items():
         if found["tuned"]:
-            prompts = [plan.encoded[row] for row in pieces[number][1]]
+            prompts = [plan.encoded[pieces[number].split][row] for row in pieces[number].rows]
             found["base"] = responder.log_probs(prompts, found["tokens"], watch.poll)
         exchange.post(number, json.dumps(found))
     if world.speaks:
-        found = map(json.loads, exchange.collect(watch.poll))
-        report = judge(plan, responder.texts, pieces, list(found))
-        report["seconds"] = round(time.monotonic() - started, 1)
+        found = list(map(json.loads, exchange.collect(watch.poll)))
+        splits = {split: judge(plan, split, responder.texts, pieces, found) for split in plan.encoded}
+        report = dict(
+            model=str(plan.files.directory),
+            base=str(plan.base.directory) if plan.base else None,
+            seconds=round(time.monotonic() - started, 1),
+            splits=splits,
+        )
         try:
             plan.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise RunError(f"--out {plan.out}: cannot be written: {error}") from error
-        print(summary(report), f"every response: {plan.out}", sep="\n", flush=True)
+        print(summary(splits), f"every response: {plan.out}", sep="\n", flush=True)
     dist.barrier()
 
 
@@ -123,32 +148,34 @@ def _seed(run_seed: int, prompt: int, sample: int) -> int:
     return int(np.random.SeedSequence([run_seed, prompt, sample]).generate_state(1, np.uint64)[0])
 
 
-def judge(plan: Evaluation, texts: Callable[[list[list[int]]], list[str]], pieces: list, found: list[dict]) -> dict:
-    """The report: figures of greedy and sampled responses, and all responses."""
-    prompts = plan.task.prompts(plan.split)
+def judge(
+    plan: Evaluation,
+    split: str,
+    texts: Callable[[list[list[int]]], list[str]],
+    pieces: list[Piece],
+    found: list[dict],
+) -> dict:
+    """A split's report: figures of greedy and sampled responses, and all responses."""
     responses = []
     for sample in range(1 + plan.samples):
-        mine = [part for (of, _), part in zip(pieces, found, strict=True) if of == sample]
+        mine = [
+            part for piece, part in zip(pieces, found, strict=True) if (piece.split, piece.sample) == (split, sample)
+        ]
         tokens = [row for part in mine for row in part["tokens"]]
         apart = [k3(t, b) for part in mine for t, b in zip(part["tuned"], part.get("base", []), strict=True)]
         written = texts(tokens)
-        rewards = score(plan.task, plan.split, written, None, plan.out.with_suffix(".failed.json"))
-        right = plan.task.correct(plan.split, written) if hasattr(plan.task, "correct") else None
+        rewards = score(plan.task, split, written, None, plan.out.with_suffix(".failed.json"))
+        right = plan.task.correct(split, written) if hasattr(plan.task, "correct") else None
         for row, text in enumerate(written):
             responses.append(
                 dict(prompt=row, sample=sample, reward=rewards[row], tokens=len(tokens[row]), response=text)
                 | ({"correct": right[row]} if right else {})
                 | ({"kl": apart[row]} if apart else {})
             )
-    report = dict(
-        model=str(plan.files.directory),
-        base=str(plan.base.directory) if plan.base else None,
-        split=plan.split,
-        greedy=figures([row for row in responses if row["sample"] == 0]),
-    )
+    report = dict(greedy=figures([row for row in responses if row["sample"] == 0]))
     if plan.samples:
         report["sampled"] = figures([row for row in responses if row["sample"]])
-    return report | dict(prompts=prompts, responses=responses)
+    return report | dict(prompts=plan.task.prompts(split), responses=responses)
 
 
 def figures(rows: list[dict]) -> dict[str, float | list[float]]:
@@ -167,18 +194,19 @@ def figures(rows: list[dict]) -> dict[str, float | list[float]]:
     return found
 
 
-def summary(report: dict) -> str:
-    """The figures, a line each for greedy and sampled."""
+def summary(splits: dict[str, dict]) -> str:
+    """The figures, a line each for the greedy and the sampled responses of a split."""
     lines = []
-    for kind in ("greedy", "sampled"):
-        if kind in report:
+    for split, report in splits.items():
+        for kind in ("greedy", "sampled"):
+            found = report.get(kind, {})
             parts = [
-                f"{key} {report[kind][key]:.4g} [{report[kind][key + '_interval'][0]:.4g}, "
-                f"{report[kind][key + '_interval'][1]:.4g}]"
+                f"{key} {found[key]:.4g} [{found[key + '_interval'][0]:.4g}, {found[key + '_interval'][1]:.4g}]"
                 for key in ("reward", "accuracy", "kl")
-                if key in report[kind]
+                if key in found
             ]
-            lines.append(f"{kind}: {', '.join(parts)} ({report[kind]['responses']} responses)")
+            if parts:
+                lines.append(f"{split}, {kind}: {', '.join(parts)} ({found['responses']} responses)")
     return "\n".join(lines)
 
 

@@ -61,8 +61,8 @@ class DecayTo(Enum):
 
 
 def _key(meaning: str, default: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": meaning})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
     return field(default=default, metadata={"help": meaning})
 
 
@@ -122,10 +122,14 @@ class GenerationConfig:
 
 @dataclass
 class TaskConfig:
-    name: str | None = _key("a built-in task: conciseness, countdown", None)
+    name: str | None = _key("a built-in task: conciseness, countdown, math", None)
     path: str | None = _key("your own task: file.py:Class", None)
-    train: str | None = _key("countdown: JSON file of training problems; null: the shipped ones", None)
-    test: str | None = _key("countdown: JSON file of test problems; null: the shipped ones", None)
+    train: str | None = _key(
+        "file of training problems (countdown: JSON; math: JSON lines or datasets:NAME:SPLIT); null: the shipped ones",
+        None,
+    )
+    test: str | None = _key("the same for held-out problems", None)
+    tests: dict[str, str] = _key("math: further named test sets, for evaluate.py --split NAME", {})
     prompts_per_iteration: int | None = _key(
         "training prompts asked per iteration, the same for every member, reshuffled each epoch; null: all", None
     )

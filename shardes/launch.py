@@ -41,7 +41,7 @@ class Plan:
 def check(config: Config, job: Job) -> Plan:
     """Check everything that can be checked before heavy work; ConfigError for what cannot run."""
     replicas = settings.check_layout(config, job.size)
-    task = load_task(config.task.name, config.task.path, config.task.train, config.task.test)
+    task = load_task(config.task.name, config.task.path, config.task.train, config.task.test, config.task.tests)
     if config.task.prompts_per_iteration is not None:
         try:
             signature(task.score).bind("train", [], [])

@@ -122,12 +122,13 @@ class Trainer:
         if self.reporter:
             evaluations.append(self.judged(examination))
             first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
+            names = [name for name in ("center_reward", "held_out_reward", "held_out_accuracy") if name in last]
             summary = {
                 "iterations": len(means),
                 "reward_mean_first": means[0],
                 "reward_mean_last": means[-1],
-                **{f"{name}_first": first[name] for name in ("center_reward", "held_out_reward")},
-                **{f"{name}_last": last[name] for name in ("center_reward", "held_out_reward")},
+                **{f"{name}_first": first[name] for name in names if name in first},
+                **{f"{name}_last": last[name] for name in names},
                 "distance": last["distance"],
                 "distance_relative": last["distance_relative"],
                 "digest": digest,

@@ -1,5 +1,6 @@
 """Settings are typed and checked, and a mistake is named with the nearest right key."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,41 @@ def test_resume_has_a_short_form(tmp_path, overrides):
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda f: f.stem
+    "file", sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml")), ids=lambda f: f.stem
 )
 def test_the_configs_that_come_along_are_sound(file):
     config = settings.load(str(file), [])
-    load_task(config.task.name, config.task.path, config.task.train, config.task.test)
+    load_task(config.task.name, config.task.path)
+
+
+def test_the_papers_models_differ_only_in_what_holds_them():
+    files = sorted((Path(__file__).parent.parent / "configs" / "countdown").glob("*.yaml"))
+    assert len(files) == 9
+    configs = [settings.load(str(file), []) for file in files]
+    assert len({config.model.path for config in configs}) == 9
+    same = {str((c.es, c.generation, c.task, c.eval, c.checkpoint, c.model.dtype)) for c in configs}
+    assert len(same) == 1
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("es.evolve='('", "es.evolve=(: must be a regular expression"),
+        ("es.weight_decay=1", "es.weight_decay=1.0: must be at least 0 and below 1"),
+        ("es.sigma_final=0", "es.sigma_final=0.0: must be positive"),
+        ("task.prompts_per_iteration=0", "task.prompts_per_iteration=0: must be at least 1"),
+        ("es.fitness=rank", "es.fitness"),
+    ],
+)
+def test_variants_that_make_no_sense_are_refused(tmp_path, override, message):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: x}\nrun: {dir: y}\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        settings.load(str(file), [override])
+
+
+def test_antithetic_members_need_an_even_population(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: x}\nrun: {dir: y}\nes: {population_size: 5, antithetic: true}\n")
+    with pytest.raises(ConfigError, match="must be even"):
+        settings.load(str(file), [])

@@ -47,7 +47,7 @@ def judged(options: argparse.Namespace, sigma: float, alpha: float, seed: int) -
         judge = ["--model", tuned, "--samples", options.samples, "--out", found]
         launch(options.ranks, "evaluate.py", options.config, *keys, *judge)
         shutil.rmtree(run / "snapshots")
-    report = json.loads(found.read_text(encoding="utf-8"))
+    report = json.loads(found.read_text(encoding="utf-8"))["splits"]["test"]
     figures = {key: report["sampled"][key] for key in ("reward", "kl")}
     return dict(sigma=sigma, alpha=alpha, seed=seed, **figures, greedy=report["greedy"]["reward"])
 
@@ -112,7 +112,7 @@ def base_reward(options: argparse.Namespace) -> float:
     if not found.exists():
         keys = [f"run.dir={options.out}", *options.overrides]
         launch(options.ranks, "evaluate.py", options.config, *keys, "--samples", options.samples, "--out", found)
-    return json.loads(found.read_text(encoding="utf-8"))["sampled"]["reward"]
+    return json.loads(found.read_text(encoding="utf-8"))["splits"]["test"]["sampled"]["reward"]
 
 
 def main(argv: list[str]) -> int:

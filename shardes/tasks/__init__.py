@@ -4,14 +4,15 @@ import difflib
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Literal, Protocol
 
 from shardes.config import ConfigError
 from shardes.tasks.conciseness import Conciseness
 from shardes.tasks.countdown import Countdown
+from shardes.tasks.math import Math
 
 Split = Literal["train", "test"]
 Message = dict[str, str]
@@ -42,14 +43,20 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Callable[..., Task]] = {"conciseness": Conciseness, "countdown": Countdown}
+TASKS: dict[str, Callable[..., Task]] = {"conciseness": Conciseness, "countdown": Countdown, "math": Math}
 
 
-def load_task(name: str | None, path: str | None, train: str | None = None, test: str | None = None) -> Task:
+def load_task(
+    name: str | None,
+    path: str | None,
+    train: str | None = None,
+    test: str | None = None,
+    tests: Mapping[str, str] = MappingProxyType({}),
+) -> Task:
     """The built-in task called `name`, or the user's own at `path`, written file.py:Class.
 
-    The user's class is made without arguments. While its file loads, modules beside it can be imported. `train` and
-    `test` are files of problems, for countdown.
+    The user's class is made without arguments. While its file loads, modules beside it can be imported. `train`,
+    `test` and `tests` are where problems come from, for countdown and math.
 
     Raises:
         ConfigError: both or neither given, no such task, or a file or class that cannot be used.
@@ -57,16 +64,18 @@ def load_task(name: str | None, path: str | None, train: str | None = None, test
     if (name is None) == (path is None):
         what = "both are given" if name is not None else "neither is given"
         raise ConfigError(f"task.name, task.path: {what}; give one: a built-in task's name, or file.py:Class")
-    for split, file in (("train", train), ("test", test)):
-        if file is not None and name != "countdown":
-            raise ConfigError(f"task.{split}={file}: only the task countdown takes files of problems")
+    for split, file in (("train", train), ("test", test), ("tests", dict(tests) or None)):
+        takes = ["math"] if split == "tests" else ["countdown", "math"]
+        if file is not None and name not in takes:
+            raise ConfigError(f"task.{split}={file}: only for task.name={' or '.join(takes)}")
     if path is not None:
         return _load_own(path)
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(TASKS)}"
         raise ConfigError(f"task.name={name}: no such task; {hint}")
-    return Countdown(train, test) if name == "countdown" else TASKS[name]()
+    given = {"countdown": (train, test), "math": (train, test, tests)}
+    return TASKS[name](*given.get(name, ()))
 
 
 def _load_own(path: str) -> Task:

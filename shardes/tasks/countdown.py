@@ -149,7 +149,7 @@ def load_problems(path: Path) -> list[Problem]:
     `context` is the prompt. Where a file lacks it, or it does not end in "<think>", it is this module's.
 
     Raises:
-        ConfigError: the file is missing or not of this form; names the entry.
+        ConfigError: the file is missing or not of this form; names the entry, its id and the field.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -159,11 +159,18 @@ def load_problems(path: Path) -> list[Problem]:
         raise ConfigError(f"{path}: must hold a list of problems")
     problems = []
     for number, entry in enumerate(entries):
-        try:
-            numbers, target = list(map(int, entry["numbers"])), int(entry["target"])
-            context = entry.get("context", "").rstrip()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: entry {number} is no problem with numbers and target: {error!r}") from None
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{path}: entry {number} is no object with numbers and target")
+
+        def field(name: str, read: Callable, default=None, entry=entry, number=number):
+            try:
+                return read(entry.get(name, default))
+            except (TypeError, ValueError, AttributeError):
+                which = f"entry {number} (id {entry.get('id', 'none')})"
+                raise ConfigError(f"{path}: {which}: {name} is {entry.get(name)!r}; see load_problems") from None
+
+        numbers, target = field("numbers", lambda found: list(map(int, found))), field("target", int)
+        context = field("context", str.rstrip, "")
         given = context if context.endswith("<think>") else prompt(numbers, target)
         problems.append(Problem(given, numbers, target))
     return problems

@@ -111,7 +111,7 @@ def test_own_files_of_one_name_do_not_clash(tmp_path):
         (None, None, "neither is given"),
         ("conciseness", "a.py:A", "both are given"),
         ("concisenes", None, "did you mean conciseness"),
-        ("something", None, "no such task; there are: conciseness"),
+        ("zzzzz", None, "no such task; there are: conciseness"),
         ("", None, "no such task"),
         (None, "", "file.py:Class"),
         (None, "a.py", "file.py:Class"),

@@ -72,7 +72,14 @@ def test_the_shipped_problems_are_solvable_and_apart():
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "no readable JSON"), ("[]", "must hold a list"), ('[{"numbers": [1]}]', "entry 0"), ("[3]", "entry 0")],
+    [
+        ("{", "no readable JSON"),
+        ("[]", "must hold a list"),
+        ('[{"id": 7, "numbers": [1]}]', r"bad\.json: entry 0 \(id 7\): target is None"),
+        ('[{"numbers": "1 2", "target": 3}]', r"entry 0 \(id none\): numbers is '1 2'"),
+        ('[{"numbers": [1], "target": 3, "context": 4}]', "context is 4"),
+        ("[3]", "entry 0 is no object"),
+    ],
 )
 def test_damaged_files_are_named(tmp_path, text, message):
     (tmp_path / "bad.json").write_text(text)
@@ -81,5 +88,5 @@ def test_damaged_files_are_named(tmp_path, text, message):
 
 
 def test_only_countdown_takes_files():
-    with pytest.raises(ConfigError, match=r"task\.train=x\.json: only the task countdown"):
+    with pytest.raises(ConfigError, match=r"task\.train=x\.json: only for task.name=countdown or math"):
         load_task("conciseness", None, "x.json")
