@@ -139,7 +139,7 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
     [
         ("return [float('nan') for _ in responses]", 2, "member 0 of iteration 0 (seed "),
         ("return [0.0]", 2, "error: task: score gave 1 rewards for 4 responses"),
-        ("raise OSError('the judge is out')", 2, "score raised OSError: the judge is out; what it was to score: "),
+        ("raise OSError('the judge is out')", 2, "scoring train raised OSError: the judge is out; the responses: "),
     ],
     ids=["NaN", "too few", "raises"],
 )
@@ -150,6 +150,12 @@ def test_a_reward_that_fails_ends_every_rank(zygote, config, tmp_path, body, cod
     run = zygote.start(path, "sharding.shard=2", ranks=2, log=tmp_path / "log")
     assert run.wait() == [code, code], run.text()
     assert message in run.text()
+    saved = tmp_path / "run" / "failed_scoring.json"
+    assert saved.exists() == ("raise" in body)
+    if saved.exists():
+        rows = json.loads(saved.read_text())
+        assert [row["prompt"] for row in rows][:3] == ["abc", "a much longer prompt", "x"]
+        assert all(isinstance(row["response"], str) for row in rows)
 
 
 def test_equal_rewards_teach_nothing_and_say_so(zygote, config, tmp_path):
