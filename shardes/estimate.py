@@ -1,6 +1,6 @@
 """How long an iteration takes, and what crosses the network: arithmetic on a machine's stated figures.
 
-A model, not a measurement: no GPU was measured. What is not counted (Python, kernels' starts, reading memory at less than
+A model, not a measurement: no GPU was measured. What is not counted (Python, kernels' starts, memory read at less than
 the full rate) makes an iteration longer, never shorter: read the times as "at least".
 """
 
@@ -94,7 +94,7 @@ def seconds(
 ) -> Seconds:
     """An iteration at a device's full speed, with responses of `response` tokens, evaluations of the center left out.
 
-    A decode step reads the weights once and each row's cache; where rows are many, its operations take longer than that.
+    A decode step reads the weights once and each row's cache; where rows are many, its operations take longer.
     """
     each = members(layout, population)
     elements = sum(model.held(layout.tensor, layout.shard, 0, 0))
@@ -110,7 +110,7 @@ def seconds(
     if layout.offload is Offload.cpu:
         times = passes(work, layout, response) if layout.gather is Gather.layer else 1
         gather += each * times * elements * model.itemsize / device.host
-    reduce = sent.reduced_per_token / device.link
+    reduce = sent.reduced_per_token / (device.network if layout.tensor > machine.per_node else device.link)
     cached = 2 * model.layers * model.key_value_heads * model.head_size * model.itemsize / layout.tensor
     prefill = decode = 0.0
     for rows, width in work.batches(work.of_rank(layout)[0]):

@@ -22,6 +22,7 @@ from shardes.engines import check_model, empty_model
 from shardes.generation import batches
 
 HEAP = 64 << 20  # what glibc's malloc keeps of freed blocks: twice 32 MiB, the largest that are not mapped one by one
+SUMS = 32 << 20  # most bytes that DeepSpeed's sums through shared memory take at a time
 PROCESS = 720_000_000  # measured on a CPU: Python, torch, deepspeed, compiled kernels and a model of next to nothing
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, NCCL's buffers, the allocator's gaps. Assumed, not measured
 PREFETCH = 50_000_000  # elements that ZeRO-3 gathers ahead: DeepSpeed's default
@@ -261,8 +262,15 @@ def memory(
         "largest temporaries": largest,
     }
     if on_cpu:
-        kept = {"kept by malloc": min(HEAP, largest), "libraries": PROCESS}
-        return Memory({}, live | center | computing | kept)
+        # Parameters that ZeRO-3 has partitioned are freed; temporaries are taken from what malloc keeps of them.
+        kept = max(min(HEAP, live["live shard"]) - largest, 0)
+        shared = 0
+        if model.engine is Engine.deepspeed and layout.tensor > 1 and layout.shard == 1:
+            state = max(rows * width for rows, width in shapes) * model.hidden * model.itemsize
+            shared = 2 * layout.tensor * min(state, SUMS)  # two buffers of each rank
+        return Memory({}, live | center | computing | {
+            "kept by malloc": kept, "sums through shared memory": shared, "libraries": PROCESS
+        })  # fmt: skip
     reserve = {"reserve": int(RESERVE * gpu_memory)}
     host = {"libraries": PROCESS} | (live if offload else {}) | (center if copies else {})
     return Memory(({} if offload else live) | ({} if copies else center) | computing | reserve, host)

@@ -30,7 +30,7 @@ from shardes.tasks import load_task  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-CHARACTERS = 3  # of a prompt per token, where there is no tokenizer: SmolLM2's has 2.9 in Countdown's prompts
+CHARACTERS = 3  # of a prompt per token, where there is no tokenizer; SmolLM2's has 3.4 in Countdown's prompts
 TABLE = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
 WORDS = "a model from data-sheet figures, not measured on GPUs: read the times as “at least”"
 
@@ -199,9 +199,9 @@ def markdown() -> str:
         path = str(ROOT / "tests" / "data" / directory)
         config = Config(model=ModelConfig(path), task=TaskConfig("countdown"), run=RunConfig("runs/plan"))
         work = work_of(config, None, None)
+        planner = Planner(config, work, Machine(1, 1, int(80e9), int(2e12)), DEVICES["h100"], work.max_new_tokens)
         for nodes, gpus in ((1, 1), (1, 8), (8, 8)):
-            machine = Machine(nodes, gpus, int(80e9), int(2e12))
-            planner = Planner(config, work, machine, DEVICES["h100"], work.max_new_tokens)
+            planner.machine = replace(planner.machine, nodes=nodes, per_node=gpus)
             layout = planner.suggest()
             if layout is None:
                 lines.append(f"| {name} | {nodes * gpus} | does not fit | | | |")
@@ -230,8 +230,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--nodes", type=int, default=1, help="nodes (default 1)")
     add("--gpu-memory", metavar="80GB", help="memory of one GPU; needed but for --device cpu")
     add("--host-memory", metavar="2TB", default="2TB", help="memory of one node's host (default 2TB, as a DGX H100's)")
-    add("--device", choices=[*DEVICES, "cpu"], default="h100", help="whose figures to take (default h100): those of "
-        "vendors' data sheets for SXM GPUs and DGX networks, but normals per second and latency, which are assumed")  # fmt: skip
+    add("--device", choices=[*DEVICES, "cpu"], default="h100", help="whose figures to take (default h100): those "
+        "of vendors' data sheets for SXM GPUs, DGX networks; normals per second and latency are assumed")  # fmt: skip
     for figure, default in asdict(DEVICES["h100"]).items():
         what = "seconds" if figure == "latency" else "per second"
         add(f"--{figure}", type=float, metavar="X", help=f"{figure}, {what} (h100: {default:.4g})")
