@@ -262,15 +262,18 @@ def memory(
         "largest temporaries": largest,
     }
     if on_cpu:
-        # Parameters that ZeRO-3 has partitioned are freed; temporaries are taken from what malloc keeps of them.
-        kept = max(min(HEAP, live["live shard"]) - largest, 0)
+        state = max(rows * width for rows, width in shapes) * model.itemsize
+        block = state * max(model.intermediate // layout.tensor, model.hidden)
+        if gathers and layout.gather is Gather.member and max(slices) * model.itemsize > largest:
+            computing["largest temporaries"] = largest = block = max(slices) * model.itemsize  # gloo gathers in a copy
+        # Parameters that ZeRO-3 has partitioned are freed. What malloc keeps of them serves temporaries in small blocks.
+        kept = min(HEAP, live["live shard"])
+        kept = kept if block > HEAP // 2 else max(kept - largest, 0)
         shared = 0
         if model.engine is Engine.deepspeed and layout.tensor > 1 and layout.shard == 1:
-            state = max(rows * width for rows, width in shapes) * model.hidden * model.itemsize
-            shared = 2 * layout.tensor * min(state, SUMS)  # two buffers of each rank
-        return Memory({}, live | center | computing | {
-            "kept by malloc": kept, "sums through shared memory": shared, "libraries": PROCESS
-        })  # fmt: skip
+            shared = 2 * layout.tensor * min(state * model.hidden, SUMS)  # two buffers of each rank
+        more = {"kept by malloc": kept, "sums through shared memory": shared, "libraries": PROCESS}
+        return Memory({}, live | center | computing | more)
     reserve = {"reserve": int(RESERVE * gpu_memory)}
     host = {"libraries": PROCESS} | (live if offload else {}) | (center if copies else {})
     return Memory(({} if offload else live) | ({} if copies else center) | computing | reserve, host)

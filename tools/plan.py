@@ -16,6 +16,8 @@ from pathlib import Path
 from shardes import environment
 
 environment.prepare()
+with environment.quiet():
+    import deepspeed  # noqa: F401
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
