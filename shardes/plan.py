@@ -266,7 +266,7 @@ def memory(
         block = state * max(model.intermediate // layout.tensor, model.hidden)
         if gathers and layout.gather is Gather.member and max(slices) * model.itemsize > largest:
             computing["largest temporaries"] = largest = block = max(slices) * model.itemsize  # gloo gathers in a copy
-        # ZeRO-3 frees parameters once it has partitioned them; what malloc keeps of them serves temporaries in small blocks.
+        # ZeRO-3 frees parameters that it has partitioned; what malloc keeps of them serves temporaries in small blocks.
         kept = min(HEAP, live["live shard"])
         kept = kept if block > HEAP // 2 else max(kept - largest, 0)
         shared = 0
