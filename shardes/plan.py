@@ -244,7 +244,7 @@ def memory(
     """What the ranks of a layout hold when they hold most."""
     held = model.held(layout.tensor, layout.shard, tensor_rank, 0)
     slices = [prod(p.shape_on(layout.tensor, tensor_rank)) for p in model.parameters]
-    offload, on_cpu = layout.offload is Offload.cpu, gpu_memory is None
+    offload = layout.offload is Offload.cpu
     gathers = layout.shard > 1 or (offload and model.engine is Engine.deepspeed)
     live = {"live shard": sum(held) * model.itemsize}
     if gathers and layout.gather is Gather.member:
@@ -263,7 +263,7 @@ def memory(
         "key-value cache": 2 * model.layers * heads * model.head_size * tokens * model.itemsize,
         "largest temporaries": largest,
     }
-    if on_cpu:
+    if gpu_memory is None:
         holes = min(live["live shard"], HOLES + min(largest, MAPPED))
         if gathers and layout.gather is Gather.member:  # gloo gathers in a copy
             computing["largest temporaries"] = max(largest, max(slices) * model.itemsize)

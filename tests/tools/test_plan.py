@@ -229,7 +229,10 @@ SIZES = {  # about 0 (the baseline), 52, 150 and 412 million parameters
         num_key_value_heads=8, tie_word_embeddings=False)),
 }  # fmt: skip
 LAYOUTS = {"1 rank": (1, 1), "tensor 2": (1, 2), "shard 2": (2, 1)}
-LOADS = {"4 × 64": (4, 64), "32 × 128": (32, 128)}  # prompts × tokens
+LOADS = {  # prompts, tokens, and what glibc's malloc is told
+    "4 × 64": (4, 64, {}),
+    "32 × 128": (32, 128, {"MALLOC_MMAP_THRESHOLD_": "1048576"}),  # to give blocks above 1 MiB back at once
+}
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +248,7 @@ def resident(tmp_path_factory):
             torch.manual_seed(0)
             made_of, shape, sizes = SIZES[size]
             save_model(path, made_of(shape(**sizes)))
-        prompts, width = LOADS[load]
+        prompts, width, environ = LOADS[load]
         (directory / "task.py").write_text(TASK.replace("PROMPTS", str(prompts)).replace("BYTES", str(width)))
         file = directory / "config.yaml"
         file.write_text(yaml.safe_dump({
@@ -258,11 +261,16 @@ def resident(tmp_path_factory):
             "checkpoint": {"every": 0},
             "run": {"dir": str(directory / f"run {size} {layout} {load}")},
         }))  # fmt: skip
-        peaks = [found["peak"] for found in torchrun(shard * tensor, "resident.py", str(file), seconds=900)]
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in environ.items():
+                patch.setenv(key, value)
+            peaks = [found["peak"] for found in torchrun(shard * tensor, "resident.py", str(file), seconds=900)]
         loaded = load_config(str(file), [])
         model, _ = read_model(loaded)
         work = tool.work_of(loaded, None, None)
         plan = memory(model, Layout(1, shard, tensor, Gather.member), work, Restore.copy, None)
+        if environ:
+            del plan.host["held free by malloc"]
         return peaks, sum(plan.host.values())
 
     return measure
@@ -273,7 +281,10 @@ def resident(tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", ["50M", "150M", "400M"])
 def test_planned_memory_is_within_a_tenth_of_the_measured(resident, size, layout, load, capsys):
-    """The growth over a run of a model of next to nothing, on every rank."""
+    """The growth over a run of a model of next to nothing, on every rank.
+
+    What malloc holds free differs by up to 100 MB from run to run where temporaries are large: there it gives all back.
+    """
     (base, planned_base), (peaks, planned) = (resident(which, layout, load) for which in ("tiny", size))
     expected = planned - planned_base
     grown = [peak - of_base for peak, of_base in zip(peaks, base, strict=True)]
