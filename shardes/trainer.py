@@ -212,10 +212,10 @@ class Trainer:
                 record_rewards()
                 self.reporter.members(iteration, population.done())
 
+        texts = self.responder.texts
         for number in population.claim():
             with member(self.center, *members[number], clock):
                 tokens = self.responder.respond(prompts, poll=poll)
-            texts = self.responder.texts
             scores = self.world.led(lambda tokens=tokens: self.scorer("train", texts(tokens), asked), len(prompts))
             self.scorer.post_failures(self.world.job.store, iteration)
             population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])

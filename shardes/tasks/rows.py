@@ -16,7 +16,7 @@ def load_rows(source: str) -> list[tuple[str, dict]]:
     kind, _, rest = source.partition(":")
     rows = list(_data_set(source, rest) if kind == "datasets" else _json_lines(Path(source)))
     if not rows:
-        raise ConfigError(f"{source}: holds no problems")
+        raise ConfigError(f"{source}: holds no rows")
     return rows
 
 
@@ -24,7 +24,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no readable file of problems: {error}") from error
+        raise ConfigError(f"{path}: no readable file of JSON lines: {error}") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
