@@ -3,13 +3,14 @@
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from launch import deepspeed
+from launch import run
 
 REWARD = """
 import os, time
@@ -120,9 +121,8 @@ def test_workers_do_not_outlive_a_run_that_is_ended(zygote, home, tmp_path, numb
 def test_a_model_is_judged_by_it(home, tmp_path):
     out = tmp_path / "report.json"
     options = ["--split", "test", "more", "--samples", "1", "--out", str(out)]
-    keys = [f"task.tests.more={tmp_path}/train.jsonl", "sharding.shard=2"]
-    config = home(HARM.splitlines()[0], on_error=-5)
-    done = deepspeed(2, "launchers/evaluate.py", config, *keys, *options)
+    config = home(HARM.splitlines()[0], on_error=-5, tests={"more": f"{tmp_path}/train.jsonl"})
+    done = run([sys.executable, "launchers/evaluate.py", config, *options])
     assert done.returncode == 0, done.stderr[-3000:]
     splits = json.loads(out.read_text())["splits"]
     assert [split["scoring_failures"] for split in splits.values()] == [2, 2]
