@@ -41,8 +41,9 @@ class Plan:
 def check(config: Config, job: Job) -> Plan:
     """Check everything that can be checked before heavy work; ConfigError for what cannot run."""
     replicas = settings.check_layout(config, job.size)
-    task = load_task(config.task.name, config.task.path, config.task.train, config.task.test, config.task.tests)
-    if config.task.prompts_per_iteration is not None:
+    t = config.task
+    task = load_task(t.name, t.path, t.train, t.test, t.tests, template=t.template, chat=t.chat, reward=t.reward)
+    if t.prompts_per_iteration is not None and hasattr(task, "score"):
         try:
             signature(task.score).bind("train", [], [])
         except TypeError:
