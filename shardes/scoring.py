@@ -148,6 +148,7 @@ class Workers:
                     task.result()
                 self._poll()
         finally:
+            list(queue)  # before Python 3.12 a cancellation can be missed: then there is no more to do
             for task in pending:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -209,7 +209,7 @@ def test_workers_end_when_the_parent_is_killed(scorer, tmp_path):
         env=os.environ | {"PIDS": str(pids)},
     )
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 200
         while not pids.exists() or len(pids.read_text().split()) < 3:
             assert time.monotonic() < until and parent.poll() is None
             time.sleep(0.05)
