@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardes.config import ConfigError, RunError
-from shardes.meeting import meet, reach
+from shardes.rendezvous import meet, reach
 
 # One name is newer, the other deprecated: all ranks' tensors, one after the other, into one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -16,7 +16,8 @@ try:
 except (IndexError, config.ConfigError) as error:
     sys.exit(f"error: {error}" if sys.argv[1:] else "error: give CONFIG.yaml [key=value ...] after the name of the script")
 ' "$@")
-    logs=$run_dir/logs/$SLURM_JOB_ID
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    logs=$run_dir/logs/${job:-$SLURM_JOB_ID}
     mkdir -p "$logs"
     rm -f "$logs/preempted"
     # This script runs on the first node. Jobs that share a node must not share a port.

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,15 +49,21 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
 class Slurm:
     """A context in which it runs; afterwards no process of it, nor of its jobs, is left.
 
-    Daemons stay in the foreground, as children. `environ` is what its commands and jobs need.
+    Daemons stay in the foreground, as children. Its commands and jobs also get the environment variables `environ`.
     """
+
+    def __init__(self, **environ: str):
+        self._given = environ
 
     def __enter__(self) -> "Slurm":
         self.home = Path(tempfile.mkdtemp(prefix="shardes-slurm-"))
         self.home.chmod(0o755)  # munged asks for it
         self._daemons: list[subprocess.Popen] = []
-        self._environ = os.environ | {"SLURM_CONF": str(self.home / "slurm.conf")}
-        self._environ = {key: value for key, value in self._environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+        environ = {
+            key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+        }
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
+        self._environ = environ | {"SLURM_CONF": str(self.home / "slurm.conf"), "PATH": path} | self._given
         try:
             self._start()
         except BaseException:
@@ -83,10 +90,10 @@ class Slurm:
         self._await("both nodes", lambda: self.command("sinfo", "-h", "-p", "main", "-o", "%t %D").stdout == "idle 2\n")
 
     def _daemon(self, *command: str) -> None:
-        log = open(self.home / f"{'-'.join(command[:1] + command[3:4])}.out".replace("/", "_")[-60:], "a")
-        path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
-        command = (shutil.which(command[0], path=path), *command[1:])
-        self._daemons.append(subprocess.Popen(command, env=self._environ, stdout=log, stderr=log, cwd=self.home))
+        log = open(self.home / f"{len(self._daemons)}-{command[0]}.out", "a")
+        program = shutil.which(command[0], path=self._environ["PATH"])
+        process = subprocess.Popen([program, *command[1:]], env=self._environ, stdout=log, stderr=log, cwd=self.home)
+        self._daemons.append(process)
 
     def _await(self, what: str, holds, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
