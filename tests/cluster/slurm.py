@@ -121,7 +121,7 @@ class Slurm:
         text = self.command("scontrol", "show", "job", "-o", job).stdout
         return dict(entry.split("=", 1) for entry in text.split() if "=" in entry)
 
-    def wait(self, job: str, seconds: float = 240, states: tuple[str, ...] = ()) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = 900, states: tuple[str, ...] = ()) -> dict[str, str]:
         """The job's state once it is at one of `states`, or has ended."""
         ends = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
         deadline = time.monotonic() + seconds

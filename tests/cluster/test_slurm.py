@@ -27,8 +27,15 @@ def slurm():
 
 @pytest.fixture
 def submit(slurm, tmp_path):
-    """Submits a script; returns the job's number."""
-    return lambda script, *arguments: slurm.submit(*script, *arguments, output=tmp_path / "%A_%a.out")
+    """Submits a script; returns the job's number. No job outlives its test."""
+    jobs = []
+
+    def submit(script: list[str], *arguments: str) -> str:
+        jobs.append(slurm.submit(*script, *arguments, output=tmp_path / "%A_%a.out"))
+        return jobs[-1]
+
+    yield submit
+    slurm.command("scancel", *jobs)
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def told(tmp_path, run_dir):
     return read
 
 
-def await_iteration(slurm, job: str, run_dir, number: int, seconds: float = 240) -> None:
+def await_iteration(slurm, job: str, run_dir, number: int, seconds: float = 600) -> None:
     """Wait until a running job has recorded an iteration."""
     journal, deadline = run_dir / "journal.jsonl", time.monotonic() + seconds
     while not journal.exists() or f'"iteration": {number},' not in journal.read_text():
@@ -74,7 +81,7 @@ def test_a_preempted_run_is_requeued_and_goes_on(
     await_iteration(slurm, job, run_dir, 2)
     asked = time.monotonic()
     assert slurm.command("scancel", "--batch", "--signal=USR1", job).returncode == 0
-    slurm.wait(job, 60, ("PENDING",))
+    slurm.wait(job, 120, ("PENDING",))
     record_property("seconds from USR1 to requeued", time.monotonic() - asked)
     assert "preempted; nothing is lost" in told() and "preempted (exit code 75); requeued" in told()
     assert slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now").returncode == 0  # SLURM waits 2 minutes
@@ -87,11 +94,11 @@ def test_a_preempted_run_is_requeued_and_goes_on(
 def test_a_run_that_is_preempted_while_it_starts(slurm, submit, told, config, run_dir, arrived):
     """The announcement comes before any rank listens, and is not lost."""
     job = submit(NODES, config)
-    slurm.wait(job, 60, ("RUNNING",))
+    slurm.wait(job, 120, ("RUNNING",))
     while not list(run_dir.glob("logs/*")):
         time.sleep(0.1)
     slurm.command("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait(job, 240, ("PENDING",))
+    slurm.wait(job, 600, ("PENDING",))
     slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert slurm.wait(job)["JobState"] == "COMPLETED", told()
     arrived()
@@ -102,7 +109,7 @@ def test_a_more_urgent_job_takes_the_nodes(slurm, submit, told, config, run_dir,
     job = submit(NODES, config)
     await_iteration(slurm, job, run_dir, 1)
     urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 3", output=run_dir / "urgent")
-    slurm.wait(job, 60, ("PENDING",))
+    slurm.wait(job, 120, ("PENDING",))
     assert slurm.wait(urgent, 120)["JobState"] == "COMPLETED"
     slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")
     state = slurm.wait(job)
@@ -120,7 +127,7 @@ def test_a_more_urgent_job_takes_the_nodes(slurm, submit, told, config, run_dir,
 )
 def test_mistakes_end_a_job_at_once(slurm, submit, told, config, run_dir, script, keys, said):
     job = submit(script, config, *keys)
-    state = slurm.wait(job, 120)
+    state = slurm.wait(job, 300)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0")
     assert sum(line.startswith(said) for line in told().splitlines()) == 1, told()
     assert not list(run_dir.glob("logs/*/task*"))
@@ -142,6 +149,6 @@ def test_an_array_of_replicas(slurm, submit, told, config, run_dir, arrived, set
     slow = settings["task"]["path"].replace(":Letters", ":SlowLetters")
     job = submit(REPLICAS, config, f"task.path={slow}")
     for task in ("0", "1"):
-        assert slurm.wait(f"{job}_{task}", 400)["JobState"] == "COMPLETED", told()
+        assert slurm.wait(f"{job}_{task}", 900)["JobState"] == "COMPLETED", told()
     arrived()
     assert "joined the run at" in (run_dir / "logs" / f"{job}_1" / "task0.log").read_text(), told()
