@@ -106,9 +106,15 @@ class Hosts:
                 env=env | {"PATH": f"{self.home}/bin:{Path(sys.executable).parent}:{PATH}", **environ},
                 stdout=out,
                 stderr=out,
+                start_new_session=True,
             )
         self._processes.append(process)
         return process
+
+    def end(self, process: subprocess.Popen) -> None:
+        """Kill a command that `start` has started, and what it has started in turn."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
 
     def cut(self) -> None:
         """Pull the cable out."""

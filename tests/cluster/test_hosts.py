@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -104,8 +103,7 @@ def test_a_missing_host_is_named(hosts, hostfile, config, tmp_path, present, rec
     since = time.monotonic()
     await_line(log, named[present], 150)
     record_property("seconds from the rank's start to the missing host's name", time.monotonic() - since)
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    hosts.end(process)
 
 
 def test_a_host_behind_a_cut_cable_is_named(hosts, hostfile, config, tmp_path, record_property):
@@ -117,8 +115,7 @@ def test_a_host_behind_a_cut_cable_is_named(hosts, hostfile, config, tmp_path, r
         since = time.monotonic()
         await_line(log, r"^rank 1 of 2 on host-b: no answer at MASTER_ADDR:MASTER_PORT=.* \(.*unreachable\)", 150)
         record_property("seconds from the rank's start to the unreachable address", time.monotonic() - since)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        hosts.end(process)
     finally:
         hosts.plug()
 
