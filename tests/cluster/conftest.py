@@ -31,10 +31,10 @@ def settings(tied_llama, tmp_path_factory) -> dict:
     (folder / "task.py").write_text(TASK)
     return {
         "model": {"path": str(tied_llama), "dtype": "float32"},
-        "es": {"population_size": 8, "sigma": 0.05, "alpha": 0.05, "iterations": 10},
-        "generation": {"max_new_tokens": 24},
+        "es": {"population_size": 4, "sigma": 0.05, "alpha": 0.05, "iterations": 8},
+        "generation": {"max_new_tokens": 8},
         "task": {"path": f"{folder}/task.py:Letters"},
-        "eval": {"every": 5},
+        "eval": {"every": 4},
         "checkpoint": {"every": 4},
         "run": {"dir": "", "timeout": 300},
     }

@@ -12,9 +12,9 @@ from cluster import hosts as cluster
 from cluster.hosts import ADDRESSES, INTERFACE, Hosts
 from launch import free_port, skip_without
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-GLOO = {"GLOO_SOCKET_IFNAME": INTERFACE}  # a host's own name leads to its loopback address here
+GLOO = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}  # a host's own name leads to its loopback address here
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,8 @@ def await_line(log: Path, pattern: str, seconds: float) -> re.Match:
 def test_deepspeed_by_ssh(hosts, hostfile, config, tmp_path, arrived):
     """One replica over both hosts. What ssh does not hand on stands in deepspeed's own file."""
     environ, log = tmp_path / "environ", tmp_path / "log"
-    environ.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nPATH={Path(sys.executable).parent}:{os.environ['PATH']}\n")
+    handed_on = GLOO | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environ.write_text("".join(f"{name}={value}\n" for name, value in handed_on.items()))
     command = [
         "deepspeed",
         "--hostfile",
@@ -63,7 +64,7 @@ def test_deepspeed_by_ssh(hosts, hostfile, config, tmp_path, arrived):
         config,
     ]
     process = hosts.start(0, [*command, "sharding.shard=2"], log, DS_ENV_FILE=str(environ))
-    assert process.wait(500) == 0, log.read_text()
+    assert process.wait(900) == 0, log.read_text()
     assert {"host-a:", "host-b:"} <= {line.split(" ")[0] for line in log.read_text().splitlines()}
     arrived()
 
@@ -75,7 +76,7 @@ def test_torchrun(hosts, config, tmp_path, arrived):
     for number in (0, 1):
         command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--local-addr", ADDRESSES[number]]
         processes.append(hosts.start(number, [*command, "launchers/train.py", config], logs[number], **GLOO))
-    codes = [process.wait(500) for process in processes]
+    codes = [process.wait(900) for process in processes]
     assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
     arrived()
 
