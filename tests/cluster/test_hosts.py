@@ -74,7 +74,8 @@ def test_torchrun(hosts, config, tmp_path, arrived):
     logs, processes = [tmp_path / name for name in "ab"], []
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:{free_port()}", "--rdzv-id", "test"]
     for number in (0, 1):
-        command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--local-addr", ADDRESSES[number]]
+        ours = ["--rdzv-conf", f"is_host={1 - number}", "--local-addr", ADDRESSES[number]]
+        command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, *ours]
         processes.append(hosts.start(number, [*command, "launchers/train.py", config], logs[number], **GLOO))
     codes = [process.wait(900) for process in processes]
     assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
