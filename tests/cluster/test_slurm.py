@@ -31,7 +31,7 @@ def submit(slurm, tmp_path):
     jobs = []
 
     def submit(script: list[str], *arguments: str) -> str:
-        jobs.append(slurm.submit(*script, *arguments, output=tmp_path / "%A_%a.out"))
+        jobs.append(slurm.submit(*script, *arguments, output=tmp_path / "%j.out"))
         return jobs[-1]
 
     yield submit
@@ -88,7 +88,7 @@ def test_a_preempted_run_is_requeued_and_goes_on(
     state = slurm.wait(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), told()
     history = arrived()
-    assert len(history.resumptions) == 1 and 2 < history.resumptions[0].iteration < 8
+    assert len(history.resumptions) == 1 and 2 <= history.resumptions[0].iteration < 8
 
 
 def test_a_run_that_is_preempted_while_it_starts(slurm, submit, told, config, run_dir, arrived):
