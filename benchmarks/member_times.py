@@ -54,20 +54,16 @@ def main(argv: list[str]) -> int:
         marks = Path(folder, "marks")
         keys = [f"task.path={__file__}:Timed", "es.sigma=0.002"]
         one = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MEMBER_TIMES": str(marks)}
-        rows = iteration.train(
+        iteration.train(
             options.model, 1, 2, options.tokens, options.members, options.iterations, *keys, **one
         )  # fmt: skip
         found = member_seconds(list(map(json.loads, marks.read_text().splitlines())), options.members)
     mean = sum(found) / len(found)
-    parts = ("perturb", "gather", "generate", "restore")
-    update = sum(row["seconds_update"] for row in rows) / sum(row[f"seconds_{part}"] for row in rows for part in parts)
     report = {
         "command": f"python -m benchmarks.member_times {' '.join(argv)}".strip(),
         "what": "CPU seconds per member: SmolLM2-135M-Instruct, float32, one thread, the two conciseness questions, "
         f"at most {options.tokens} new tokens",
         "mean_seconds": mean,
-        "update": update,
-        "update_is": "time that the update takes per member of the population, over a member's time (wall clock both)",
         "relative": [round(value / mean, 4) for value in found],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +71,7 @@ def main(argv: list[str]) -> int:
     spread = (sum((value / mean - 1) ** 2 for value in found) / len(found)) ** 0.5
     print(
         f"{len(found)} members: mean {mean:.3g} s, deviation {100 * spread:.0f} % of it, slowest "
-        f"{max(found) / mean:.2f} times it; the update takes {100 * update:.2g} % of it per member"
+        f"{max(found) / mean:.2f} times it"
     )
     return 0
 

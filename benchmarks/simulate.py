@@ -7,119 +7,16 @@ benchmarks/store_load.py asks a real store for it.
 
 import heapq
 from array import array
-from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import ceil, inf
+from math import inf
 
 import numpy as np
 
+from benchmarks.replicas import Draw, Outcome, Setting
+
 HOME = 0  # the replica that keeps the journal; it does not fail, for the run ends with it
-
-
-class Looks:
-    """When a waiting replica looks: after 0 s, then every clamp(`part` of the time waited, `shortest`, `longest`)."""
-
-    def __init__(self, part: float = 0.1, shortest: float = 0.02, longest: float = 1.0):
-        self.longest = longest
-        waited, offsets = 0.0, [0.0]
-        while (step := min(max(part * waited, shortest), longest)) < longest:
-            waited += step
-            offsets.append(waited)
-        self._offsets = offsets  # from the last one on, every `longest`
-
-    def after(self, waited: float) -> float:
-        """The offset of the first look that is not before `waited`."""
-        last = self._offsets[-1]
-        if waited <= last:
-            return self._offsets[bisect_left(self._offsets, waited)]
-        return last + ceil((waited - last) / self.longest) * self.longest
-
-    def until(self, waited: float) -> np.ndarray:
-        """The offsets of all looks up to `waited`."""
-        last = self._offsets[-1]
-        first = self._offsets[: bisect_right(self._offsets, waited)]
-        steps = max(0, int((waited - last) / self.longest))
-        return np.concatenate([first, last + self.longest * np.arange(1, steps + 1)])
-
-
-@dataclass
-class Setting:
-    """What is simulated; times are in seconds.
-
-    Members' times are drawn from `times`, scaled to a mean of `mean` and multiplied by the replica's slowness, 1 on
-    average with the relative deviation `spread`. A replica fails on average every `mtbf`, or at the given `deaths`
-    (replica, when); it is back after `restart` and replays what was recorded since the last of the snapshots,
-    `snapshots` iterations apart, at `update` each. `exchange` goes from the home's last look to the record.
-    At each of `joins` one more replica comes.
-    """
-
-    replicas: int
-    members: int
-    iterations: int = 1
-    times: np.ndarray = field(default_factory=lambda: np.ones(1))
-    mean: float = 60.0
-    spread: float = 0.0
-    mtbf: float = inf
-    deaths: tuple[tuple[int, float], ...] = ()
-    joins: tuple[float, ...] = ()
-    restart: float = 300.0
-    snapshots: int = 20
-    exchange: float = 0.0
-    update: float = 0.0
-    timeout: float = 60.0
-    looks: Looks = field(default_factory=Looks)
-    seed: int = 0
-
-
-@dataclass
-class Draw:
-    """Members' times by iteration, before the replica's `slowness` counts: one draw serves all ways of sharing out."""
-
-    times: np.ndarray
-    slowness: np.ndarray
-
-    @classmethod
-    def of(cls, setting: Setting) -> "Draw":
-        rng = np.random.default_rng(setting.seed)
-        relative = np.asarray(setting.times) / np.mean(setting.times)
-        times = setting.mean * rng.choice(relative, (setting.iterations, setting.members))
-        sigma = np.log1p(setting.spread**2) ** 0.5
-        return cls(times, rng.lognormal(-(sigma**2) / 2, sigma, setting.replicas + len(setting.joins)))
-
-
-@dataclass
-class Outcome:
-    """What came of a run that took `elapsed` seconds.
-
-    `seconds` are the replicas', by what they did: useful, lost (evaluations that died), waiting (for the last member),
-    exchange (from the last post to having the record), update, down. `requests` has the times of requests by kind.
-    `evaluations` counts those begun, `takeovers` those of members whose replica had died. By iteration, `ends` says
-    when the record was set and `idle` how long the first to run out of members waited for the last post.
-    """
-
-    elapsed: float
-    seconds: dict[str, float]
-    requests: dict[str, np.ndarray]
-    evaluations: int
-    takeovers: int
-    deaths: int
-    ends: list[float]
-    idle: list[float]
-
-    @property
-    def efficiency(self) -> float:
-        return self.share("useful")
-
-    def share(self, what: str) -> float:
-        return self.seconds.get(what, 0.0) / sum(self.seconds.values())
-
-    def rate(self) -> tuple[float, int]:
-        """Requests per second: the mean, and the most within any second of the clock."""
-        times = np.concatenate(list(self.requests.values()))
-        counts = np.bincount(times.astype(int))
-        return len(times) / self.elapsed, int(counts.max())
 
 
 @dataclass
@@ -259,6 +156,12 @@ class Simulation:
         replica = self._replicas[who]
         iteration = self._iterations[replica.known]
         self._ask("claims", now)
+        if self._setting.watched:
+            for member, orphan in iteration.orphans.items():
+                if orphan.beat + self._setting.timeout <= now:
+                    del iteration.orphans[member]
+                    self._adopt(member, who, now)
+                    return
         if iteration.claimed < self._setting.members:
             self._ask("claims", now)  # whose it is
             iteration.claimed += 1
@@ -361,14 +264,18 @@ class Simulation:
 
     def _knows_at(self, orphan: _Orphan, since: float, now: float) -> float:
         """The look at which one that waits since then has seen no heartbeat for the timeout."""
-        silent = max(since, orphan.beat) + self._setting.timeout
+        silent = self._silent_at(orphan, since)
         return since + self._setting.looks.after(max(silent, now) - since)
+
+    def _silent_at(self, orphan: _Orphan, since: float) -> float:
+        seen = orphan.beat if self._setting.watched else max(since, orphan.beat)
+        return seen + self._setting.timeout
 
     def _assign(self, iteration: _Iteration, member: int, now: float) -> None:
         orphan = iteration.orphans[member]
         orphan.waiter, orphan.at = -1, inf
         for who, since in iteration.waiting.items():
-            if max(since, orphan.beat) + self._setting.timeout > orphan.at:
+            if self._silent_at(orphan, since) > orphan.at:
                 break  # those who came later know later
             self._offer(iteration, member, orphan, who, now)
 
@@ -383,9 +290,12 @@ class Simulation:
         if orphan is None or (orphan.waiter, orphan.at) != (who, now):
             return
         del iteration.orphans[member]
+        self._wait_no_more(who, now)
+        self._adopt(member, who, now)
+
+    def _adopt(self, member: int, who: int, now: float) -> None:
         self._counts["takeovers"] += 1
         self._ask("takeovers", now)
-        self._wait_no_more(who, now)
         self._evaluate(who, member, now)
 
     def _outcome(self, now: float) -> Outcome:
@@ -406,20 +316,3 @@ class Simulation:
 def claimed(setting: Setting, draw: Draw | None = None) -> Outcome:
     """A run in which replicas claim members one by one."""
     return Simulation(setting, draw).run()
-
-
-def fixed_rounds(setting: Setting, draw: Draw | None = None) -> float:
-    """The efficiency where every replica evaluates one member a round and all wait for the round's slowest.
-
-    Without failures: the first one ends such a run.
-    """
-    draw = draw or Draw.of(setting)
-    count, replicas = setting.members, setting.replicas
-    useful = elapsed = 0.0
-    for times in draw.times:
-        for first in range(0, count, replicas):
-            round_ = times[first : first + replicas]
-            took = round_ * draw.slowness[: len(round_)]
-            useful, elapsed = useful + took.sum(), elapsed + took.max()
-        elapsed += setting.exchange + setting.update * draw.slowness[:replicas].max()
-    return useful / (elapsed * replicas)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulate import Draw, Looks, Setting, claimed, fixed_rounds
+from benchmarks.replicas import Draw, Looks, Setting, fixed_rounds
+from benchmarks.simulate import claimed
 from shardes.population import Population, idle_seconds
 
 NEVER = 1e9
@@ -72,6 +73,15 @@ def test_a_dead_replicas_member_is_taken_over_after_the_timeout(death):
     assert outcome.seconds["down"] == pytest.approx(outcome.elapsed - death)
 
 
+def test_where_heartbeats_are_watched_the_next_claim_takes_a_dead_replicas_member():
+    setting, draw = scripted([10.0] * 20, [1.0, 1.0])
+    setting.deaths, setting.watched = ((1, 4.0),), True
+    outcome = claimed(setting, draw)
+    assert outcome.takeovers == 1 and outcome.ends == [200.0]
+    setting.watched = False
+    assert claimed(setting, draw).ends == [190.0 + setting.looks.after(60.0) + 10.0]
+
+
 def test_who_waits_already_counts_from_the_last_heartbeat():
     setting, draw = scripted([10.0, 100.0], [1.0, 1.0])
     setting.deaths = ((1, 80.0),)
@@ -116,12 +126,12 @@ def test_looks_back_off():
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 12), st.integers(1, 30), st.integers(1, 4), st.floats(0, 0.6), st.integers(0, 99), st.booleans(),
-    st.floats(0, 20),
+    st.floats(0, 20), st.booleans(),
 )  # fmt: skip
-def test_seconds_and_requests_add_up(replicas, members, iterations, spread, seed, failing, update):
+def test_seconds_and_requests_add_up(replicas, members, iterations, spread, seed, failing, update, watched):
     setting = Setting(
         replicas, members, iterations, np.array([1.0, 1.5, 3.0]), spread=spread, seed=seed, update=update,
-        mtbf=400.0 if failing else np.inf, restart=90.0, exchange=0.2,
+        mtbf=400.0 if failing else np.inf, restart=90.0, exchange=0.2, watched=watched,
     )  # fmt: skip
     outcome = claimed(setting)
     assert sum(outcome.seconds.values()) == pytest.approx(replicas * outcome.elapsed)
