@@ -88,6 +88,7 @@ class Outcome:
     exchange (from the last post to having the record), update, down. `requests` has the times of requests by kind.
     `evaluations` counts those begun, `takeovers` those of members whose replica had died. By iteration, `ends` says
     when the record was set and `idle` how long the first to run out of members waited for the last post.
+    `waits` are the replicas' waits, from running out of members to the record or a takeover.
     """
 
     elapsed: float
@@ -98,6 +99,7 @@ class Outcome:
     deaths: int
     ends: list[float]
     idle: list[float]
+    waits: list[float]
 
     @property
     def efficiency(self) -> float:

@@ -19,6 +19,7 @@ from benchmarks.simulate import claimed
 
 ROOT = Path(__file__).parent.parent
 TIMES = ROOT / "benchmarks" / "results" / "member_times.json"
+STORE = ROOT / "results" / "scaling" / "store.json"
 OUT = ROOT / "results" / "scaling" / "simulated"
 REPLICAS = (10, 100, 1000, 10_000)
 PER_REPLICA = (1, 2, 4, 8, 16)
@@ -54,7 +55,7 @@ def row(at: Setting) -> dict:
         "deaths": outcome.deaths, "takeovers": outcome.takeovers,
         "requests_per_second": mean, "requests_peak": peak,
         "requests_by_kind": {kind: len(found) / outcome.elapsed for kind, found in outcome.requests.items()},
-        "peak_of": peak_of(outcome),
+        "peak_of": peak_of(outcome), "scans_per_second": scans(at, outcome) / outcome.elapsed,
         "seconds_to_simulate": time.perf_counter() - began,
     }  # fmt: skip
 
@@ -65,6 +66,11 @@ def peak_of(outcome: Outcome) -> dict[str, int]:
     counts = {kind: np.bincount(found.astype(int), minlength=longest) for kind, found in outcome.requests.items()}
     second = int(sum(counts.values()).argmax())
     return {kind: int(count[second]) for kind, count in counts.items()}
+
+
+def scans(at: Setting, outcome: Outcome) -> float:
+    """The requests where each waiting replica asks of every member, every quarter of the timeout, if it is found."""
+    return at.members * sum(int(waited / (at.timeout / 4)) for waited in outcome.waits)
 
 
 def sweep(replicas: Sequence[int], per_replica: Sequence[int]) -> dict[str, list[dict]]:
@@ -117,14 +123,17 @@ def draw(found: dict[str, list[dict]], out: Path) -> None:
     counts = sorted({each["replicas"] for each in found["by_size"]})
     colors = dict(zip(counts, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(counts))), strict=True))
     for count in counts:
-        rows = [each for each in found["by_size"] if each["replicas"] == count]
-        members = [each["members"] / count for each in rows]
-        busy.plot(members, [100 * each["useful"] for each in rows], color=colors[count], marker="o", markersize=4,
+        rows = [each for each in found["no_failures"] if each["replicas"] == count]
+        failing = [each for each in found["by_size"] if each["replicas"] == count]
+        members, color = [each["members"] / count for each in rows], colors[count]
+        busy.plot(members, [100 * each["useful"] for each in rows], color=color, marker="o", markersize=4,
                   label=f"{count:,} replicas")  # fmt: skip
-        busy.plot(members, [100 * each["fixed_rounds"] for each in rows], color=colors[count], linestyle="--")
-    busy.plot([], [], color="gray", linestyle="--", label="fixed rounds, no failures")
+        busy.plot(members, [100 * each["useful"] for each in failing], color=color, linestyle=":")
+        busy.plot(members, [100 * each["fixed_rounds"] for each in rows], color=color, linestyle="--", linewidth=1)
+    for style, label in (("-", "claimed"), (":", "claimed, each fails once a day"), ("--", "fixed rounds")):
+        busy.plot([], [], color="gray", linestyle=style, label=label)
     busy.set(xscale="log", xlabel="members per replica, N / R", ylabel="busy share, %", ylim=(0, 100),
-             title="Evaluating, updates left out")  # fmt: skip
+             title="Busy share, the update left out")  # fmt: skip
     busy.set_xticks(members, [f"{each:g}" for each in members])
     busy.minorticks_off()
 
@@ -135,7 +144,18 @@ def draw(found: dict[str, list[dict]], out: Path) -> None:
                    color="#1f5f99", linestyle=style, marker="o", markersize=4, label=f"mean, {label}")  # fmt: skip
         asked.plot([each["replicas"] for each in rows], [each["requests_peak"] for each in rows], color="#c4512d",
                    linestyle=style, marker="s", markersize=4, label=f"busiest second, {label}")  # fmt: skip
-    asked.set(xscale="log", yscale="log", xlabel="replicas R", ylabel="requests per second", title="The store, N = 4 R")
+    measured = json.loads(STORE.read_text())["capacity"] if STORE.exists() else []
+    for each in measured:
+        if each["kind"] == "looks" and not each["idle_connections"]:
+            asked.axhline(1e6 / each["store_cpu_us"], color="black", linewidth=1)
+            asked.text(10, 0.6e6 / each["store_cpu_us"], "one core's worth of looks, measured", fontsize=8)
+    asked.set(
+        xscale="log",
+        yscale="log",
+        xlabel="replicas R",
+        ylabel="requests per second",
+        title="Requests to the store, N = 4 R",
+    )
 
     shades = plt.get_cmap("plasma")(np.linspace(0, 0.8, len(UPDATES)))
     for ratio, color in zip(UPDATES, shades, strict=True):
@@ -143,10 +163,10 @@ def draw(found: dict[str, list[dict]], out: Path) -> None:
         left.plot([each["replicas"] for each in rows], [100 * each["useful"] for each in rows], color=color, marker="o",
                   markersize=4, label=f"{ratio:g} of a member's time" if ratio else "no time")  # fmt: skip
     left.set(xscale="log", xlabel="replicas R", ylabel="busy share, %", ylim=(0, 100),
-             title="Where the update takes, per member, …")  # fmt: skip
+             title="N = 4 R, failures; the update takes per member …")  # fmt: skip
     for panel in (busy, asked, left):
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=7.5)
     for kind in ("png", "svg"):
         figure.savefig(out.with_suffix(f".{kind}"), dpi=130)
     plt.close(figure)

@@ -310,7 +310,9 @@ class Simulation:
         ends = [iteration.record_at for iteration in self._iterations]
         counts = (self._counts[name] for name in ("evaluations", "takeovers", "deaths"))
         idle = [max(0.0, iteration.done_at - iteration.waited_for) for iteration in self._iterations]
-        return Outcome(now, dict(self._seconds), requests, *counts, ends, idle)
+        return Outcome(
+            now, dict(self._seconds), requests, *counts, ends, idle, [end - since for since, end in self._waits]
+        )
 
 
 def claimed(setting: Setting, draw: Draw | None = None) -> Outcome:

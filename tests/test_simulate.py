@@ -157,7 +157,9 @@ def test_the_real_exchange_idles_as_long():
     evaluations = {}
 
     def replica(who: int) -> None:
-        world = SimpleNamespace(job=job, replica=who, leads=True, speaks=who == 0, broadcast=lambda values, _: values)
+        world = SimpleNamespace(
+            job=job, store=job.store, replica=who, leads=True, speaks=who == 0, broadcast=lambda values, _: values
+        )
         population = Population(world, 0, list(range(len(times))), timeout=20)
         time.sleep(0.05 * who)  # so that they claim in order
         for member in population.claim():
