@@ -150,6 +150,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class ReplicasConfig:
+    port: int | None = _key("where replicas of other launches can join this run; 0: a free port; null: nowhere", None)
+    host: str | None = _key("the address that is listened on, and that joining replicas are told; null: all", None)
+    join: str | None = _key("HOST:PORT of a run that this launch joins, as one more replica", None)
+    timeout: float = _key("seconds without a sign of life after which a replica's member is another's", 60.0)
+
+
+@dataclass
 class ResumeConfig:
     source: str = _key(
         "auto: go on if run.dir has a journal; never: refuse; or a run directory or snapshot, from whose journal "
@@ -178,6 +186,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     run: RunConfig = field(default_factory=RunConfig)
     profile: bool = _key("write torch.profiler traces of the second iteration, for Perfetto, to run.dir", False)
@@ -289,6 +298,22 @@ def check(config: Config) -> None:
         (is_size(config.checkpoint.shard_size), "checkpoint.shard_size", "must be a size such as 5GB or 500MB"),
         (config.checkpoint.verify_every >= 0, "checkpoint.verify_every", "must not be negative"),
         (config.run.timeout > 0, "run.timeout", "must be positive"),
+        (config.replicas.timeout > 0, "replicas.timeout", "must be positive"),
+        (
+            config.replicas.port is None or 0 <= config.replicas.port < 65536,
+            "replicas.port",
+            "must be from 0 to 65535, or null",
+        ),
+        (
+            config.replicas.join is None or config.replicas.port is None,
+            "replicas.port",
+            "is for the run that others join; with replicas.join leave it out",
+        ),
+        (
+            es.restore is Restore.copy or (config.replicas.join is None and config.replicas.port is None),
+            "es.restore",
+            "each replica drifts by itself, so none can join or be joined; use copy",
+        ),
     ]
     for holds, key, demand in rules:
         if not holds:
@@ -320,6 +345,11 @@ def check_layout(config: Config, world_size: int) -> int:
         raise ConfigError(
             f"{given}sharding.shard={s.shard} × sharding.tensor={s.tensor}: does not "
             f"{'fill' if s.replicas is not None else 'divide'} the {world_size} ranks that were started"
+        )
+    if config.replicas.join is not None and replicas != 1:
+        raise ConfigError(
+            f"replicas.join={config.replicas.join}: a launch joins as one replica, of sharding.shard={s.shard} × "
+            f"sharding.tensor={s.tensor} ranks; {world_size} were started"
         )
     return replicas
 

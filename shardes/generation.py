@@ -8,6 +8,7 @@ prompt and a seed: which others are decoded beside it does not matter, nor how t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,7 @@ class Decoder:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + length - width) for p in prompts], device=device)
         positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
         cache = self._empty_cache(module, length)
+        named = "cache" if "cache" in signature(module.forward).parameters else "past_key_values"  # by version
         responses: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # which prompt each row of the batch is
         going = [True] * len(rows)
@@ -99,9 +101,9 @@ class Decoder:
                 input_ids=ids,
                 attention_mask=mask[:, :width],
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{named: cache},
             ).logits[:, -1]
             if seeds is not None:
                 noise = gumbel([seeds[row] for row in rows], count, module.config.get_text_config().vocab_size, device)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from shardes.center import Center, member
 from shardes.config import Config, Restore, RunError
 from shardes.journal import Finish, Journal, Record, Reward
 from shardes.judging import score
+from shardes.meeting import Meeting
 from shardes.metrics import Clock, Reporter, peak_resident_bytes
-from shardes.population import Exchange, Population, idle_seconds, mean, std
+from shardes.population import Evaluation, Exchange, Population, idle_seconds, mean, std
 from shardes.responses import Responder
 from shardes.resume import Start
 from shardes.snapshots import Snapshots
-from shardes.stop import StopWatch
+from shardes.stop import Stopped, StopWatch
 from shardes.tasks import Split, Task
 from shardes.variants import coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
 from shardes.weights import WeightFiles
@@ -42,7 +44,7 @@ class Trainer:
     """Everything one rank needs for a run.
 
     `encoded` holds each split's prompts as token ids. `center` is that of `start.source`. `journal` is there on the
-    rank that speaks.
+    rank that speaks, which decides what an iteration comes to; the others hear of it at the `meeting`.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Trainer:
         responder: Responder,
         encoded: dict[str, list[list[int]]],
         watch: StopWatch,
+        meeting: Meeting,
         start: Start,
         journal: Journal | None,
     ):
@@ -66,8 +69,10 @@ class Trainer:
         self.responder = responder
         self.encoded = encoded
         self.watch = watch
+        self.meeting = meeting
         self.start = start
         self.journal = journal
+        self.evaluated = 0  # members, by this replica
         self.reporter: Reporter | None = None
         directory = Path(config.run.dir)
         self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
@@ -81,9 +86,22 @@ class Trainer:
     def say(self, line: str) -> None:
         if self.reporter:
             self.reporter.say(line)
+        elif self.world.joined and self.world.leads:
+            print(line, flush=True)
 
     def run(self) -> None:
-        """Train, from where the run stands to the last iteration."""
+        """Train, from where the run stands to the last iteration.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        try:
+            self.train()
+        except Stopped as stopped:
+            self.say(str(stopped))
+            raise
+
+    def train(self) -> None:
         started = time.monotonic()
         self.watch.wait_for_polls()
         digest = self.rebuild()
@@ -93,7 +111,10 @@ class Trainer:
             self.config.eval.every,
             self.config.checkpoint.verify_every,
         )
-        comparable = self.world.replicas > 1 and self.config.es.restore is Restore.copy
+        if self.journal:
+            self.meeting.begin(self.start.iteration, digest)
+        exact = self.config.es.restore is Restore.copy
+        comparable = self.world.replicas > 1 and exact and not self.world.joined
         for iteration in range(self.start.iteration, iterations):
             if comparable and verify_every and iteration % verify_every == 0:
                 check_replicas(self.world, self.center, iteration, digest, self.config.run.timeout)
@@ -105,7 +126,7 @@ class Trainer:
             if best:
                 self.snapshots.keep_best(iteration)
             with self.profiled(iteration):
-                metrics = self.iterate(iteration, digest)
+                metrics = self.iterate(iteration, digest, examination)
             digest = self.center.digest()
             means.append(metrics["reward_mean"])
             if self.reporter:
@@ -116,9 +137,12 @@ class Trainer:
         if self.config.checkpoint.every and not self.from_snapshot(iterations):
             self.snapshot(iterations, digest)
         examination = self.examine(iterations)
+        self.complete(examination)
         if self.is_best(examination):
             self.snapshots.keep_best(iterations)
         self.snapshots.finish()
+        if self.world.joined:
+            self.say(f"done: this replica evaluated {self.evaluated} members; center {digest}")
         if self.reporter:
             evaluations.append(self.judged(examination))
             first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
@@ -180,14 +204,14 @@ class Trainer:
         if self.config.es.restore is Restore.subtract:
             self.snapshots.wait_written()  # the live weights are about to be perturbed
 
-    def iterate(self, iteration: int, digest: str) -> dict[str, float]:
+    def iterate(self, iteration: int, digest: str, examination: Examination | None) -> dict[str, float]:
         """One iteration: evaluate the population, journal it, update the center. Returns its metrics.
 
-        `digest` is the center's.
+        `digest` is the center's, which must have answered all of its `examination` before it moves.
         """
         es, clock = self.config.es, Clock()
         self.responder.clock, started = clock, time.perf_counter()
-        sigma, alpha = scheduled(es, iteration)
+        sigma, _ = scheduled(es, iteration)
         asked = self.batch(iteration)
         prompts = self.prompts("train", asked)
         seeds = noise_seeds(es, iteration)
@@ -211,33 +235,32 @@ class Trainer:
                 record_rewards()
                 self.reporter.members(iteration, population.done())
 
-        for number in population.claim():
+        def evaluate(number: int):
             with member(self.center, *members[number], clock):
                 tokens = self.responder.respond(prompts, poll=poll)
-            scores = self.world.led(lambda tokens=tokens: self.score("train", tokens, asked), len(prompts))
+            scores = self.world.led(lambda: self.score("train", tokens, asked), len(prompts))
             population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])
+            self.evaluated += 1
             with clock("exchange"):
                 record_rewards()
 
+        for number in population.claim():
+            evaluate(number)
         with clock("exchange"):
-            evaluations = population.evaluations(poll)
-        rewards = [evaluation.reward for evaluation in evaluations]
-        weights = fitness(es, [evaluation.scores or [evaluation.reward] for evaluation in evaluations])
-        record = Record(
-            iteration, seeds, rewards, coefficients(es, alpha, weights), sigma, alpha, digest,
-            es.weight_decay, es.decay_to.value, es.evolve, asked,
-        )  # fmt: skip
-        if self.reporter and not any(record.coefficients) and alpha:
-            self.reporter.say(
-                f"warning: iteration {iteration}: all {len(rewards)} rewards are {rewards[0]}, so nothing is learned; "
-                "a larger es.sigma or a finer reward would tell the members apart"
-            )
-        with clock("exchange"):
+            for number in population.take_over(self.meeting, poll):
+                evaluate(number)
+            if examination:
+                self.complete(examination)
+            evaluations = population.evaluations() if self.journal else []
             if self.journal:
+                record_rewards()
+                record = self.decide(iteration, digest, seeds, asked, evaluations)
                 self.journal.append(record)
-                population.publish("journalled")
-            population.await_published("journalled")
-
+                self.meeting.publish(record)
+            else:
+                record = self.meeting.await_record(iteration, poll)
+        if self.world.joined:
+            self._expect([(f"the center before iteration {iteration}", record.digest)], digest)
         with clock("exchange"):
             self.snapshots.wait_written()
         with clock("update"):
@@ -246,18 +269,37 @@ class Trainer:
         parts = ("perturb", "gather", "generate", "restore", "update", "exchange")
         return {
             "iteration": iteration,
-            "reward_mean": mean(rewards),
-            "reward_std": std(rewards),
-            "reward_min": min(rewards),
-            "reward_max": max(rewards),
+            "reward_mean": mean(record.rewards),
+            "reward_std": std(record.rewards),
+            "reward_min": min(record.rewards),
+            "reward_max": max(record.rewards),
             "seconds": time.perf_counter() - started,
             **{f"seconds_{part}": clock.seconds[part] for part in parts},
-            "seconds_idle": idle_seconds(evaluations),
+            "seconds_idle": idle_seconds(evaluations) if evaluations else 0.0,
             "exchanged_bytes": population.bytes,
             "peak_resident_bytes": peak_resident_bytes(),
             "generated_tokens": sum(evaluation.tokens for evaluation in evaluations),
             **updated,
         }
+
+    def decide(
+        self, iteration: int, digest: str, seeds: list[int], asked: list[int] | None, evaluations: list[Evaluation]
+    ) -> Record:
+        """What the members' rewards make of an iteration: which step the center takes."""
+        es = self.config.es
+        sigma, alpha = scheduled(es, iteration)
+        rewards = [evaluation.reward for evaluation in evaluations]
+        weights = fitness(es, [evaluation.scores or [evaluation.reward] for evaluation in evaluations])
+        record = Record(
+            iteration, seeds, rewards, coefficients(es, alpha, weights), sigma, alpha, digest,
+            es.weight_decay, es.decay_to.value, es.evolve, asked,
+        )  # fmt: skip
+        if not any(record.coefficients) and alpha:
+            self.say(
+                f"warning: iteration {iteration}: all {len(rewards)} rewards are {rewards[0]}, so nothing is learned; "
+                "a larger es.sigma or a finer reward would tell the members apart"
+            )
+        return record
 
     def examine(self, iteration: int) -> Examination:
         """Let the center answer both splits' prompts, a part per replica; nobody waits for the others' parts."""
@@ -265,17 +307,30 @@ class Trainer:
         for split in SPLITS:
             parts = min(self.world.replicas, len(prompts[split]))
             work += [(split, slice(part, None, parts)) for part in range(parts)]
-        self.center.show()
         exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
-        for number in exchange.claim():
-            split, where = work[number]
-            exchange.post(number, json.dumps(self.responder.respond(prompts[split][where], poll=self.watch.poll)))
-        distance = self.center.distance() if self.world.replica == 0 else {}
-        return Examination(iteration, exchange, work, distance)
+        examination = Examination(iteration, exchange, work, self.center.distance() if self.world.replica == 0 else {})
+        self.answer(examination, exchange.claim())
+        return examination
+
+    def complete(self, examination: Examination) -> None:
+        """Wait until the center has answered all, and answer what replicas that died have left."""
+        self.answer(examination, examination.exchange.take_over(self.meeting, self.watch.poll))
+
+    def answer(self, examination: Examination, numbers: Iterable[int]) -> None:
+        """Let the center answer some pieces of an examination."""
+        for number in numbers:
+            split, where = examination.work[number]
+            prompts = self.prompts(split, self.batch(examination.iteration) if split == "train" else None)
+            self.center.show()
+            tokens = self.responder.respond(prompts[where], poll=self.watch.poll)
+            examination.exchange.post(number, json.dumps(tokens))
 
     def is_best(self, examination: Examination) -> bool:
         """Whether this center has the best held-out reward so far, where that one is kept. For replica 0."""
-        if not self.config.checkpoint.best or self.world.replica != 0:
+        if not self.config.checkpoint.best:
+            return False
+        self.complete(examination)
+        if self.world.replica != 0:
             return False
         (reward,) = self.world.led(lambda: [self.judged(examination)["held_out_reward"]], 1)
         (before,) = self.world.led(lambda: [self.reporter.best_held_out], 1)

@@ -6,6 +6,7 @@ DeepSpeed and transformers see a plain world. Replicas meet in one key-value sto
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -33,13 +34,21 @@ class Job:
 
 @dataclass
 class World:
-    """This rank's replica, and its place in it."""
+    """This rank's replica, and its place in it.
+
+    `store` is where the run's replicas meet, `near` where the ranks of this launch do: in the run's home they are one,
+    with keys under `room`. In a replica that has joined, `store` leads to the home, and only the leading rank has it.
+    `replicas` is the number of the home's; those that join have higher numbers.
+    """
 
     job: Job
     replica: int
     replicas: int
     mesh: DeviceMesh  # axes "shard" and "tensor"
     device: torch.device
+    room: str
+    near: dist.Store
+    store: dist.Store
 
     @property
     def leads(self) -> bool:
@@ -49,7 +58,18 @@ class World:
     @property
     def speaks(self) -> bool:
         """Whether this rank prints and writes the run directory: rank 0 of replica 0."""
-        return self.job.rank == 0
+        return self.leads and self.replica == 0
+
+    @property
+    def joined(self) -> bool:
+        """Whether this replica is of another launch than the run's home."""
+        return self.replica >= self.replicas
+
+    def join(self, replica: int, replicas: int, store: dist.Store | None) -> None:
+        """Be, from now on, a replica of another launch's run; `store` is there on the leading rank."""
+        self.replica, self.replicas = replica, replicas
+        if store is not None:
+            self.store = store
 
     def sum_uint64(self, value: int) -> int:
         """The sum over the replica's ranks, modulo 2**64, of an integer in [0, 2**64)."""
@@ -150,7 +170,22 @@ def await_keys(
         if time.monotonic() - since > timeout:
             missing = ", ".join(key for key in keys if not store.check([key]))
             raise RunError(f"{what}: after {timeout:.0f} s still missing: {missing}")
-        time.sleep(0.01)
+        rest(since)
+
+
+def rest(since: float) -> None:
+    """Sleep before the next look for what one has waited for since then: the longer, the longer one has waited.
+
+    Ten thousand replicas that wait for one must not keep its host busy with their questions.
+    """
+    time.sleep(min(max((time.monotonic() - since) / 20, 0.01), 1.0))
+
+
+def root(store: dist.Store) -> dist.TCPStore:
+    """The store behind prefixes."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def part(job: Job, seconds: float) -> list[int]:
@@ -189,7 +224,11 @@ def form_replica(job: Job, replicas: int, shard: int, tensor: int, timeout: floa
     )
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     mesh = init_device_mesh(device.type, (shard, tensor), mesh_dim_names=("shard", "tensor"))
-    return World(job, replica, replicas, mesh, device)
+    if job.rank == 0:
+        job.store.set("room", secrets.token_hex(8))
+    room = job.store.get("room").decode()
+    store = dist.PrefixStore(room, root(job.store))
+    return World(job, replica, replicas, mesh, device, room, store, store)
 
 
 def free_port() -> int:

@@ -24,8 +24,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, get_cosine_schedule_with_warmup
 
+from make_countdown import problems, solution, write
 from shardes.tasks.countdown import evaluate
-from tools.make_countdown import problems, solution, write
 
 NUMBERS, LARGEST = [3], 20
 TRAIN, TEST, READ = 200, 500, 8000  # problems: for ES, for testing, and those whose worked answers are read
