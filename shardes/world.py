@@ -190,7 +190,7 @@ def rest(since: float) -> None:
 
     Ten thousand replicas that wait for one must not keep its host busy with their questions.
     """
-    time.sleep(min(max((time.monotonic() - since) / 20, 0.01), 1.0))
+    time.sleep(min(max((time.monotonic() - since) / 10, 0.02), 1.0))
 
 
 def root(store: dist.Store) -> dist.TCPStore:
