@@ -102,7 +102,7 @@ class Exchange:
                 since = time.monotonic()
 
     def _orphan(self, meeting: Meeting, poll: Callable[[], None], since: float) -> int:
-        """A piece whose replica has died, WAITING after a while, or DONE. `since`: when this replica ran out of work."""
+        """A piece whose replica has died, WAITING after a while, or DONE. `since` is when this one's work ran out."""
         if self._await(poll, since, meeting.timeout / 4):
             return DONE
         for _ in range(min(LOOKS, len(self._unfound))):
@@ -144,7 +144,7 @@ class Exchange:
         return [self._found(n) for n in range(self._count)]
 
     def _await(self, poll: Callable[[], None], since: float, seconds: float = math.inf) -> bool:
-        """Wait, for so many seconds at most, until all is done; returns whether it is. `since`: when this replica ran out of work."""
+        """Wait, for so many seconds at most, until all is done; returns whether it is. `since` as above."""
         until = time.monotonic() + seconds
         while self._unfound and (done := self.done()) < self._count:
             now = time.monotonic()
