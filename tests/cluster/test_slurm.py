@@ -1,6 +1,7 @@
 """The scripts of launchers/slurm on a real SLURM of two nodes: pytest -m cluster."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -150,9 +151,11 @@ def test_a_task_that_does_not_come_is_named(slurm, run_dir, tmp_path, config):
 
 
 def test_an_array_of_replicas(slurm, submit, told, config, run_dir, arrived, settings):
-    slow = settings["task"]["path"].replace(":Letters", ":SlowLetters")
-    job = submit(REPLICAS, config, f"task.path={slow}")
-    for task in ("0", "1"):
-        assert slurm.wait(f"{job}_{task}", 900)["JobState"] == "COMPLETED", told()
+    task = settings["task"]["path"].removesuffix(":Letters")
+    job = submit(REPLICAS, config, f"task.path={task}:PatientLetters", "run.timeout=600")
+    log = run_dir / "logs" / f"{job}_1" / "task0.log"
+    Path(task).with_name("log_to_watch").write_text(str(log))
+    for number in ("0", "1"):
+        assert slurm.wait(f"{job}_{number}")["JobState"] == "COMPLETED", told()
     arrived()
-    assert "joined the run at" in (run_dir / "logs" / f"{job}_1" / "task0.log").read_text(), told()
+    assert "joined the run at" in log.read_text(), told()
