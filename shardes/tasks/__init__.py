@@ -4,7 +4,8 @@ import difflib
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Literal, Protocol
@@ -79,44 +80,55 @@ def load_task(
 
 
 def _load_own(path: str) -> Task:
-    file, colon, class_name = path.rpartition(":")
-    if not (colon and file and class_name):
-        raise ConfigError(f"task.path={path}: must be written file.py:Class")
-    if not Path(file).is_file():
-        raise ConfigError(f"task.path={path}: there is no file {Path(file).absolute()}")
-    source = Path(file).resolve()
-    # Within reach only while the file loads, lest a neighbour be taken later for an installed module.
-    sys.path.insert(0, str(source.parent))
-    try:
-        module = _import(source, path)
-        made_of = getattr(module, class_name, None)
-        if not isinstance(made_of, type):
-            raise ConfigError(f"task.path={path}: no class {class_name} there{_classes(module)}")
+    with own_class("task.path", path) as made_of:
         try:
             task = made_of()
         except Exception as error:
-            raise ConfigError(f"task.path={path}: {class_name}() raised {_in_words(error)}") from error
-    finally:
-        sys.path.remove(str(source.parent))
+            raise ConfigError(f"task.path={path}: {made_of.__name__}() raised {_in_words(error)}") from error
     for method in ("prompts", "score"):
         if not callable(getattr(task, method, None)):
-            raise ConfigError(f"task.path={path}: {class_name} has no {method}(); see shardes.tasks.Task")
+            raise ConfigError(f"task.path={path}: {made_of.__name__} has no {method}(); see shardes.tasks.Task")
     return task
 
 
-def _import(source: Path, path: str) -> ModuleType:
+@contextmanager
+def own_class(key: str, path: str) -> Iterator[type]:
+    """The class that the user's setting `key` names as file.py:Class, while modules beside the file can be imported.
+
+    Raises:
+        ConfigError: a file that cannot be used, or has no such class.
+    """
+    file, colon, class_name = path.rpartition(":")
+    if not (colon and file and class_name):
+        raise ConfigError(f"{key}={path}: must be written file.py:Class")
+    if not Path(file).is_file():
+        raise ConfigError(f"{key}={path}: there is no file {Path(file).absolute()}")
+    source = Path(file).resolve()
+    # Within reach only while it is in use, lest a neighbour be taken later for an installed module.
+    sys.path.insert(0, str(source.parent))
+    try:
+        module = _import(source, f"{key}={path}")
+        made_of = getattr(module, class_name, None)
+        if not isinstance(made_of, type):
+            raise ConfigError(f"{key}={path}: no class {class_name} there{_classes(module)}")
+        yield made_of
+    finally:
+        sys.path.remove(str(source.parent))
+
+
+def _import(source: Path, given: str) -> ModuleType:
     # Named by its place: it can pass neither for an installed module nor for another user's file of its name.
-    name = f"shardes_task_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
+    name = f"shardes_own_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, source)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"task.path={path}: {source.name} is not a Python file (.py)")
+        raise ConfigError(f"{given}: {source.name} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ConfigError(f"task.path={path}: importing {source} raised {_in_words(error)}") from error
+        raise ConfigError(f"{given}: importing {source} raised {_in_words(error)}") from error
     return module
 
 
