@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from shardes.config import ConfigError
-from shardes.tasks import own_class
+from shardes.tasks.own import own_class
 
 PATIENCE = 60.0  # seconds that a logger may take to end
 

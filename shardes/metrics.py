@@ -5,7 +5,7 @@ import math
 import operator
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,20 +71,13 @@ class Reporter:
         """Show how many of the iteration's members are evaluated."""
         self._screen.members(iteration, done, self._tokens)
 
-    def responses(
-        self,
-        member: int,
-        prompts: Sequence,
-        tokens: Sequence[list[int]],
-        rewards: Sequence[float],
-        texts: Callable[[list[list[int]]], list[str]],
-    ) -> None:
+    def responses(self, member: int, prompts: Sequence, responses: Sequence[str], rewards: Sequence[float]) -> None:
         """Keep the best and the worst response to the iteration's prompts; of members that this replica evaluated."""
         for kind, better in EXTREMES.items():
             reward = max(rewards) if kind == "best" else min(rewards)
             if kind not in self._found or better(reward, self._found[kind]["reward"]):
                 row = list(rewards).index(reward)
-                found = dict(kind=kind, member=member, prompt=prompts[row], response=texts([tokens[row]])[0])
+                found = dict(kind=kind, member=member, prompt=prompts[row], response=responses[row])
                 self._found[kind] = found | {"reward": reward}
 
     def iteration(self, metrics: dict[str, float]) -> None:

@@ -14,16 +14,16 @@ from shardes.attempts import record_failure
 from shardes.center import Center, member
 from shardes.config import Config, Restore, RunError
 from shardes.journal import Finish, Journal, Record, Reward
-from shardes.judging import score
 from shardes.meeting import Meeting
 from shardes.metrics import Clock, Reporter, peak_resident_bytes
 from shardes.population import Evaluation, Exchange, Population, idle_seconds, mean, std
 from shardes.responses import Responder
 from shardes.resume import Start
+from shardes.scoring import Scorer
 from shardes.snapshots import Snapshots
 from shardes.stop import Stopped, StopWatch
 from shardes.tasks import Split, Task
-from shardes.variants import coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
+from shardes.variants import chosen, coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
 from shardes.weights import WeightFiles
 from shardes.world import World
 
@@ -76,6 +76,7 @@ class Trainer:
         self.evaluated = 0  # members, by this replica
         self.reporter: Reporter | None = None
         directory = Path(config.run.dir)
+        self.scorer = Scorer(config.task, task, directory / "failed_scoring.json", watch.poll)
         self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
         if world.speaks:
             self.reporter = Reporter(config, start.means, world.layout)
@@ -243,10 +244,12 @@ class Trainer:
         def evaluate(number: int):
             with member(self.center, *members[number], clock):
                 tokens = self.responder.respond(prompts, poll=poll)
-            scores = self.world.led(lambda: self.score("train", tokens, asked), len(prompts))
+            texts = self.responder.texts(tokens)
+            scores = self.world.led(lambda: self.scorer("train", texts, asked), len(prompts))
+            self.scorer.post_failures(self.world.store, iteration)
             population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])
             if self.reporter:
-                self.reporter.responses(number, questions, tokens, scores, self.responder.texts)
+                self.reporter.responses(number, questions, texts, scores)
             self.evaluated += 1
             with clock("exchange"):
                 record_rewards()
@@ -286,6 +289,7 @@ class Trainer:
             "exchanged_bytes": population.bytes,
             "peak_resident_bytes": peak_resident_bytes(),
             "generated_tokens": sum(evaluation.tokens for evaluation in evaluations),
+            **self.scorer.failures(self.world.store, iteration),
             **updated,
         }
 
@@ -361,17 +365,14 @@ class Trainer:
             for (of, where), part in zip(examination.work, found, strict=True):
                 if of == split:
                     tokens[where] = part
-            rewards, texts = self.score(split, tokens, asked), self.responder.texts(tokens)
+            texts = self.responder.texts(tokens)
+            rewards = self.scorer(split, texts, asked)
             metrics[name] = mean(rewards)
             if split == "test" and hasattr(self.task, "correct"):
                 metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
             self.reporter.samples(examination.iteration, split, chosen(self.task.prompts(split), asked), texts, rewards)
-        return metrics | examination.distance
-
-    def score(self, split: Split, tokens: list[list[int]], asked: list[int] | None) -> list[float]:
-        """The task's rewards, one per response to the prompts `asked`."""
-        saved = Path(self.config.run.dir) / "failed_scoring.json"
-        return score(self.task, split, self.responder.texts(tokens), asked, saved)
+        failed = {f"evaluation_{name}": count for name, count in self.scorer.take_failures().items()}
+        return metrics | failed | examination.distance
 
     def batch(self, iteration: int) -> list[int] | None:
         """The training prompts of an iteration, by number; None: all."""
@@ -390,10 +391,6 @@ class Trainer:
         return profile(on_trace_ready=lambda trace: trace.export_chrome_trace(str(file)))
 
     def close(self) -> None:
+        self.scorer.close()
         if self.reporter:
             self.reporter.close()
-
-
-def chosen(prompts: list, asked: list[int] | None) -> list:
-    """The prompts `asked`, by number; None: all."""
-    return prompts if asked is None else [prompts[number] for number in asked]

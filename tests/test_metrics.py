@@ -203,7 +203,7 @@ def test_extremes_are_the_first_of_the_best_and_worst_and_end_where_the_run_goes
         reporter = Reporter(settings_of(tmp_path), [1.0] * begin)
         for iteration in range(begin, 2):
             for member, rewards in enumerate(([1, 1, 1], [2, 0, 2], [2, 0, -1])):
-                reporter.responses(member, "abc", [[0], [1], [2]], rewards, lambda rows: [f"answer {rows[0][0]}"])
+                reporter.responses(member, "abc", ["answer 0", "answer 1", "answer 2"], rewards)
             reporter.iteration(METRICS | {"iteration": iteration})
         reporter.close()
     found = (("best", 1, "a", "answer 0", 2), ("worst", 2, "c", "answer 2", -1))

@@ -59,7 +59,7 @@ def run(tmp_path) -> Path:
         rewards = [float(iteration), iteration + 1.0]
         journal.append(Record(iteration, [1, 2], rewards, [0.1, -0.1], 0.1, 0.2, "0" * 16))
         chat = [{"role": "user", "content": EVIL}]
-        reporter.responses(1, [chat, "second"], [[0], [1]], rewards, lambda tokens: [EVIL])
+        reporter.responses(1, [chat, "second"], [EVIL, EVIL], rewards)
         reporter.samples(iteration, "test", [chat, EVIL, "same"], [EVIL, "", "x"], [iteration, -iteration, 0.5])
         metrics = dict(iteration=iteration, reward_mean=iteration + 0.5, reward_std=0.5, reward_min=iteration)
         metrics |= dict(reward_max=iteration + 1, seconds=2.0, seconds_generate=1.5, seconds_exchange=0.25)
