@@ -19,7 +19,7 @@ from shardes.config import RunError
 class Clock:
     """Seconds spent in named parts: `with clock("generate"): ...`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -120,8 +120,8 @@ def _continue(directory: Path, means: Sequence[float]) -> dict[str, float] | Non
 
     Iterations that were recorded in the journal, but not here, get their mean reward.
     """
-    metrics = {row["iteration"]: row for row in _rows(directory / "metrics.jsonl")}
-    metrics = [metrics.get(i, {"iteration": i, "reward_mean": reward}) for i, reward in enumerate(means)]
+    known = {row["iteration"]: row for row in _rows(directory / "metrics.jsonl")}
+    metrics = [known.get(i, {"iteration": i, "reward_mean": reward}) for i, reward in enumerate(means)]
     _replace(directory / "metrics.jsonl", metrics)
     samples = [row for row in _rows(directory / "samples.jsonl") if row["iteration"] < len(means)]
     _replace(directory / "samples.jsonl", samples)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.profiler import profile
 
@@ -147,7 +148,7 @@ class Trainer:
             evaluations.append(self.judged(examination))
             first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
             names = [name for name in ("center_reward", "held_out_reward", "held_out_accuracy") if name in last]
-            summary = {
+            summary: dict[str, Any] = {
                 "iterations": len(means),
                 "reward_mean_first": means[0],
                 "reward_mean_last": means[-1],
@@ -333,7 +334,7 @@ class Trainer:
         if self.world.replica != 0:
             return False
         (reward,) = self.world.led(lambda: [self.judged(examination)["held_out_reward"]], 1)
-        (before,) = self.world.led(lambda: [self.reporter.best_held_out], 1)
+        (before,) = self.world.led(lambda: [self.reporter.best_held_out] if self.reporter else [], 1)
         if self.reporter:
             self.reporter.best_held_out = max(before, reward)
         return reward > before
@@ -360,6 +361,7 @@ class Trainer:
                 metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
             prompts = self.task.prompts(split)
             prompts = prompts if asked is None else [prompts[number] for number in asked]
+            assert self.reporter
             self.reporter.samples(examination.iteration, split, prompts, texts, rewards)
         return metrics | examination.distance
 

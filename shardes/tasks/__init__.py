@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Literal, Protocol
+from typing import Protocol
 
 from shardes.config import ConfigError
 from shardes.tasks.conciseness import Conciseness
 from shardes.tasks.countdown import Countdown
 from shardes.tasks.math import Math
 
-Split = Literal["train", "test"]
+Split = str  # "train", "test", or a name in task.tests
 Message = dict[str, str]
 
 
@@ -25,7 +25,7 @@ class Task(Protocol):
     same order.
     """
 
-    def prompts(self, split: Split) -> list[str | list[Message]]:
+    def prompts(self, split: Split) -> Sequence[str | list[Message]]:
         """The prompts of a split, in the same order at every call.
 
         A str goes to the model raw; a list of messages {"role": ..., "content": ...} goes through the
@@ -70,7 +70,7 @@ def load_task(
             raise ConfigError(f"task.{split}={file}: only for task.name={' or '.join(takes)}")
     if path is not None:
         return _load_own(path)
-    if name not in TASKS:
+    if name is None or name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(TASKS)}"
         raise ConfigError(f"task.name={name}: no such task; {hint}")
