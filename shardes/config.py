@@ -209,11 +209,11 @@ def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
 
 def help_text() -> str:
     """One line per key: name, default, meaning."""
-    lines = [f"  {key:<28} {_shown(default):<10} {meaning}" for key, (default, meaning) in keys().items()]
+    lines = [f"  {key:<28} {shown(default):<10} {meaning}" for key, (default, meaning) in keys().items()]
     return "\n".join(lines)
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
     if default is None:
         return "null"
     if default == MISSING:
