@@ -1,6 +1,7 @@
 """Every setting, typed, and checked before anything heavy starts."""
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -125,14 +126,29 @@ class GenerationConfig:
 
 @dataclass
 class TaskConfig:
-    name: str | None = _key("a built-in task: conciseness, countdown, math", None)
+    name: str | None = _key("a built-in task: conciseness, countdown, math; or jsonl: your own data and reward", None)
     path: str | None = _key("your own task: file.py:Class", None)
     train: str | None = _key(
-        "file of training problems (countdown: JSON; math: JSON lines or datasets:NAME:SPLIT); null: the shipped ones",
+        "file of training problems (countdown: JSON; math, jsonl: JSON lines or datasets:NAME:SPLIT); "
+        "null: the shipped ones",
         None,
     )
     test: str | None = _key("the same for held-out problems", None)
-    tests: dict[str, str] = _key("math: further named test sets, for evaluate.py --split NAME", {})
+    tests: dict[str, str] = _key("math, jsonl: further named test sets, for evaluate.py --split NAME", {})
+    template: str | None = _key(
+        "jsonl: the prompt, with {field} where an example's field goes ({{ and }} for braces); null: the field prompt",
+        None,
+    )
+    chat: bool = _key("jsonl: prompts are put as a user's message, by the chat template; false: as raw text", True)
+    reward: str | None = _key(
+        "jsonl: my_module:function or my_reward.py:function; called with (response, example), it returns a float", None
+    )
+    workers: int = _key("processes of each replica that score responses (jsonl, and classes with reward)", 4)
+    timeout: float = _key("seconds that scoring one response may take there; then its process is ended", 10.0)
+    memory: float = _key("gigabytes that one of these processes may allocate", 8.0)
+    on_error: str = _key(
+        "what follows where a response cannot be scored there: fail ends the run; a number is its reward", "fail"
+    )
     prompts_per_iteration: int | None = _key(
         "training prompts asked per iteration, the same for every member, reshuffled each epoch; null: all", None
     )
@@ -282,6 +298,14 @@ def check(config: Config) -> None:
             "task.prompts_per_iteration",
             "must be at least 1, or null",
         ),
+        (config.task.workers >= 1, "task.workers", "must be at least 1"),
+        (config.task.timeout > 0, "task.timeout", "must be positive"),
+        (config.task.memory > 0, "task.memory", "must be positive"),
+        (
+            config.task.on_error == "fail" or is_finite(config.task.on_error),
+            "task.on_error",
+            "must be fail, or the reward of a response that cannot be scored: a finite number",
+        ),
         (
             not config.checkpoint.best or config.checkpoint.every > 0,
             "checkpoint.best",
@@ -331,6 +355,14 @@ def is_pattern(text: str | None) -> bool:
     except re.error:
         return False
     return True
+
+
+def is_finite(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def is_size(text: str) -> bool:

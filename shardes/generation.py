@@ -78,14 +78,7 @@ class Decoder:
         return responses
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Rows of prompts that are decoded together: alike in length, within the token budget."""
-        batches: list[list[int]] = []
-        for row in sorted(range(len(prompts)), key=lambda r: len(prompts[r])):
-            tokens = len(prompts[row]) + self.max_new_tokens
-            if not batches or (len(batches[-1]) + 1) * tokens > self.batch_tokens:
-                batches.append([])
-            batches[-1].append(row)
-        return batches
+        return batches(list(map(len, prompts)), self.max_new_tokens, self.batch_tokens)
 
     def _decode(self, module, prompts, seeds, device, vocabulary, lockstep, poll) -> list[list[int]]:
         width = max(map(len, prompts))
@@ -148,6 +141,17 @@ class Decoder:
         # the text before them only has to decode to something.
         tail = self.tokenizer.decode(response[-max(map(len, self.stop)) - 4 :])
         return any(stop in tail for stop in self.stop)
+
+
+def batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
+    """Rows of prompts that are decoded together: alike in length, within the token budget."""
+    found: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        tokens = lengths[row] + max_new_tokens
+        if not found or (len(found[-1]) + 1) * tokens > batch_tokens:
+            found.append([])
+        found[-1].append(row)
+    return found
 
 
 def _compact(going: list[bool]) -> list[int]:

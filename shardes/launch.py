@@ -16,6 +16,7 @@ from shardes import config as settings
 from shardes.config import Config, ConfigError, RunError
 from shardes.engines import Engine, build, check_model, open_model, reason
 from shardes.generation import Decoder, decoder
+from shardes.hosts import check_launcher
 from shardes.responses import Responder
 from shardes.stop import Stopped, StopWatch
 from shardes.tasks import Task, load_task
@@ -40,9 +41,11 @@ class Plan:
 
 def check(config: Config, job: Job) -> Plan:
     """Check everything that can be checked before heavy work; ConfigError for what cannot run."""
+    check_launcher()
     replicas = settings.check_layout(config, job.size)
-    task = load_task(config.task.name, config.task.path, config.task.train, config.task.test, config.task.tests)
-    if config.task.prompts_per_iteration is not None:
+    t = config.task
+    task = load_task(t.name, t.path, t.train, t.test, t.tests, template=t.template, chat=t.chat, reward=t.reward)
+    if t.prompts_per_iteration is not None and hasattr(task, "score"):
         try:
             signature(task.score).bind("train", [], [])
         except TypeError:
@@ -125,9 +128,10 @@ def launch(
         return 0
     try:
         job = join_job(MEETING)
-    except ConfigError as error:
-        complain(str(error))
-        return 2
+    except (ConfigError, RunError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # a host's ranks meet the same mistake
+            complain(str(error))
+        return 2 if isinstance(error, ConfigError) else 1
     plan, problem = None, None
     try:
         plan = prepare(argv, job)

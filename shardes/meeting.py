@@ -113,5 +113,5 @@ class Meeting:
                 if self._closed.wait(self.timeout / BEATS):
                     return
         except dist.DistError:
-            if not self._closed.is_set():
+            if self._world.joined and not self._closed.is_set():  # a home's ranks hear of it otherwise
                 self._stop(HOME_LOST)

@@ -84,9 +84,10 @@ class Reporter:
         rate = metrics["generated_tokens"] / metrics["seconds"]
         left = (time.monotonic() - self._started) / (step + 1 - self._begin) * (self._iterations - step - 1)
         held_out = f"  held-out {metrics['held_out_reward']:.2f}" if "held_out_reward" in metrics else ""
+        failed = f"  {metrics['scoring_failures']} not scored" if metrics.get("scoring_failures") else ""
         self.say(
             f"iteration {step}  reward {metrics['reward_mean']:.2f} ± {metrics['reward_std']:.2f}"
-            f"  best {metrics['reward_max']:.2f}{held_out}  {metrics['seconds']:.1f} s  {rate:.0f} tokens/s"
+            f"  best {metrics['reward_max']:.2f}{held_out}{failed}  {metrics['seconds']:.1f} s  {rate:.0f} tokens/s"
             f"  {_duration(left)} left"
         )
         state = f"reward {metrics['reward_mean']:.2f}  {rate:.0f} tokens/s  {_duration(left)} left"

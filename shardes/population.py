@@ -8,6 +8,7 @@ depends on the model's size.
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from shardes.world import World, rest
 
 NOTHING: Mapping = MappingProxyType({})
 DONE, WAITING = -1, -2  # where there is no piece to take over
+LOOKS = 32  # pieces that a waiting replica asks for at a time: all of them, asked by thousands, would be too many
 
 
 def member_seeds(run_seed: int, iteration: int, population_size: int) -> list[int]:
@@ -65,7 +67,8 @@ class Exchange:
         self._seen = set(known)
         self._me = str(world.replica)
         self._news = (-1, 0.0)  # how many were done, and since when
-        self._complete = False
+        self._unfound = deque(range(count))  # those of which this replica does not know that they are done
+        self._unfound.rotate(-LOOKS * world.replica)
         self.bytes = 0
         if known and world.speaks:
             for number, found in known.items():
@@ -101,12 +104,15 @@ class Exchange:
         """A piece whose replica has died, WAITING after a while, or DONE."""
         if self._await(poll, meeting.timeout / 4):
             return DONE
-        missing = self._missing()
-        for number, whose in missing.items():
+        for _ in range(min(LOOKS, len(self._unfound))):
+            number = self._unfound.popleft()
+            if self._store.check([f"found/{number}"]):
+                continue
+            self._unfound.append(number)
+            whose = self._whose(number)
             if meeting.dead(whose) and self._compare_set(f"replica/{number}", whose, self._me) == self._me:
                 return number
-        self._complete = not missing  # even if one died between posting and counting
-        return WAITING if missing else DONE
+        return WAITING if self._unfound else DONE  # even if one died between posting and counting
 
     def post(self, number: int, found: str) -> None:
         """Publish what the replica's leading rank found, unless another, who took over, was first."""
@@ -139,12 +145,13 @@ class Exchange:
     def _await(self, poll: Callable[[], None], seconds: float = math.inf) -> bool:
         """Wait, for so many seconds at most, until all is done; returns whether it is."""
         since = time.monotonic()
-        while not self._complete and (done := self.done()) < self._count:
+        while self._unfound and (done := self.done()) < self._count:
             now = time.monotonic()
             if done > self._news[0]:
                 self._news = done, now
             if now - self._news[1] > self._timeout:
-                whose = ", ".join(f"{n} (replica {replica or '?'})" for n, replica in self._missing().items())
+                missing = [n for n in range(self._count) if not self._store.check([f"found/{n}"])]
+                whose = ", ".join(f"{n} (replica {self._whose(n) or '?'})" for n in missing)
                 raise TimeoutError(f"{self._name}: nothing new for {self._timeout:.0f} s; missing: {whose}")
             if now - since > seconds:
                 return False
@@ -152,10 +159,10 @@ class Exchange:
             rest(since)
         return True
 
-    def _missing(self) -> dict[int, str]:
-        """The pieces that are not done, and whose each is; "": nobody's yet, or its replica died as it claimed it."""
-        lost = [n for n in range(self._count) if not self._store.check([f"found/{n}"])]
-        return {n: self._get(f"replica/{n}") if self._store.check([f"replica/{n}"]) else "" for n in lost}
+    def _whose(self, number: int) -> str:
+        """Which replica has claimed a piece last; "": none yet, or it died as it claimed it."""
+        key = f"replica/{number}"
+        return self._get(key) if self._store.check([key]) else ""
 
     def _found(self, number: int) -> str:
         return self._get(f"found/{number}").partition(":")[2]

@@ -41,6 +41,10 @@ DECISIVE = [  # the settings that decide the center, given the model and the mac
     "task.name",
     "task.path",
     "task.train",
+    "task.template",
+    "task.chat",
+    "task.reward",
+    "task.on_error",
     "task.prompts_per_iteration",
 ]
 

@@ -14,12 +14,12 @@ from shardes.agreement import check_replicas
 from shardes.center import Center, member
 from shardes.config import Config, Restore, RunError
 from shardes.journal import Finish, Journal, Record, Reward
-from shardes.judging import score
 from shardes.meeting import Meeting
 from shardes.metrics import Clock, Reporter, peak_resident_bytes
 from shardes.population import Evaluation, Exchange, Population, idle_seconds, mean, std
 from shardes.responses import Responder
 from shardes.resume import Start
+from shardes.scoring import Scorer
 from shardes.snapshots import Snapshots
 from shardes.stop import Stopped, StopWatch
 from shardes.tasks import Split, Task
@@ -76,6 +76,7 @@ class Trainer:
         self.evaluated = 0  # members, by this replica
         self.reporter: Reporter | None = None
         directory = Path(config.run.dir)
+        self.scorer = Scorer(config.task, task, directory / "failed_scoring.json", watch.poll)
         self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
         if world.speaks:
             self.reporter = Reporter(directory, config.es.iterations, config.es.population_size, start.means)
@@ -239,7 +240,9 @@ class Trainer:
         def evaluate(number: int):
             with member(self.center, *members[number], clock):
                 tokens = self.responder.respond(prompts, poll=poll)
-            scores = self.world.led(lambda: self.score("train", tokens, asked), len(prompts))
+            texts = self.responder.texts(tokens)
+            scores = self.world.led(lambda: self.scorer("train", texts, asked), len(prompts))
+            self.scorer.post_failures(self.world.store, iteration)
             population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])
             self.evaluated += 1
             with clock("exchange"):
@@ -280,6 +283,7 @@ class Trainer:
             "exchanged_bytes": population.bytes,
             "peak_resident_bytes": peak_resident_bytes(),
             "generated_tokens": sum(evaluation.tokens for evaluation in evaluations),
+            **self.scorer.failures(self.world.store, iteration),
             **updated,
         }
 
@@ -355,7 +359,8 @@ class Trainer:
             for (of, where), part in zip(examination.work, found, strict=True):
                 if of == split:
                     tokens[where] = part
-            rewards, texts = self.score(split, tokens, asked), self.responder.texts(tokens)
+            texts = self.responder.texts(tokens)
+            rewards = self.scorer(split, texts, asked)
             metrics[name] = mean(rewards)
             if split == "test" and hasattr(self.task, "correct"):
                 metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
@@ -363,12 +368,8 @@ class Trainer:
             prompts = prompts if asked is None else [prompts[number] for number in asked]
             assert self.reporter
             self.reporter.samples(examination.iteration, split, prompts, texts, rewards)
-        return metrics | examination.distance
-
-    def score(self, split: Split, tokens: list[list[int]], asked: list[int] | None) -> list[float]:
-        """The task's rewards, one per response to the prompts `asked`."""
-        saved = Path(self.config.run.dir) / "failed_scoring.json"
-        return score(self.task, split, self.responder.texts(tokens), asked, saved)
+        failed = {f"evaluation_{name}": count for name, count in self.scorer.take_failures().items()}
+        return metrics | failed | examination.distance
 
     def batch(self, iteration: int) -> list[int] | None:
         """The training prompts of an iteration, by number; None: all."""
@@ -388,5 +389,6 @@ class Trainer:
         return profile(on_trace_ready=lambda trace: trace.export_chrome_trace(str(file)))
 
     def close(self) -> None:
+        self.scorer.close()
         if self.reporter:
             self.reporter.close()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardes.config import ConfigError, RunError
+from shardes.rendezvous import meet, reach
 
 # One name is newer, the other deprecated: all ranks' tensors, one after the other, into one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -108,26 +109,37 @@ class World:
 
 
 def join_job(timeout: float) -> Job:
-    """Meet the processes that the launcher started (`deepspeed`, `torchrun`, or none: a world of one).
+    """Meet the processes that the launcher started (`deepspeed`, `torchrun`, `srun`, or none: a world of one).
 
     Raises:
-        ConfigError: the port at which they are to meet is taken.
-        RuntimeError: they did not meet within `timeout` seconds.
+        ConfigError: the environment is not a launcher's, or the port at which they are to meet is another run's.
+        RunError: they did not meet within `timeout` seconds; names who is missing, or what cannot be reached.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ |= alone | {"MASTER_PORT": str(free_port())}
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        address = os.environ["MASTER_ADDR"]
+        rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not as a launcher sets them: {error}") from None
+    where, here = f"{address}:{port}", f"rank {rank} of {size} on {socket.gethostname()}"
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process serves the store
+    serves = rank == 0 and not agents
+    if not serves:
+        reach(address, port, here, timeout)
+    try:
+        limit = timedelta(seconds=timeout)
+        store = dist.TCPStore(address, port, size, serves, limit, wait_for_workers=False, multi_tenant=not agents)
     except (dist.DistError, TimeoutError, RuntimeError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
-            message = f"MASTER_PORT={os.environ['MASTER_PORT']}: in use on this host, perhaps by another run; "
+            message = f"MASTER_PORT={port}: in use on this host, perhaps by another run; "
             raise ConfigError(message + "start this one with --master_port and another number") from None
-        raise RuntimeError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at {place} "
-            f"within {timeout:.0f} s: {error}"
-        ) from error
+        raise RunError(f"{here}: no store at MASTER_ADDR:MASTER_PORT={where}: {str(error).splitlines()[0]}") from error
+    try:
+        meet(store, rank, size, where, timeout)
+    except dist.DistError as error:
+        raise RunError(f"{here}: waited for the others at {where}: {str(error).splitlines()[0]}") from error
     return Job(rank, size, store)
 
 
@@ -178,7 +190,7 @@ def rest(since: float) -> None:
 
     Ten thousand replicas that wait for one must not keep its host busy with their questions.
     """
-    time.sleep(min(max((time.monotonic() - since) / 20, 0.01), 1.0))
+    time.sleep(min(max((time.monotonic() - since) / 10, 0.02), 1.0))
 
 
 def root(store: dist.Store) -> dist.TCPStore:

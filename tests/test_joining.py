@@ -154,11 +154,14 @@ def test_a_replica_that_is_killed_loses_its_member_alone(start, alone, tmp_path)
     await_journal(tmp_path / "run", "iteration", 1)
     time.sleep(1)
     guest.kill()
+    killed, before = time.monotonic(), len(journal.read(tmp_path / "run" / "journal.jsonl").records)
+    await_journal(tmp_path / "run", "iteration", before + 1)
+    took = time.monotonic() - killed
     guest.wait()
     assert home.wait() == [0], home.text()
     assert arrived(tmp_path / "run") == alone
-    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert max(seconds[1:]) < 3 * TIMEOUT + 2 * sorted(seconds)[2], seconds
+    print(f"a replica was killed; with replicas.timeout={TIMEOUT} the iteration was complete {took:.1f} s later")
+    assert took < 4 * TIMEOUT + 10
 
 
 def test_a_replica_that_comes_back_late_is_ignored_and_goes_on(start, alone, tmp_path):

@@ -1,0 +1,279 @@
+"""The planner: what it says of shapes, layouts and mistakes, and the memory that it says against real runs'."""
+
+import json
+import sys
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from launch import ROOT, call, run, script, torchrun
+from models import save_model
+from shardes import estimate
+from shardes.config import Config, Engine, Gather, ModelConfig, Offload, Restore
+from shardes.config import load as load_config
+from shardes.estimate import DEVICES
+from shardes.plan import Layout, Machine, Work, memory, read_model
+
+tool = script("tools/plan.py")
+DATA = ROOT / "tests" / "data"
+PARAMETERS = {  # as published, in billions
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.55,
+    "llama-3.1-405b": 405.85,
+    "qwen2.5-72b": 72.71,
+    "qwen3-30b-a3b": 30.53,
+}
+WORK = Work((120,) * 200, (120,) * 500, 1024, 65536)
+NODE = Machine(1, 8, int(80e9), int(2e12))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Models by (name, engine), read once."""
+    found = {}
+
+    def get(name, engine=Engine.deepspeed):
+        if (name, engine) not in found:
+            found[name, engine] = read_model(Config(engine, ModelConfig(str(DATA / name))))[0]
+        return found[name, engine]
+
+    return get
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_published_ones(models, name):
+    assert models(name).numel / 1e9 == pytest.approx(PARAMETERS[name], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "engine, tensor, ranks, names",
+    [
+        ("deepspeed", 8, 64, ["llama-3.1-8b", "qwen2.5-72b"]),
+        ("deepspeed", 3, 6, ["llama-3.1-8b", "uneven"]),
+        ("fsdp", 4, 32, ["llama-3.1-8b", "qwen3-30b-a3b"]),
+    ],
+)
+def test_ranks_hold_what_the_engine_gives_them(engine, tensor, ranks, names, uneven_llama, tmp_path):
+    places = [uneven_llama if name == "uneven" else DATA / name for name in names]
+    command = [sys.executable, "tests/workers/cuts.py", engine, str(tensor), str(ranks), *map(str, places)]
+    done = run(command, seconds=200, RESULTS=str(tmp_path), LOCAL_RANK="0")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "0.json").read_text())
+    shard = ranks // tensor
+    for place in places:
+        model, _ = read_model(Config(Engine(engine), ModelConfig(str(place))))
+        held = [model.held(tensor, shard, t, s) for t in range(tensor) for s in range(shard)]
+        assert held == found[place.name]
+        for number, parameter in enumerate(
+            model.parameters
+        ):  # all ranks together: the model, or a copy per tensor rank
+            copies = 1 if parameter.dim is not None else tensor
+            assert sum(of_rank[number] for of_rank in held) == copies * prod(parameter.shape)
+
+
+def total(model, layout, restore=Restore.copy, gpu=int(80e9), work=WORK):
+    found = memory(model, layout, work, restore, gpu)
+    return sum(found.gpu.values()), sum(found.host.values())
+
+
+def test_memory_grows_and_shrinks_as_it_should(models):
+    model = models("llama-3.1-70b")
+    one, two, four, eight = (total(model, Layout(1, 1, t, Gather.member)) for t in (1, 2, 4, 8))
+    assert one > two > four > eight
+    member, layer = (total(model, Layout(1, 2, 4, gather)) for gather in Gather)
+    assert member[0] > layer[0] and member[1] == layer[1] < four[1]
+    assert total(models("llama-3.1-405b"), Layout(1, 1, 8, Gather.member)) > eight
+    assert total(model, Layout(1, 1, 8, Gather.member), Restore.subtract)[1] < eight[1]
+    assert total(model, Layout(1, 2, 4, Gather.layer, Offload.cpu))[0] < layer[0]
+    longer = replace(WORK, batch_tokens=2 * WORK.batch_tokens)
+    assert total(model, Layout(1, 1, 8, Gather.member), work=longer)[0] > eight[0]
+    on_gpus, on_host = eight
+    all_on_host = total(model, Layout(1, 1, 8, Gather.member), gpu=None)
+    assert all_on_host[0] == 0 and all_on_host[1] > on_gpus - 0.1 * 80e9 + on_host - 1e9
+
+
+def test_figures_worked_out_by_hand(models):
+    """Llama 3.1 8B in bfloat16 on one GPU: 57 rows of 120 + 1,024 tokens fit into 65,536."""
+    model, layout = models("llama-3.1-8b"), Layout(1, 1, 1, Gather.member)
+    found = memory(model, layout, WORK, Restore.copy, int(80e9))
+    assert found.gpu["live shard"] == 2 * 8_030_261_248 and found.host["center"] == 4 * 8_030_261_248
+    assert found.gpu["key-value cache"] == 57 * 1144 * 32 * 2 * 8 * 128 * 2
+    assert found.gpu["gathered weights"] == 0
+    sent = estimate.traffic(model, Layout(1, 1, 4, Gather.member), WORK, 30, 1024)
+    assert sent.reduced_per_token == 2 * 32 * 4096 * 2 * 2 * 3 // 4
+    assert sent.reduced == sent.reduced_per_token * 200 * 1144 * 30 and sent.gathered == 0
+    gathers = estimate.traffic(model, Layout(2, 4, 1, Gather.member), WORK, 30, 1024)
+    assert gathers.gathered_per_member == 2 * 8_030_261_248 * 3 // 4
+    assert gathers.gathered == 15 * gathers.gathered_per_member
+
+
+def test_times_follow_the_bounds(models):
+    """Decoding reads weights and cache; more replicas, bandwidth or shorter responses take less."""
+    model = models("llama-3.1-8b")
+
+    def took(layout=None, device=DEVICES["h100"], response=1024):
+        layout = layout or Layout(8, 1, 1, Gather.member)
+        return estimate.seconds(model, layout, WORK, Restore.copy, 30, response, device, NODE)
+
+    batches = 4  # 200 prompts, 57 at a time
+    weights = 2 * (model.numel - 128256 * 4096) * 1024 * batches
+    cache = 200 * 1024 * (120 + 512) * 32 * 2 * 8 * 128 * 2
+    assert took().decode == pytest.approx(4 * (weights + cache) / 3.35e12, rel=0.01)
+    assert took(device=DEVICES["h200"]).total < took().total < took(device=DEVICES["a100"]).total
+    assert took(response=512).total < took().total
+    assert took(Layout(4, 1, 1, Gather.member)).decode == pytest.approx(2 * took().decode)
+    member, layer = (took(Layout(4, 2, 1, gather)) for gather in Gather)
+    assert layer.gather > 100 * member.gather > 0
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(model, **sharding) -> str:
+        file = tmp_path / "config.yaml"
+        settings = {"model": {"path": str(model)}, "task": {"name": "countdown"}, "run": {"dir": str(tmp_path / "run")}}
+        file.write_text(yaml.safe_dump(settings | {"sharding": sharding}))
+        return str(file)
+
+    return write
+
+
+GPUS = ["--gpus", 8, "--gpu-memory", "80GB"]
+CASES = {  # model, sharding, further arguments, exit code, the suggested layout
+    "8B fits": ("llama-3.1-8b", {}, [], 0, None),
+    "70B on single GPUs": ("llama-3.1-70b", {}, [], 1, (2, 1, 4, "member")),
+    "70B": ("llama-3.1-70b", {"tensor": 4}, [], 0, None),
+    "405B": ("llama-3.1-405b", {"tensor": 8, "shard": 2}, ["--nodes", 2], 1, (1, 2, 8, "layer")),
+    "the host is too small": ("llama-3.1-8b", {}, ["--host-memory", "200GB"], 1, (4, 1, 2, "member")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_suggestions(config, case):
+    name, sharding, arguments, code, expected = CASES[case]
+    done = call(tool.main, config(DATA / name, **sharding), *GPUS, *arguments, "--json")
+    assert done.returncode == code, done.stderr
+    found = json.loads(done.stdout)
+    assert found["configured"]["fits"] == (code == 0)
+    if expected is not None:
+        layout = found["suggested"]["layout"]
+        assert tuple(layout[key] for key in ("replicas", "shard", "tensor", "gather")) == expected
+        assert found["suggested"]["fits"]
+
+
+def test_what_a_person_reads(config):
+    done = call(tool.main, config(DATA / "llama-3.1-70b"), *GPUS)
+    assert done.returncode == 1
+    for part in ("70.55 billion", "configured", "suggested", "key-value cache", "NO", "not measured on GPUs"):
+        assert part in done.stdout
+    assert "suggested: sharding.shard=1 sharding.tensor=4 sharding.gather=member" in done.stdout
+    done = call(tool.main, config(DATA / "llama-3.1-405b", tensor=8), *GPUS)
+    assert done.returncode == 1 and "no layout fits; 2 such nodes would do" in done.stdout
+
+
+def test_mistakes(config, tmp_path):
+    fine = config(DATA / "llama-3.1-8b")
+    (tmp_path / "model").mkdir()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    overrides = ["--gpus", 8, "--gpu-memory", "80GB"]
+    for arguments, expected in [
+        ([fine, "--gpus", 8], "--gpu-memory is missing"),
+        ([fine, "--gpu-memory", "80 gigs"], "--gpu-memory 80 gigs: must be a size such as 80GB"),
+        ([fine, "--gpus", 0, "--gpu-memory", "80GB"], "--gpus 0: must be at least 1"),
+        ([fine, *overrides, "sharding.tensor=3"], "does not divide the 8 GPUs"),
+        ([fine, *overrides, "sharding.replicas=3"], "does not fill the 8 GPUs"),
+        ([fine, "--gpus", 16, "--gpu-memory", "80GB", "sharding.tensor=16"], "8 key-value heads"),
+        ([fine, *overrides, f"model.path={tmp_path / 'model'}"], "no readable config.json"),
+        ([fine, *overrides, f"model.path={broken}"], "config.json does not say num_hidden_layers"),
+        ([fine, *overrides, "es.sigam=1"], "es.sigma"),
+        ([*overrides], "CONFIG.yaml is missing"),
+        ([fine, "--device", "tpu"], "--device"),
+    ]:
+        done = call(tool.main, *arguments)
+        assert done.returncode == 2, (arguments, done.stdout)
+        assert done.stderr.startswith("error: ") and expected in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_docs_table_is_what_the_tool_says():
+    assert tool.markdown() in (ROOT / "docs" / "scaling.md").read_text()
+
+
+TASK = '''
+class Letters:
+    """Prompts of 64 to 66 bytes."""
+    def prompts(self, split):
+        return ["abcdefgh" * 8 + "i" * (n % 3) for n in range(4 if split == "train" else 1)]
+    def score(self, split, responses):
+        return [float(sum(map(ord, text)) % 97) for text in responses]
+'''
+SIZES = {  # about 0 (the baseline), 52, 150 and 412 million parameters
+    "tiny": (LlamaForCausalLM, LlamaConfig, dict(
+        vocab_size=263, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True)),
+    "50M": (LlamaForCausalLM, LlamaConfig, dict(
+        vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=True)),
+    "150M": (Qwen2ForCausalLM, Qwen2Config, dict(
+        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=12,
+        num_key_value_heads=4, tie_word_embeddings=False)),
+    "400M": (LlamaForCausalLM, LlamaConfig, dict(
+        vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=22, num_attention_heads=16,
+        num_key_value_heads=8, tie_word_embeddings=False)),
+}  # fmt: skip
+LAYOUTS = {"1 rank": (1, 1), "tensor 2": (1, 2), "shard 2": (2, 1)}
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory):
+    """Runs a size on a layout: the measured and the planned bytes of every rank."""
+    directory = tmp_path_factory.mktemp("resident")
+    (directory / "task.py").write_text(TASK)
+    known = {}
+
+    def measure(size, shard, tensor):
+        path = directory / size
+        if not path.exists():
+            torch.manual_seed(0)
+            made_of, shape, sizes = SIZES[size]
+            save_model(path, made_of(shape(**sizes)))
+        if (size, shard, tensor) not in known:
+            file = directory / "config.yaml"
+            file.write_text(yaml.safe_dump({
+                "model": {"path": str(path), "dtype": "float32"},
+                "sharding": {"shard": shard, "tensor": tensor},
+                "es": {"population_size": 2, "iterations": 1},
+                "generation": {"max_new_tokens": 4},
+                "task": {"path": f"{directory}/task.py:Letters"},
+                "eval": {"every": 0},
+                "checkpoint": {"every": 0},
+                "run": {"dir": str(directory / f"run {size} {shard} {tensor}")},
+            }))  # fmt: skip
+            peaks = [found["peak"] for found in torchrun(shard * tensor, "resident.py", str(file), seconds=900)]
+            loaded = load_config(str(file), [])
+            model, _ = read_model(loaded)
+            layout = Layout(1, shard, tensor, Gather.member)
+            plan = memory(model, layout, tool.work_of(loaded, None, None), Restore.copy, None)
+            known[size, shard, tensor] = peaks, sum(plan.host.values())
+        return known[size, shard, tensor]
+
+    return measure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", ["50M", "150M", "400M"])
+def test_planned_memory_is_within_a_tenth_of_the_measured(resident, size, layout, capsys):
+    """The growth over a run of a model of next to nothing, on every rank."""
+    (base, planned_base), (peaks, planned) = (resident(which, *LAYOUTS[layout]) for which in ("tiny", size))
+    expected = planned - planned_base
+    with capsys.disabled():
+        grown = [(peak - of_base) / 1e6 for peak, of_base in zip(peaks, base, strict=True)]
+        print(f"\n| {size} | {layout} | {expected / 1e6:.0f} MB | {', '.join(f'{mb:.0f} MB' for mb in grown)} |")
+    for peak, of_base in zip(peaks, base, strict=True):
+        assert expected == pytest.approx(peak - of_base, rel=0.1)
