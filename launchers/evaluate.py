@@ -130,9 +130,9 @@ def work(job: Job, plan: Evaluation, watch: StopWatch) -> None:
             found["base"] = responder.log_probs(prompts, found["tokens"], watch.poll)
         exchange.post(number, json.dumps(found))
     if world.speaks:
-        found = list(map(json.loads, exchange.collect(watch.poll)))
+        answered = list(map(json.loads, exchange.collect(watch.poll)))
         with closing(Scorer(plan.config.task, plan.task, plan.out.with_suffix(".failed.json"), watch.poll)) as scorer:
-            splits = {split: judge(plan, scorer, split, responder.texts, pieces, found) for split in plan.encoded}
+            splits = {split: judge(plan, scorer, split, responder.texts, pieces, answered) for split in plan.encoded}
         report = dict(
             model=str(plan.files.directory),
             base=str(plan.base.directory) if plan.base else None,
@@ -182,9 +182,12 @@ def judge(
     return report | scorer.take_failures() | dict(prompts=plan.task.prompts(split), responses=responses)
 
 
-def figures(rows: list[dict]) -> dict[str, float | list[float]]:
+def figures(rows: list[dict]) -> dict[str, float | tuple[float, float]]:
     """Means with 95 % intervals: of reward and KL over prompts (each its samples' mean), of accuracy over responses."""
-    found = {"responses": len(rows), "tokens": mean([row["tokens"] for row in rows])}
+    found: dict[str, float | tuple[float, float]] = {
+        "responses": len(rows),
+        "tokens": mean([row["tokens"] for row in rows]),
+    }
     for key in ("reward", "kl"):
         if key in rows[0]:
             by_prompt: dict[int, list[float]] = {}

@@ -31,7 +31,7 @@ from shardes.resume import Opened, Start, open_run  # noqa: E402
 from shardes.stop import StopWatch  # noqa: E402
 from shardes.trainer import Trainer  # noqa: E402
 from shardes.weights import WeightFiles  # noqa: E402
-from shardes.world import Job  # noqa: E402
+from shardes.world import Job, connect_anew  # noqa: E402
 
 
 @dataclass
@@ -61,9 +61,9 @@ def work(job: Job, plan: Training, watch: StopWatch) -> None:
         place.start.send(job.store)
     start = Start.receive(job.store)
     world, engine, responder = launch.build_replica(job, plan)
-    beats = world.near.clone() if world.leads else None
+    beats = connect_anew(world.near) if world.leads else None
     if config.replicas.join is not None:
-        beats = join_world(world, place)
+        beats = join_world(world, place if isinstance(place, Joined) else None)
     source = plan.files
     if start.source:
         if not Path(start.source).is_dir():

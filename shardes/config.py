@@ -71,6 +71,9 @@ def _key(meaning: str, default: Any) -> Any:
 class ModelConfig:
     path: str = _key("checkpoint directory (safetensors, config.json, tokenizer) or hub id", MISSING)
     dtype: DType = _key("dtype of the live weights: float32, bfloat16 or float16", DType.bfloat16)
+    trust_remote_code: bool = _key(
+        "run Python code that comes with the model, on every rank; only after reading it", False
+    )
 
 
 @dataclass
@@ -218,7 +221,7 @@ class Config:
 
 def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     """Every dotted key with its default and its meaning."""
-    found = {}
+    found: dict[str, tuple[Any, str]] = {}
     for entry in fields(config):
         if is_dataclass(entry.type):
             found |= keys(entry.type, f"{prefix}{entry.name}.")
@@ -230,11 +233,11 @@ def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
 
 def help_text() -> str:
     """One line per key: name, default, meaning."""
-    lines = [f"  {key:<28} {_shown(default):<10} {meaning}" for key, (default, meaning) in keys().items()]
+    lines = [f"  {key:<28} {shown(default):<10} {meaning}" for key, (default, meaning) in keys().items()]
     return "\n".join(lines)
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
     if default is None:
         return "null"
     if default == MISSING:
@@ -267,7 +270,7 @@ def load(path: str, overrides: list[str]) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.from_dotlist(overrides))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ConfigError(_unknown_key(error.full_key)) from None
+        raise ConfigError(_unknown_key(error.full_key or "")) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)

@@ -12,8 +12,14 @@ from inspect import signature
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from shardes.cache import BatchCache, cache_for
 from shardes.config import ConfigError
@@ -39,7 +45,7 @@ class Decoder:
 
     def __call__(
         self,
-        module: nn.Module,
+        module: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         *,
         seeds: Sequence[int] | None = None,
@@ -118,7 +124,7 @@ class Decoder:
                 rows, going = [rows[i] for i in kept], [True] * len(kept)
             ids, positions, width = tokens[:, None], positions[:, -1:] + 1, width + 1
 
-    def _empty_cache(self, module: nn.Module, length: int) -> Cache:
+    def _empty_cache(self, module: PreTrainedModel, length: int) -> Cache:
         if self._cache is None:
             self._cache = cache_for(module.config)
         if self._cache is None:
@@ -209,7 +215,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> lis
                 "template; use an instruct model, or prompts that are plain strings"
             )
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            assert isinstance(chat, BatchEncoding)
+            ids = chat["input_ids"]
         if not ids:
             raise ConfigError(f"task: prompt {number} is empty")
         encoded.append(ids)

@@ -65,7 +65,7 @@ class Meeting:
         near = self._world.near
         if self._world.joined and self._world.leads:
             await_keys(self._world.store, [key], self._patience, what, poll)
-            near.set(key, self._world.store.get(key))
+            near.set(key, self._world.store.get(key).decode())
         await_keys(near, [key], self._patience, what, poll)
         return Record(**json.loads(near.get(key)))
 

@@ -23,7 +23,7 @@ FILES = ("metrics.jsonl", "samples.jsonl", "extremes.jsonl")
 class Clock:
     """Seconds spent in named parts: `with clock("generate"): ...`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -120,8 +120,8 @@ def _continue(directory: Path, means: Sequence[float]) -> dict[str, float] | Non
 
     Iterations that were recorded in the journal, but not here, get their mean reward.
     """
-    metrics = {row["iteration"]: row for row in _rows(directory / "metrics.jsonl")}
-    metrics = [metrics.get(i, {"iteration": i, "reward_mean": reward}) for i, reward in enumerate(means)]
+    known = {row["iteration"]: row for row in _rows(directory / "metrics.jsonl")}
+    metrics = [known.get(i, {"iteration": i, "reward_mean": reward}) for i, reward in enumerate(means)]
     _replace(directory / "metrics.jsonl", metrics)
     for name in FILES[1:]:
         _replace(directory / name, [row for row in _rows(directory / name) if row["iteration"] < len(means)])

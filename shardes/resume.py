@@ -188,7 +188,7 @@ def _changes(config: Config, history: History, header: Header) -> dict[str, list
                 f"resume.allow_changes: {key} is none of the settings that decide the center: "
                 f"{', '.join(DECISIVE)}, model.path"
             )
-    changes = {}
+    changes: dict[str, list] = {}
     if differ := differing(history.files, header.files):
         name = differ[0]
         then, now = (files.get(name, "missing")[:16] for files in (history.files, header.files))

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from shardes import scoring_worker
 from shardes.config import ConfigError, TaskConfig
 from shardes.tasks import Task
+from shardes.tasks.jsonl import Jsonl
 
 STARTING = 300.0  # seconds for a worker to load the user's code
 ENDING = 10.0  # seconds for the system to end a process that is killed
@@ -211,7 +212,7 @@ class Scorer:
         numbers = range(len(prompts)) if which is None else which
         rows = [dict(prompt=prompts[number], response=text) for number, text in zip(numbers, texts, strict=True)]
         if hasattr(self._task, "score"):
-            return self._whole(split, texts, which, rows)
+            return self._whole(self._task.score, split, texts, which, rows)
         return self._each(split, texts, numbers, rows)
 
     def take_failures(self) -> dict[str, int]:
@@ -235,9 +236,9 @@ class Scorer:
             self._workers.close()
             self._workers = None
 
-    def _whole(self, split, texts, which, rows) -> list[float]:
+    def _whole(self, score: Callable, split, texts, which, rows) -> list[float]:
         try:
-            found = self._task.score(split, texts) if which is None else self._task.score(split, texts, which)
+            found = score(split, texts) if which is None else score(split, texts, which)
             rewards = list(map(float, found))
         except Exception as error:
             problem = f"task: scoring {split} raised {type(error).__name__}: {error}"
@@ -247,7 +248,7 @@ class Scorer:
         return rewards
 
     def _each(self, split, texts, numbers, rows) -> list[float]:
-        if self._settings.reward:
+        if isinstance(self._task, Jsonl):
             jobs = [[text, self._task.example(split, n)] for n, text in zip(numbers, texts, strict=True)]
         else:
             jobs = [[split, n, text] for n, text in zip(numbers, texts, strict=True)]

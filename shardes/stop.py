@@ -10,11 +10,11 @@ import sys
 import threading
 
 from shardes.environment import leave
-from shardes.world import Job
+from shardes.world import Job, connect_anew
 
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 HOME_LOST = 1
-CODES = {signal.SIGINT: 0, signal.SIGTERM: 0, signal.SIGUSR1: PREEMPTED}  # SLURM warns by SIGUSR1
+CODES: dict[int, int] = {signal.SIGINT: 0, signal.SIGTERM: 0, signal.SIGUSR1: PREEMPTED}  # SLURM warns by SIGUSR1
 INTERVAL = 0.2  # seconds between looks at the store
 
 
@@ -32,7 +32,7 @@ class StopWatch:
 
     def __init__(self, job: Job):
         self._job = job
-        self._store = job.store.clone()  # a connection of its own, for the main thread may be waiting on the other
+        self._store = connect_anew(job.store)  # for the main thread may be waiting on the other
         # Python calls handlers in the main thread, which may be waiting in a collective; the pipe hears at once.
         self._signals, heard = os.pipe()
         for end in (self._signals, heard):

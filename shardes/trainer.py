@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.profiler import profile
 
@@ -152,7 +153,7 @@ class Trainer:
             evaluations.append(self.judged(examination))
             first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
             names = [name for name in ("center_reward", "held_out_reward", "held_out_accuracy") if name in last]
-            summary = {
+            summary: dict[str, Any] = {
                 "iterations": len(means),
                 "reward_mean_first": means[0],
                 "reward_mean_last": means[-1],
@@ -344,7 +345,7 @@ class Trainer:
         if self.world.replica != 0:
             return False
         (reward,) = self.world.led(lambda: [self.judged(examination)["held_out_reward"]], 1)
-        (before,) = self.world.led(lambda: [self.reporter.best_held_out], 1)
+        (before,) = self.world.led(lambda: [self.reporter.best_held_out] if self.reporter else [], 1)
         if self.reporter:
             self.reporter.best_held_out = max(before, reward)
         return reward > before
@@ -370,6 +371,7 @@ class Trainer:
             metrics[name] = mean(rewards)
             if split == "test" and hasattr(self.task, "correct"):
                 metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
+            assert self.reporter
             self.reporter.samples(examination.iteration, split, chosen(self.task.prompts(split), asked), texts, rewards)
         failed = {f"evaluation_{name}": count for name, count in self.scorer.take_failures().items()}
         return metrics | failed | examination.distance

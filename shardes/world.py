@@ -83,7 +83,7 @@ class World:
         """The sum over the replica's ranks, modulo 2**64, of an integer in [0, 2**64)."""
         total = torch.tensor([value - 2**64 if value >= 2**63 else value], device=self.device)
         dist.all_reduce(total)
-        return total.item() % 2**64
+        return int(total.item()) % 2**64
 
     def sum(self, *values: float) -> list[float]:
         """The sums over the replica's ranks, in float64."""
@@ -204,7 +204,13 @@ def root(store: dist.Store) -> dist.TCPStore:
     """The store behind prefixes."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
+    assert isinstance(store, dist.TCPStore)
     return store
+
+
+def connect_anew(store: dist.Store) -> dist.Store:
+    """Another connection to the same store, for another thread."""
+    return store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 def part(job: Job, seconds: float) -> list[int]:

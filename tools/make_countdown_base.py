@@ -41,6 +41,7 @@ def worked(rng: random.Random, problem: dict) -> str:
     others = [f"({a} + {b}) + {c}", solution(rng, problem["numbers"])]
     (expression,) = rng.choices([problem["solution"], *others], [RIGHT, HASTY, 1 - RIGHT - HASTY])
     first = re.search(r"\((\d+) . (\d+)\)", expression)
+    assert first is not None
     try:
         inner = evaluate(first[0], [int(first[1]), int(first[2])])
     except ZeroDivisionError:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Protocol
 
 from shardes.config import ConfigError
 from shardes.tasks.conciseness import Conciseness
@@ -12,7 +12,7 @@ from shardes.tasks.jsonl import Jsonl
 from shardes.tasks.math import Math
 from shardes.tasks.own import load_class, load_function
 
-Split = Literal["train", "test"]
+Split = str  # "train", "test", or a name in task.tests
 Message = dict[str, str]
 
 
@@ -25,13 +25,17 @@ class Task(Protocol):
     `correct(split, responses) -> list[bool]`: which of all prompts are answered right, for the accuracy.
     """
 
-    def prompts(self, split: Split) -> list[str | list[Message]]:
+    def prompts(self, split: Split) -> Sequence[str | list[Message]]:
         """The prompts of a split, in the same order at every call.
 
         A str goes to the model raw; a list of messages {"role": ..., "content": ...} goes through the
         tokenizer's chat template first.
         """
         ...
+
+
+class Scores(Task, Protocol):
+    """A task that scores all responses at once."""
 
     def score(self, split: Split, responses: list[str], which: Sequence[int] | None = None) -> list[float]:
         """One reward per response, higher is better; responses come in the prompts' order.
@@ -41,12 +45,16 @@ class Task(Protocol):
         """
         ...
 
+
+class Rewards(Task, Protocol):
+    """A task that scores each response by itself."""
+
     def reward(self, split: Split, number: int, response: str) -> float:
         """What a response to the prompt of that number is worth; each worker has its own copy of the task."""
         ...
 
 
-TASKS: dict[str, Callable[..., Task]] = {"conciseness": Conciseness, "countdown": Countdown, "math": Math}
+TASKS: dict[str, Callable[..., Scores]] = {"conciseness": Conciseness, "countdown": Countdown, "math": Math}
 TAKERS = {  # the built-in tasks that know a setting
     "train": ["countdown", "math", "jsonl"],
     "test": ["countdown", "math", "jsonl"],
@@ -92,7 +100,7 @@ def load_task(
             )
         load_function(reward)
         return Jsonl(train, test, tests, template, chat)
-    if name not in TASKS:
+    if name is None or name not in TASKS:
         names = [*TASKS, "jsonl"]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"
