@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ CONF = """\
 ClusterName=shardes
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={first}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -79,7 +81,8 @@ class Slurm:
         for name in ("state", "spool.n1", "spool.n2"):
             (home / name).mkdir()
         ports = [free_port() for _ in range(3)]
-        conf = CONF.format(home=home, host=socket.gethostname(), user=getpass.getuser(), ports=ports)
+        first = random.randrange(1000, 1000000)  # jobs' ports come from their numbers
+        conf = CONF.format(home=home, host=socket.gethostname(), user=getpass.getuser(), ports=ports, first=first)
         (home / "slurm.conf").write_text(conf)
         munge = {f"--{name}-file": home / f"munge.{name}" for name in ("key", "pid", "log", "seed")}
         self._daemon("munged", "--foreground", f"--socket={home}/munge.socket", *(f"{k}={v}" for k, v in munge.items()))
