@@ -21,7 +21,9 @@ from shardes.config import Config, ConfigError, Engine, Gather, Offload, Restore
 from shardes.engines import check_model, empty_model
 from shardes.generation import batches
 
-HEAP = 64 << 20  # what glibc's malloc keeps of freed blocks: twice 32 MiB, the largest that are not mapped one by one
+# Freed memory that glibc's malloc cannot give back, as measured: so much from loading, and as much as temporaries take
+# at a time, unless they are in blocks above 32 MiB (a layer has about seven at a time), which are mapped one by one.
+HOLES, MAPPED = 48 << 20, 7 * 32 << 20
 SUMS = 32 << 20  # most bytes that DeepSpeed's sums through shared memory take at a time
 PROCESS = 720_000_000  # measured on a CPU: Python, torch, deepspeed, compiled kernels and a model of next to nothing
 RESERVE = 0.1  # of a GPU's memory: CUDA's context, NCCL's buffers, the allocator's gaps. Assumed, not measured
@@ -242,7 +244,7 @@ def memory(
     """What the ranks of a layout hold when they hold most."""
     held = model.held(layout.tensor, layout.shard, tensor_rank, 0)
     slices = [prod(p.shape_on(layout.tensor, tensor_rank)) for p in model.parameters]
-    offload, on_cpu = layout.offload is Offload.cpu, gpu_memory is None
+    offload = layout.offload is Offload.cpu
     gathers = layout.shard > 1 or (offload and model.engine is Engine.deepspeed)
     live = {"live shard": sum(held) * model.itemsize}
     if gathers and layout.gather is Gather.member:
@@ -261,18 +263,15 @@ def memory(
         "key-value cache": 2 * model.layers * heads * model.head_size * tokens * model.itemsize,
         "largest temporaries": largest,
     }
-    if on_cpu:
-        state = max(rows * width for rows, width in shapes) * model.itemsize
-        block = state * max(model.intermediate // layout.tensor, model.hidden)
-        if gathers and layout.gather is Gather.member and max(slices) * model.itemsize > largest:
-            computing["largest temporaries"] = largest = block = max(slices) * model.itemsize  # gloo gathers in a copy
-        # ZeRO-3 frees parameters that it has partitioned; what malloc keeps of them serves temporaries in small blocks.
-        kept = min(HEAP, live["live shard"])
-        kept = kept if block > HEAP // 2 else max(kept - largest, 0)
+    if gpu_memory is None:
+        holes = min(live["live shard"], HOLES + min(largest, MAPPED))
+        if gathers and layout.gather is Gather.member:  # gloo gathers in a copy
+            computing["largest temporaries"] = max(largest, max(slices) * model.itemsize)
         shared = 0
         if model.engine is Engine.deepspeed and layout.tensor > 1 and layout.shard == 1:
-            shared = 2 * layout.tensor * min(state * model.hidden, SUMS)  # two buffers of each rank
-        more = {"kept by malloc": kept, "sums through shared memory": shared, "libraries": PROCESS}
+            state = max(rows * width for rows, width in shapes) * model.hidden * model.itemsize
+            shared = 2 * layout.tensor * min(state, SUMS)  # two buffers of each rank
+        more = {"held free by malloc": holes, "sums through shared memory": shared, "libraries": PROCESS}
         return Memory({}, live | center | computing | more)
     reserve = {"reserve": int(RESERVE * gpu_memory)}
     host = {"libraries": PROCESS} | (live if offload else {}) | (center if copies else {})

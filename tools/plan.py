@@ -34,6 +34,15 @@ ROOT = Path(__file__).parent.parent
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 CHARACTERS = 3  # of a prompt per token, where there is no tokenizer; SmolLM2's has 3.4 in Countdown's prompts
 TABLE = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
+FIGURES = {
+    "memory": "bytes per second from the GPU's memory",
+    "flops": "dense bfloat16 operations per second",
+    "link": "bytes per second between GPUs of a node, each way",
+    "network": "bytes per second and GPU between nodes, each way",
+    "host": "bytes per second between a GPU and its host, each way",
+    "normals": "values of ε per second from the noise kernel",
+    "latency": "seconds that a sum over ranks takes at least",
+}
 WORDS = "a model from data-sheet figures, not measured on GPUs: read the times as “at least”"
 
 
@@ -148,7 +157,9 @@ def configured(config: Config, planner: Planner) -> Layout:
 def show(console: Console, planner: Planner, plans: dict[str, tuple[Layout, dict]]) -> None:
     model, machine, work = planner.model, planner.machine, planner.work
     where = "ranks on CPUs" if machine.gpu_memory is None else f"GPUs of {machine.gpu_memory / 1e9:.0f} GB"
-    table = Table("", *(f"{title}\n{layout}" for title, (layout, _) in plans.items()), caption=WORDS)
+    table = Table(
+        "", *(f"{title}\n{layout}" for title, (layout, _) in plans.items()), caption=WORDS if planner.device else None
+    )
     table.title = (
         f"{planner.config.model.path}: {model.numel / 1e9:.2f} billion parameters, {machine.nodes} × "
         f"{machine.per_node} {where}; replicas × shard × tensor"
@@ -234,9 +245,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--host-memory", metavar="2TB", default="2TB", help="memory of one node's host (default 2TB, as a DGX H100's)")
     add("--device", choices=[*DEVICES, "cpu"], default="h100", help="whose figures to take (default h100): those "
         "of vendors' data sheets for SXM GPUs, DGX networks; normals per second and latency are assumed")  # fmt: skip
-    for figure, default in asdict(DEVICES["h100"]).items():
-        what = "seconds" if figure == "latency" else "per second"
-        add(f"--{figure}", type=float, metavar="X", help=f"{figure}, {what} (h100: {default:.4g})")
+    for figure, meaning in FIGURES.items():
+        default = getattr(DEVICES["h100"], figure)
+        add(f"--{figure}", type=float, metavar="X", help=f"{meaning} (h100: {default:.4g})")
     add("--prompts", type=int, help="training prompts per iteration (default: the task's)")
     add("--prompt-tokens", type=int, help="tokens of a prompt (default: by the model's tokenizer; where there is none, "
         f"{CHARACTERS} characters make one); with --prompts too, the task is not opened")  # fmt: skip
@@ -260,7 +271,7 @@ def plan(options: argparse.Namespace, console: Console) -> int:
     machine = Machine(options.nodes, options.gpus, gpu, size(options.host_memory, "--host-memory"))
     device = None
     if not on_cpu:
-        given = {name: getattr(options, name) for name in asdict(DEVICES["h100"])}
+        given = {name: getattr(options, name) for name in FIGURES}
         for name, value in given.items():
             if value is not None and value <= 0:
                 raise ConfigError(f"--{name} {value}: must be positive")
@@ -279,7 +290,7 @@ def plan(options: argparse.Namespace, console: Console) -> int:
         print(json.dumps({"note": WORDS} | {title: judged for title, (_, judged) in plans.items()}, indent=2))
         return 0 if fits else 1
     show(console, planner, plans)
-    if "suggested" in plans:
+    if suggestion and suggestion != own:
         keys = f"sharding.shard={suggestion.shard} sharding.tensor={suggestion.tensor}"
         console.print(f"suggested: {keys} sharding.gather={suggestion.gather.value} sharding.offload=none")
     elif suggestion is None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 from math import prod
 
 import pytest
@@ -206,9 +207,10 @@ def test_the_docs_table_is_what_the_tool_says():
 
 TASK = '''
 class Letters:
-    """Prompts of 64 to 66 bytes."""
+    """Prompts of about as many bytes as are asked for, and a quarter as many held-out ones."""
     def prompts(self, split):
-        return ["abcdefgh" * 8 + "i" * (n % 3) for n in range(4 if split == "train" else 1)]
+        count = PROMPTS if split == "train" else PROMPTS // 4
+        return ["abcdefgh" * (BYTES // 8) + "i" * (n % 3) for n in range(count)]
     def score(self, split, responses):
         return [float(sum(map(ord, text)) % 97) for text in responses]
 '''
@@ -227,53 +229,66 @@ SIZES = {  # about 0 (the baseline), 52, 150 and 412 million parameters
         num_key_value_heads=8, tie_word_embeddings=False)),
 }  # fmt: skip
 LAYOUTS = {"1 rank": (1, 1), "tensor 2": (1, 2), "shard 2": (2, 1)}
+LOADS = {  # prompts, tokens, and what glibc's malloc is told
+    "4 × 64": (4, 64, {}),
+    "32 × 128": (32, 128, {"MALLOC_MMAP_THRESHOLD_": "1048576"}),  # to give blocks above 1 MiB back at once
+}
 
 
 @pytest.fixture(scope="module")
 def resident(tmp_path_factory):
-    """Runs a size on a layout: the measured and the planned bytes of every rank."""
+    """Runs a size on a layout under a load: the measured bytes of every rank, and the planned ones."""
     directory = tmp_path_factory.mktemp("resident")
-    (directory / "task.py").write_text(TASK)
-    known = {}
 
-    def measure(size, shard, tensor):
+    @cache
+    def measure(size, layout, load):
+        shard, tensor = LAYOUTS[layout]
         path = directory / size
         if not path.exists():
             torch.manual_seed(0)
             made_of, shape, sizes = SIZES[size]
             save_model(path, made_of(shape(**sizes)))
-        if (size, shard, tensor) not in known:
-            file = directory / "config.yaml"
-            file.write_text(yaml.safe_dump({
-                "model": {"path": str(path), "dtype": "float32"},
-                "sharding": {"shard": shard, "tensor": tensor},
-                "es": {"population_size": 2, "iterations": 1},
-                "generation": {"max_new_tokens": 4},
-                "task": {"path": f"{directory}/task.py:Letters"},
-                "eval": {"every": 0},
-                "checkpoint": {"every": 0},
-                "run": {"dir": str(directory / f"run {size} {shard} {tensor}")},
-            }))  # fmt: skip
+        prompts, width, environ = LOADS[load]
+        (directory / "task.py").write_text(TASK.replace("PROMPTS", str(prompts)).replace("BYTES", str(width)))
+        file = directory / "config.yaml"
+        file.write_text(yaml.safe_dump({
+            "model": {"path": str(path), "dtype": "float32"},
+            "sharding": {"shard": shard, "tensor": tensor},
+            "es": {"population_size": 2, "iterations": 1},
+            "generation": {"max_new_tokens": 4},
+            "task": {"path": f"{directory}/task.py:Letters"},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 0},
+            "run": {"dir": str(directory / f"run {size} {layout} {load}")},
+        }))  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in environ.items():
+                patch.setenv(key, value)
             peaks = [found["peak"] for found in torchrun(shard * tensor, "resident.py", str(file), seconds=900)]
-            loaded = load_config(str(file), [])
-            model, _ = read_model(loaded)
-            layout = Layout(1, shard, tensor, Gather.member)
-            plan = memory(model, layout, tool.work_of(loaded, None, None), Restore.copy, None)
-            known[size, shard, tensor] = peaks, sum(plan.host.values())
-        return known[size, shard, tensor]
+        loaded = load_config(str(file), [])
+        model, _ = read_model(loaded)
+        work = tool.work_of(loaded, None, None)
+        plan = memory(model, Layout(1, shard, tensor, Gather.member), work, Restore.copy, None)
+        if environ:
+            del plan.host["held free by malloc"]
+        return peaks, sum(plan.host.values())
 
     return measure
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", ["50M", "150M", "400M"])
-def test_planned_memory_is_within_a_tenth_of_the_measured(resident, size, layout, capsys):
-    """The growth over a run of a model of next to nothing, on every rank."""
-    (base, planned_base), (peaks, planned) = (resident(which, *LAYOUTS[layout]) for which in ("tiny", size))
+def test_planned_memory_is_within_a_tenth_of_the_measured(resident, size, layout, load, capsys):
+    """The growth over a run of a model of next to nothing, on every rank.
+
+    What malloc holds free differs by up to 100 MB from run to run where temporaries are large: there it gives all back.
+    """
+    (base, planned_base), (peaks, planned) = (resident(which, layout, load) for which in ("tiny", size))
     expected = planned - planned_base
+    grown = [peak - of_base for peak, of_base in zip(peaks, base, strict=True)]
     with capsys.disabled():
-        grown = [(peak - of_base) / 1e6 for peak, of_base in zip(peaks, base, strict=True)]
-        print(f"\n| {size} | {layout} | {expected / 1e6:.0f} MB | {', '.join(f'{mb:.0f} MB' for mb in grown)} |")
-    for peak, of_base in zip(peaks, base, strict=True):
-        assert expected == pytest.approx(peak - of_base, rel=0.1)
+        measured = ", ".join(f"{growth / 1e6:.0f}" for growth in grown)
+        print(f"\n| {size} | {layout} | {load} | {expected / 1e6:.0f} MB | {measured} MB |")
+    assert [expected] * len(grown) == pytest.approx(grown, rel=0.1)
