@@ -166,7 +166,7 @@ def draw(found: dict[str, list[dict]], out: Path) -> None:
              title="Busy share with the update, N = 4 R")  # fmt: skip
     for panel in (busy, asked, left):
         panel.spines[["top", "right"]].set_visible(False)
-        title = "update per member, over a member's time" if panel is left else None
+        title = "update per member /\nmember's time" if panel is left else None
         panel.legend(frameon=False, fontsize=7.5, title=title, title_fontsize=7.5)
     for kind in ("png", "svg"):
         figure.savefig(out.with_suffix(f".{kind}"), dpi=130)

@@ -15,6 +15,7 @@ from math import inf
 import numpy as np
 
 from benchmarks.replicas import Draw, Outcome, Setting
+from shardes.meeting import BEATS
 
 HOME = 0  # the replica that keeps the journal; it does not fail, for the run ends with it
 
@@ -59,7 +60,7 @@ class Simulation:
         draw = draw or Draw.of(setting)
         self._times, slowness = draw.times, draw.slowness
         self._rng = np.random.default_rng([setting.seed, 1])
-        beats = self._rng.uniform(0, setting.timeout / 4, len(slowness))
+        beats = self._rng.uniform(0, setting.timeout / BEATS, len(slowness))
         self._replicas = [_Replica(*pair) for pair in zip(beats.tolist(), slowness.tolist(), strict=True)]
         self._iterations = [_Iteration() for _ in range(setting.iterations)]
         self._recorded = 0
@@ -127,7 +128,7 @@ class Simulation:
         self._working -= 1
         self._counts["deaths"] += 1
         if state == "useful":
-            every = self._setting.timeout / 4
+            every = self._setting.timeout / BEATS
             beat = max(replica.born, now - (now - replica.beat) % every)
             iteration.orphans[replica.member] = _Orphan(beat)
             self._assign(iteration, replica.member, now)
@@ -303,10 +304,10 @@ class Simulation:
         looks = self._setting.looks
         waits = [since + looks.until(end - since) for since, end in self._waits]
         requests["looks"] = np.concatenate(waits)
-        every = self._setting.timeout / 4
+        every = self._setting.timeout / BEATS
         beats = [np.arange(born + (self._replicas[who].beat - born) % every, end, every)
                  for who, born, end in self._lives]  # fmt: skip
-        requests["heartbeats"] = np.concatenate(beats)
+        requests["heartbeats"] = np.repeat(np.concatenate(beats), 2)  # and with each, whether the run is over
         ends = [iteration.record_at for iteration in self._iterations]
         counts = (self._counts[name] for name in ("evaluations", "takeovers", "deaths"))
         idle = [max(0.0, iteration.done_at - iteration.waited_for) for iteration in self._iterations]

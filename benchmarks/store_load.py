@@ -90,7 +90,9 @@ def flood(port: int, door: bool, kind: str, record: int, seconds: float, begin: 
     return np.array(took)
 
 
-def replay(port: int, door: bool, trace: list[tuple[float, str]], threads: int, speed: float, begin: float):
+def replay(
+    port: int, door: bool, trace: list[tuple[float, str]], threads: int, speed: float, begin: float
+) -> np.ndarray:
     """In a client process: each request at its time; [how long after that it was answered, how long it took]."""
     connections = [requests(port, door, 0) for _ in range(threads)]
     found: list[list[tuple[float, float]]] = [[] for _ in connections]

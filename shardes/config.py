@@ -193,6 +193,13 @@ class RunConfig:
 
 
 @dataclass
+class TrackingConfig:
+    loggers: list[str] = _key(
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, your own as logger.py:Class", ["tensorboard"]
+    )
+
+
+@dataclass
 class Config:
     engine: Engine = _key(
         "what holds the model: deepspeed (ZeRO-3 × AutoTP) or fsdp (FSDP2 × transformers' tensor parallel)",
@@ -208,6 +215,7 @@ class Config:
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     profile: bool = _key("write torch.profiler traces of the second iteration, for Perfetto, to run.dir", False)
 
 
@@ -392,3 +400,8 @@ def check_layout(config: Config, world_size: int) -> int:
 def to_yaml(config: Config) -> str:
     """The resolved settings as YAML, which `load` reads."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def nested(config: Config) -> dict[str, Any]:
+    """The resolved settings as nested dicts of what YAML has."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shardes import config as settings
+from shardes import loggers
 from shardes.config import Config, ConfigError, RunError
 from shardes.engines import Engine, build, check_model, open_model, reason
 from shardes.generation import Decoder, decoder
@@ -53,6 +54,7 @@ def check(config: Config, job: Job) -> Plan:
                 "task.prompts_per_iteration: the task's score must take the prompts that were asked as a third "
                 "argument: score(split, responses, which=None); see shardes.tasks.Task"
             ) from None
+    loggers.check(config.tracking.loggers)
     directory = model_directory(config.model.path)
     trusted = config.model.trust_remote_code
     if trusted and job.rank == 0:

@@ -93,16 +93,17 @@ class Exchange:
         Raises:
             TimeoutError: nothing was posted for `timeout` seconds; names what is missing and whose it is.
         """
-        number = WAITING
+        number, since = WAITING, time.monotonic()
         while number != DONE:
-            number = self._orphan(meeting, poll) if self._world.leads else 0
+            number = self._orphan(meeting, poll, since) if self._world.leads else 0
             number = int(self._world.broadcast([number], 1)[0])
             if number >= 0:
                 yield number
+                since = time.monotonic()
 
-    def _orphan(self, meeting: Meeting, poll: Callable[[], None]) -> int:
-        """A piece whose replica has died, WAITING after a while, or DONE."""
-        if self._await(poll, meeting.timeout / 4):
+    def _orphan(self, meeting: Meeting, poll: Callable[[], None], since: float) -> int:
+        """A piece whose replica has died, WAITING after a while, or DONE. `since` is when this one's work ran out."""
+        if self._await(poll, since, meeting.timeout / 4):
             return DONE
         for _ in range(min(LOOKS, len(self._unfound))):
             number = self._unfound.popleft()
@@ -139,12 +140,12 @@ class Exchange:
         Raises:
             TimeoutError: nothing was posted for `timeout` seconds; names what is missing and whose it is.
         """
-        self._await(poll)
+        self._await(poll, time.monotonic())
         return [self._found(n) for n in range(self._count)]
 
-    def _await(self, poll: Callable[[], None], seconds: float = math.inf) -> bool:
-        """Wait, for so many seconds at most, until all is done; returns whether it is."""
-        since = time.monotonic()
+    def _await(self, poll: Callable[[], None], since: float, seconds: float = math.inf) -> bool:
+        """Wait, for so many seconds at most, until all is done; returns whether it is. `since` as above."""
+        until = time.monotonic() + seconds
         while self._unfound and (done := self.done()) < self._count:
             now = time.monotonic()
             if done > self._news[0]:
@@ -153,7 +154,7 @@ class Exchange:
                 missing = [n for n in range(self._count) if not self._store.check([f"found/{n}"])]
                 whose = ", ".join(f"{n} (replica {self._whose(n) or '?'})" for n in missing)
                 raise TimeoutError(f"{self._name}: nothing new for {self._timeout:.0f} s; missing: {whose}")
-            if now - since > seconds:
+            if now > until:
                 return False
             poll()
             rest(since)

@@ -11,6 +11,7 @@ from typing import Any
 from torch.profiler import profile
 
 from shardes.agreement import check_replicas
+from shardes.attempts import record_failure
 from shardes.center import Center, member
 from shardes.config import Config, Restore, RunError
 from shardes.journal import Finish, Journal, Record, Reward
@@ -23,7 +24,7 @@ from shardes.scoring import Scorer
 from shardes.snapshots import Snapshots
 from shardes.stop import Stopped, StopWatch
 from shardes.tasks import Split, Task
-from shardes.variants import coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
+from shardes.variants import chosen, coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
 from shardes.weights import WeightFiles
 from shardes.world import World
 
@@ -79,7 +80,7 @@ class Trainer:
         self.scorer = Scorer(config.task, task, directory / "failed_scoring.json", watch.poll)
         self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
         if world.speaks:
-            self.reporter = Reporter(directory, config.es.iterations, config.es.population_size, start.means)
+            self.reporter = Reporter(config, start.means, world.layout)
             if config.es.restore is Restore.subtract and world.replicas > 1:
                 self.reporter.say(
                     "warning: es.restore=subtract: each replica's center drifts by itself; only copy is exact"
@@ -101,6 +102,9 @@ class Trainer:
             self.train()
         except Stopped as stopped:
             self.say(str(stopped))
+            raise
+        except Exception as error:
+            record_failure(Path(self.config.run.dir), self.world.job.rank, error)
             raise
 
     def train(self) -> None:
@@ -160,7 +164,7 @@ class Trainer:
                 "digest": digest,
                 "seconds": time.monotonic() - started,
             }
-            self.reporter.summary(summary)
+            self.reporter.summary(summary, last)
             self.reporter.say(
                 f"done: member reward {means[0]:.2f} → {means[-1]:.2f}, center's {first['center_reward']:.2f} → "
                 f"{last['center_reward']:.2f}, held-out {first['held_out_reward']:.2f} → "
@@ -215,7 +219,7 @@ class Trainer:
         self.responder.clock, started = clock, time.perf_counter()
         sigma, _ = scheduled(es, iteration)
         asked = self.batch(iteration)
-        prompts = self.prompts("train", asked)
+        prompts, questions = self.prompts("train", asked), chosen(self.task.prompts("train"), asked)
         seeds = noise_seeds(es, iteration)
         members = [perturbation(es, seeds, number, sigma) for number in range(es.population_size)]
         known = self.start.rewards if iteration == self.start.iteration else {}
@@ -226,8 +230,10 @@ class Trainer:
         looked = time.monotonic()
 
         def record_rewards():
-            for number, reward, tokens, scores in population.new_rewards() if self.journal else ():
-                self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
+            if self.journal and self.reporter:  # the same rank has both
+                for number, reward, tokens, scores in population.new_rewards():
+                    self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
+                    self.reporter.member(tokens)
 
         def poll():
             nonlocal looked
@@ -244,6 +250,8 @@ class Trainer:
             scores = self.world.led(lambda: self.scorer("train", texts, asked), len(prompts))
             self.scorer.post_failures(self.world.store, iteration)
             population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])
+            if self.reporter:
+                self.reporter.responses(number, questions, texts, scores)
             self.evaluated += 1
             with clock("exchange"):
                 record_rewards()
@@ -364,10 +372,8 @@ class Trainer:
             metrics[name] = mean(rewards)
             if split == "test" and hasattr(self.task, "correct"):
                 metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
-            prompts = self.task.prompts(split)
-            prompts = prompts if asked is None else [prompts[number] for number in asked]
             assert self.reporter
-            self.reporter.samples(examination.iteration, split, prompts, texts, rewards)
+            self.reporter.samples(examination.iteration, split, chosen(self.task.prompts(split), asked), texts, rewards)
         failed = {f"evaluation_{name}": count for name, count in self.scorer.take_failures().items()}
         return metrics | failed | examination.distance
 
@@ -378,8 +384,7 @@ class Trainer:
 
     def prompts(self, split: Split, asked: list[int] | None) -> list[list[int]]:
         """The token ids of the prompts `asked`."""
-        encoded = self.encoded[split]
-        return encoded if asked is None else [encoded[number] for number in asked]
+        return chosen(self.encoded[split], asked)
 
     def profiled(self, iteration: int) -> AbstractContextManager:
         """A context that writes a torch.profiler trace of the second iteration (the only one, if there is one)."""

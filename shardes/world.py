@@ -66,6 +66,13 @@ class World:
         """Whether this replica is of another launch than the run's home."""
         return self.replica >= self.replicas
 
+    @property
+    def layout(self) -> dict[str, int | str]:
+        """How this launch's ranks are laid out, in figures."""
+        shard, tensor = self.mesh.shape
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return dict(ranks=self.job.size, replicas=self.replicas, shard=shard, tensor=tensor, device=device)
+
     def join(self, replica: int, replicas: int, store: dist.Store | None) -> None:
         """Be, from now on, a replica of another launch's run; `store` is there on the leading rank."""
         self.replica, self.replicas = replica, replicas

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.replicas import Draw, Looks, Setting, fixed_rounds
 from benchmarks.simulate import claimed
+from shardes.meeting import BEATS
 from shardes.population import Population, idle_seconds
 
 NEVER = 1e9
@@ -87,7 +88,7 @@ def test_who_waits_already_counts_from_the_last_heartbeat():
     setting.deaths = ((1, 80.0),)
     outcome = claimed(setting, draw)
     taken = outcome.ends[0] - 100.0
-    every = setting.timeout / 4
+    every = setting.timeout / BEATS
     assert 80.0 - every + setting.timeout <= taken <= 80.0 + setting.timeout + setting.looks.longest
 
 

@@ -22,12 +22,8 @@ def load_class(path: str) -> Any:
     Raises:
         ConfigError: a file or class that cannot be used, or has neither of a task's ways to score.
     """
-    file, class_name = _parts("task.path", path, "file.py:Class")
-    with _within_reach(Path(file).resolve().parent):
-        module = _from_file("task.path", path, file)
-        made_of = getattr(module, class_name, None)
-        if not isinstance(made_of, type):
-            raise ConfigError(f"task.path={path}: no class {class_name} there{_names(module, type)}")
+    with own_class("task.path", path) as made_of:
+        class_name = made_of.__name__
         try:
             task = made_of()
         except Exception as error:
@@ -39,6 +35,22 @@ def load_class(path: str) -> Any:
     if not hasattr(task, "score"):
         _check_call(f"task.path={path}: reward", task.reward, split="train", number=0, response="")
     return task
+
+
+@contextmanager
+def own_class(key: str, path: str) -> Iterator[type]:
+    """The class that the setting `key` names as file.py:Class, while modules beside the file can be imported.
+
+    Raises:
+        ConfigError: a file that cannot be used, or has no such class.
+    """
+    file, class_name = _parts(key, path, "file.py:Class")
+    with _within_reach(Path(file).resolve().parent):
+        module = _from_file(key, path, file)
+        made_of = getattr(module, class_name, None)
+        if not isinstance(made_of, type):
+            raise ConfigError(f"{key}={path}: no class {class_name} there{_names(module, type)}")
+        yield made_of
 
 
 def load_function(place: str) -> Callable[[str, dict], float]:

@@ -10,18 +10,23 @@ from shardes import journal
 
 TASK = '''
 import time
+from pathlib import Path
 
 class Letters:
     """A reward that differs from member to member."""
-    seconds = 0
     def prompts(self, split):
         return ["abc", "a much longer prompt", "x"] if split == "train" else ["hello"]
     def score(self, split, responses):
-        time.sleep(self.seconds)
         return [float(sum(map(ord, text)) % 97) for text in responses]
 
-class SlowLetters(Letters):
-    seconds = 0.5
+class PatientLetters(Letters):
+    """Its run does not end before a replica has joined it."""
+    def score(self, split, responses):
+        log, deadline = Path(Path(__file__).with_name("log_to_watch").read_text()), time.monotonic() + 400
+        while time.monotonic() < deadline and not (log.exists() and "joined the run" in log.read_text()):
+            time.sleep(0.1)
+        time.sleep(0.2)
+        return super().score(split, responses)
 '''
 
 
