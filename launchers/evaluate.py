@@ -12,6 +12,7 @@ intervals, and every response.
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ import torch.distributed as dist  # noqa: E402
 from shardes import launch  # noqa: E402
 from shardes.config import ConfigError, RunError  # noqa: E402
 from shardes.generation import encode  # noqa: E402
-from shardes.judging import interval, proportion_interval, score  # noqa: E402
+from shardes.judging import interval, proportion_interval  # noqa: E402
 from shardes.launch import Parser, Plan  # noqa: E402
 from shardes.likelihood import k3  # noqa: E402
 from shardes.population import Exchange, mean  # noqa: E402
+from shardes.scoring import Scorer  # noqa: E402
 from shardes.stop import StopWatch  # noqa: E402
 from shardes.weights import WeightFiles, load, model_directory  # noqa: E402
 from shardes.world import Job  # noqa: E402
@@ -128,8 +130,9 @@ def work(job: Job, plan: Evaluation, watch: StopWatch) -> None:
             found["base"] = responder.log_probs(prompts, found["tokens"], watch.poll)
         exchange.post(number, json.dumps(found))
     if world.speaks:
-        found = list(map(json.loads, exchange.collect(watch.poll)))
-        splits = {split: judge(plan, split, responder.texts, pieces, found) for split in plan.encoded}
+        answered = list(map(json.loads, exchange.collect(watch.poll)))
+        with closing(Scorer(plan.config.task, plan.task, plan.out.with_suffix(".failed.json"), watch.poll)) as scorer:
+            splits = {split: judge(plan, scorer, split, responder.texts, pieces, answered) for split in plan.encoded}
         report = dict(
             model=str(plan.files.directory),
             base=str(plan.base.directory) if plan.base else None,
@@ -150,6 +153,7 @@ def _seed(run_seed: int, prompt: int, sample: int) -> int:
 
 def judge(
     plan: Evaluation,
+    scorer: Scorer,
     split: str,
     texts: Callable[[list[list[int]]], list[str]],
     pieces: list[Piece],
@@ -164,7 +168,7 @@ def judge(
         tokens = [row for part in mine for row in part["tokens"]]
         apart = [k3(t, b) for part in mine for t, b in zip(part["tuned"], part.get("base", []), strict=True)]
         written = texts(tokens)
-        rewards = score(plan.task, split, written, None, plan.out.with_suffix(".failed.json"))
+        rewards = scorer(split, written)
         right = plan.task.correct(split, written) if hasattr(plan.task, "correct") else None
         for row, text in enumerate(written):
             responses.append(
@@ -175,12 +179,15 @@ def judge(
     report = dict(greedy=figures([row for row in responses if row["sample"] == 0]))
     if plan.samples:
         report["sampled"] = figures([row for row in responses if row["sample"]])
-    return report | dict(prompts=plan.task.prompts(split), responses=responses)
+    return report | scorer.take_failures() | dict(prompts=plan.task.prompts(split), responses=responses)
 
 
-def figures(rows: list[dict]) -> dict[str, float | list[float]]:
+def figures(rows: list[dict]) -> dict[str, float | tuple[float, float]]:
     """Means with 95 % intervals: of reward and KL over prompts (each its samples' mean), of accuracy over responses."""
-    found = {"responses": len(rows), "tokens": mean([row["tokens"] for row in rows])}
+    found: dict[str, float | tuple[float, float]] = {
+        "responses": len(rows),
+        "tokens": mean([row["tokens"] for row in rows]),
+    }
     for key in ("reward", "kl"):
         if key in rows[0]:
             by_prompt: dict[int, list[float]] = {}

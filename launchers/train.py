@@ -8,6 +8,7 @@ Exit codes: 0 done or stopped by SIGINT or SIGTERM, 75 stopped by SIGUSR1 (start
 1 anything else.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +24,22 @@ from shardes import launch  # noqa: E402
 from shardes.center import open_center  # noqa: E402
 from shardes.config import RunError  # noqa: E402
 from shardes.generation import encode  # noqa: E402
+from shardes.joining import Joined, join_run, join_world, open_door  # noqa: E402
 from shardes.launch import Parser, Plan  # noqa: E402
+from shardes.meeting import Meeting  # noqa: E402
 from shardes.resume import Opened, Start, open_run  # noqa: E402
-from shardes.stop import Stopped, StopWatch  # noqa: E402
+from shardes.stop import StopWatch  # noqa: E402
 from shardes.trainer import Trainer  # noqa: E402
 from shardes.weights import WeightFiles  # noqa: E402
-from shardes.world import Job  # noqa: E402
+from shardes.world import Job, connect_anew  # noqa: E402
 
 
 @dataclass
 class Training(Plan):
-    """`encoded` holds each split's prompts as token ids; `opened` is there on rank 0."""
+    """`encoded` holds each split's prompts as token ids; `place` is this launch's in the run, on rank 0."""
 
     encoded: dict[str, list[list[int]]]
-    opened: Opened | None
+    place: Opened | Joined | None
 
 
 def parser() -> Parser:
@@ -47,37 +50,50 @@ def prepare(argv: list[str], job: Job) -> Training:
     _, config = parser().read(argv)
     plan = launch.check(config, job)
     encoded = {split: encode(plan.tokenizer, plan.task.prompts(split)) for split in ("train", "test")}
-    opened = open_run(config, plan.files) if job.rank == 0 else None
-    return Training(**vars(plan), encoded=encoded, opened=opened)
+    take = open_run if config.replicas.join is None else join_run
+    return Training(**vars(plan), encoded=encoded, place=take(config, plan.files) if job.rank == 0 else None)
 
 
 def work(job: Job, plan: Training, watch: StopWatch) -> None:
     """Build the replica and train."""
-    if plan.opened:
-        plan.opened.start.send(job.store)
+    config, place = plan.config, plan.place
+    if place:
+        place.start.send(job.store)
     start = Start.receive(job.store)
     world, engine, responder = launch.build_replica(job, plan)
+    beats = connect_anew(world.near) if world.leads else None
+    if config.replicas.join is not None:
+        beats = join_world(world, place if isinstance(place, Joined) else None)
     source = plan.files
     if start.source:
         if not Path(start.source).is_dir():
             raise RunError(f"rank {job.rank}: no {start.source} here; run.dir must be where all hosts see it")
         source = WeightFiles(Path(start.source))
         source.stack(plan.module)
-    center = open_center(plan.config.es.restore, engine.shards, world, source, plan.files, plan.config.es.evolve)
-    journal = plan.opened.journal if plan.opened else None
-    trainer = Trainer(plan.config, world, center, plan.files, plan.task, responder, plan.encoded, watch, start, journal)
+    center = open_center(config.es.restore, engine.shards, world, source, plan.files, config.es.evolve)
+    journal = place.journal if isinstance(place, Opened) else None
+    meeting = Meeting(world, beats, config.replicas.timeout, config.run.timeout, watch.stop)
+    trainer = Trainer(
+        config, world, center, plan.files, plan.task, responder, plan.encoded, watch, meeting, start, journal
+    )
     try:
-        for note in plan.opened.notes if plan.opened else ():
-            trainer.say(note)
-        trainer.run()
-        dist.barrier()
-    except Stopped as stopped:
-        trainer.say(str(stopped))
+        with ExitStack() as stack:
+            notes = list(place.notes) if place else []
+            if isinstance(place, Opened):
+                stack.callback(place.close)
+                if config.replicas.port is not None:
+                    address = stack.enter_context(open_door(config, plan.files, world, place.records))
+                    notes.append(f"replicas can join this run with replicas.join={address}")
+            stack.callback(trainer.close)
+            stack.enter_context(meeting)
+            for note in notes:
+                trainer.say(note)
+            trainer.run()
+            dist.barrier()
+    except dist.DistError as error:
+        if world.joined:
+            raise RunError(f"replicas.join={config.replicas.join}: the run's home is gone ({error})") from error
         raise
-    finally:
-        trainer.close()
-        if plan.opened:
-            plan.opened.close()
 
 
 def main(argv: list[str]) -> int:

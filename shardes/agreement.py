@@ -16,7 +16,7 @@ def check_replicas(world: World, center: Center, iteration: int, digest: str, ti
     Raises:
         RunError: they differ; names replica, rank and tensor. Or a replica did not answer within `timeout` seconds.
     """
-    store = dist.PrefixStore(f"center {iteration}", world.job.store)
+    store = dist.PrefixStore(f"center {iteration}", world.store)
     if world.leads:
         store.set(f"replica {world.replica}", digest)
     replicas = [f"replica {replica}" for replica in range(world.replicas)]

@@ -12,7 +12,7 @@ class BatchCache(Cache):
     sliding window are kept at full length, as a `DynamicCache` without config does; their masks do the rest.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=lambda: _Layer(self.length))
         self.length = 0
 
@@ -20,6 +20,7 @@ class BatchCache(Cache):
         """Forget everything, and expect `length` tokens a row."""
         self.length = length
         for layer in self.layers:
+            assert isinstance(layer, _Layer)
             layer.begin(length)
 
 

@@ -92,8 +92,8 @@ class Center(ABC):
         if not self._lossy:
             return {}
         owned = sum(shard.numel for shard in self._shards if shard.owned)
-        same, owned = self._world.sum(same, owned)
-        return {"unmoved": same / owned}
+        unmoved, total = self._world.sum(same, owned)
+        return {"unmoved": unmoved / total}
 
 
 class CopyCenter(Center):
@@ -208,8 +208,8 @@ class SubtractCenter(Center):
                 squares += torch.sum(left**2).item()
                 changed += int(torch.count_nonzero(left))
                 count += left.numel()
-        squares, changed, count = self._world.sum(squares, changed, count)
-        return {"drift": sqrt(squares / count), "drifted": changed / count}
+        square, drifted, total = self._world.sum(squares, changed, count)
+        return {"drift": sqrt(square / total), "drifted": drifted / total}
 
 
 def open_center(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -62,7 +63,8 @@ class Checkpoint:
         )
         self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
         for file, names in split.filename_to_tensors.items():
-            header, end = {"__metadata__": {"format": "pt"}}, 0
+            header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+            end = 0
             for name in names:
                 begin, end = end, end + prod(base.shape(name)) * dtype.itemsize
                 shape = list(base.shape(name))
@@ -115,7 +117,7 @@ class Checkpoint:
         handle, size = self._open[place.file], self._dtype.itemsize
         for first in range(0, region.numel, BLOCK):
             last = min(first + BLOCK, region.numel)
-            data = memoryview(values[first:last].to("cpu", self._dtype).contiguous().view(torch.uint8).numpy())
+            data = values[first:last].to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data
             for piece in region.cut(first, last):
                 for row in range(piece.rows):
                     _write_at(

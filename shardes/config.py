@@ -1,6 +1,7 @@
 """Every setting, typed, and checked before anything heavy starts."""
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -70,6 +71,9 @@ def _key(meaning: str, default: Any) -> Any:
 class ModelConfig:
     path: str = _key("checkpoint directory (safetensors, config.json, tokenizer) or hub id", MISSING)
     dtype: DType = _key("dtype of the live weights: float32, bfloat16 or float16", DType.bfloat16)
+    trust_remote_code: bool = _key(
+        "run Python code that comes with the model, on every rank; only after reading it", False
+    )
 
 
 @dataclass
@@ -122,14 +126,29 @@ class GenerationConfig:
 
 @dataclass
 class TaskConfig:
-    name: str | None = _key("a built-in task: conciseness, countdown, math", None)
+    name: str | None = _key("a built-in task: conciseness, countdown, math; or jsonl: your own data and reward", None)
     path: str | None = _key("your own task: file.py:Class", None)
     train: str | None = _key(
-        "file of training problems (countdown: JSON; math: JSON lines or datasets:NAME:SPLIT); null: the shipped ones",
+        "file of training problems (countdown: JSON; math, jsonl: JSON lines or datasets:NAME:SPLIT); "
+        "null: the shipped ones",
         None,
     )
     test: str | None = _key("the same for held-out problems", None)
-    tests: dict[str, str] = _key("math: further named test sets, for evaluate.py --split NAME", {})
+    tests: dict[str, str] = _key("math, jsonl: further named test sets, for evaluate.py --split NAME", {})
+    template: str | None = _key(
+        "jsonl: the prompt, with {field} where an example's field goes ({{ and }} for braces); null: the field prompt",
+        None,
+    )
+    chat: bool = _key("jsonl: prompts are put as a user's message, by the chat template; false: as raw text", True)
+    reward: str | None = _key(
+        "jsonl: my_module:function or my_reward.py:function; called with (response, example), it returns a float", None
+    )
+    workers: int = _key("processes of each replica that score responses (jsonl, and classes with reward)", 4)
+    timeout: float = _key("seconds that scoring one response may take there; then its process is ended", 10.0)
+    memory: float = _key("gigabytes that one of these processes may allocate", 8.0)
+    on_error: str = _key(
+        "what follows where a response cannot be scored there: fail ends the run; a number is its reward", "fail"
+    )
     prompts_per_iteration: int | None = _key(
         "training prompts asked per iteration, the same for every member, reshuffled each epoch; null: all", None
     )
@@ -150,6 +169,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class ReplicasConfig:
+    port: int | None = _key("where replicas of other launches can join this run; 0: a free port; null: nowhere", None)
+    host: str | None = _key("the address that is listened on, and that joining replicas are told; null: all", None)
+    join: str | None = _key("HOST:PORT of a run that this launch joins, as one more replica", None)
+    timeout: float = _key("seconds without a sign of life after which a replica's member is another's", 60.0)
+
+
+@dataclass
 class ResumeConfig:
     source: str = _key(
         "auto: go on if run.dir has a journal; never: refuse; or a run directory or snapshot, from whose journal "
@@ -166,6 +193,13 @@ class RunConfig:
 
 
 @dataclass
+class TrackingConfig:
+    loggers: list[str] = _key(
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, your own as logger.py:Class", ["tensorboard"]
+    )
+
+
+@dataclass
 class Config:
     engine: Engine = _key(
         "what holds the model: deepspeed (ZeRO-3 × AutoTP) or fsdp (FSDP2 × transformers' tensor parallel)",
@@ -178,14 +212,16 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     profile: bool = _key("write torch.profiler traces of the second iteration, for Perfetto, to run.dir", False)
 
 
 def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     """Every dotted key with its default and its meaning."""
-    found = {}
+    found: dict[str, tuple[Any, str]] = {}
     for entry in fields(config):
         if is_dataclass(entry.type):
             found |= keys(entry.type, f"{prefix}{entry.name}.")
@@ -197,11 +233,11 @@ def keys(config: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
 
 def help_text() -> str:
     """One line per key: name, default, meaning."""
-    lines = [f"  {key:<28} {_shown(default):<10} {meaning}" for key, (default, meaning) in keys().items()]
+    lines = [f"  {key:<28} {shown(default):<10} {meaning}" for key, (default, meaning) in keys().items()]
     return "\n".join(lines)
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
     if default is None:
         return "null"
     if default == MISSING:
@@ -234,7 +270,7 @@ def load(path: str, overrides: list[str]) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.from_dotlist(overrides))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ConfigError(_unknown_key(error.full_key)) from None
+        raise ConfigError(_unknown_key(error.full_key or "")) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
@@ -270,6 +306,14 @@ def check(config: Config) -> None:
             "task.prompts_per_iteration",
             "must be at least 1, or null",
         ),
+        (config.task.workers >= 1, "task.workers", "must be at least 1"),
+        (config.task.timeout > 0, "task.timeout", "must be positive"),
+        (config.task.memory > 0, "task.memory", "must be positive"),
+        (
+            config.task.on_error == "fail" or is_finite(config.task.on_error),
+            "task.on_error",
+            "must be fail, or the reward of a response that cannot be scored: a finite number",
+        ),
         (
             not config.checkpoint.best or config.checkpoint.every > 0,
             "checkpoint.best",
@@ -289,6 +333,22 @@ def check(config: Config) -> None:
         (is_size(config.checkpoint.shard_size), "checkpoint.shard_size", "must be a size such as 5GB or 500MB"),
         (config.checkpoint.verify_every >= 0, "checkpoint.verify_every", "must not be negative"),
         (config.run.timeout > 0, "run.timeout", "must be positive"),
+        (config.replicas.timeout > 0, "replicas.timeout", "must be positive"),
+        (
+            config.replicas.port is None or 0 <= config.replicas.port < 65536,
+            "replicas.port",
+            "must be from 0 to 65535, or null",
+        ),
+        (
+            config.replicas.join is None or config.replicas.port is None,
+            "replicas.port",
+            "is for the run that others join; with replicas.join leave it out",
+        ),
+        (
+            es.restore is Restore.copy or (config.replicas.join is None and config.replicas.port is None),
+            "es.restore",
+            "each replica drifts by itself, so none can join or be joined; use copy",
+        ),
     ]
     for holds, key, demand in rules:
         if not holds:
@@ -303,6 +363,14 @@ def is_pattern(text: str | None) -> bool:
     except re.error:
         return False
     return True
+
+
+def is_finite(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def is_size(text: str) -> bool:
@@ -321,9 +389,19 @@ def check_layout(config: Config, world_size: int) -> int:
             f"{given}sharding.shard={s.shard} × sharding.tensor={s.tensor}: does not "
             f"{'fill' if s.replicas is not None else 'divide'} the {world_size} ranks that were started"
         )
+    if config.replicas.join is not None and replicas != 1:
+        raise ConfigError(
+            f"replicas.join={config.replicas.join}: a launch joins as one replica, of sharding.shard={s.shard} × "
+            f"sharding.tensor={s.tensor} ranks; {world_size} were started"
+        )
     return replicas
 
 
 def to_yaml(config: Config) -> str:
     """The resolved settings as YAML, which `load` reads."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def nested(config: Config) -> dict[str, Any]:
+    """The resolved settings as nested dicts of what YAML has."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shardes.config import ConfigError
 
@@ -27,7 +28,8 @@ class ForeignFiles:
         except (SafetensorError, OSError, ValueError) as error:
             raise ConfigError(f"{directory}: not readable: {error}") from error
         self._directory = directory
-        self.shapes = {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+        entries = metadata.state_dict_metadata.items()
+        self.shapes = {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._chunks: dict[str, list[tuple[str, Any]]] = {name: [] for name in self.shapes}
         for index, info in metadata.storage_data.items():
             self._chunks[index.fqn].append((info.relative_path, index.offset))

@@ -8,11 +8,18 @@ prompt and a seed: which others are decoded beside it does not matter, nor how t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from shardes.cache import BatchCache, cache_for
 from shardes.config import ConfigError
@@ -38,7 +45,7 @@ class Decoder:
 
     def __call__(
         self,
-        module: nn.Module,
+        module: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         *,
         seeds: Sequence[int] | None = None,
@@ -80,6 +87,7 @@ class Decoder:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + length - width) for p in prompts], device=device)
         positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
         cache = self._empty_cache(module, length)
+        named = "cache" if "cache" in signature(module.forward).parameters else "past_key_values"  # by version
         responses: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # which prompt each row of the batch is
         going = [True] * len(rows)
@@ -92,9 +100,9 @@ class Decoder:
                 input_ids=ids,
                 attention_mask=mask[:, :width],
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{named: cache},
             ).logits[:, -1]
             if seeds is not None:
                 noise = gumbel([seeds[row] for row in rows], count, module.config.get_text_config().vocab_size, device)
@@ -116,7 +124,7 @@ class Decoder:
                 rows, going = [rows[i] for i in kept], [True] * len(kept)
             ids, positions, width = tokens[:, None], positions[:, -1:] + 1, width + 1
 
-    def _empty_cache(self, module: nn.Module, length: int) -> Cache:
+    def _empty_cache(self, module: PreTrainedModel, length: int) -> Cache:
         if self._cache is None:
             self._cache = cache_for(module.config)
         if self._cache is None:
@@ -207,7 +215,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> lis
                 "template; use an instruct model, or prompts that are plain strings"
             )
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            assert isinstance(chat, BatchEncoding)
+            ids = chat["input_ids"]
         if not ids:
             raise ConfigError(f"task: prompt {number} is empty")
         encoded.append(ids)

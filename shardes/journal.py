@@ -124,8 +124,8 @@ class History:
         """The digest of the center before `iteration`, where the journal has it."""
         if iteration < len(self.records):
             return self.records[iteration].digest
-        last = [self.finish] if self.finish else []
-        known = [entry.digest for entry in (*self.rewards.values(), *last) if entry.iteration == iteration]
+        entries: list[Reward | Finish] = [*self.rewards.values(), *([self.finish] if self.finish else [])]
+        known = [entry.digest for entry in entries if entry.iteration == iteration]
         return known[0] if known else None
 
     @property

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shardes import config as settings
+from shardes import loggers
 from shardes.config import Config, ConfigError, RunError
-from shardes.engines import Engine, build, check_model, open_model
+from shardes.engines import Engine, build, check_model, open_model, reason
 from shardes.generation import Decoder, decoder
+from shardes.hosts import check_launcher
 from shardes.responses import Responder
 from shardes.stop import Stopped, StopWatch
 from shardes.tasks import Task, load_task
@@ -32,7 +34,7 @@ class Plan:
     config: Config
     replicas: int
     files: WeightFiles
-    module: nn.Module
+    module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
     decoder: Decoder
@@ -40,9 +42,11 @@ class Plan:
 
 def check(config: Config, job: Job) -> Plan:
     """Check everything that can be checked before heavy work; ConfigError for what cannot run."""
+    check_launcher()
     replicas = settings.check_layout(config, job.size)
-    task = load_task(config.task.name, config.task.path, config.task.train, config.task.test, config.task.tests)
-    if config.task.prompts_per_iteration is not None:
+    t = config.task
+    task = load_task(t.name, t.path, t.train, t.test, t.tests, template=t.template, chat=t.chat, reward=t.reward)
+    if t.prompts_per_iteration is not None and hasattr(task, "score"):
         try:
             signature(task.score).bind("train", [], [])
         except TypeError:
@@ -50,13 +54,20 @@ def check(config: Config, job: Job) -> Plan:
                 "task.prompts_per_iteration: the task's score must take the prompts that were asked as a third "
                 "argument: score(split, responses, which=None); see shardes.tasks.Task"
             ) from None
+    loggers.check(config.tracking.loggers)
     directory = model_directory(config.model.path)
-    files, module = open_model(directory, getattr(torch, config.model.dtype.value))
+    trusted = config.model.trust_remote_code
+    if trusted and job.rank == 0:
+        warn(
+            f"model.trust_remote_code=true: Python code that comes with {config.model.path} is run on every rank, "
+            "with all that you may do here"
+        )
+    files, module = open_model(directory, getattr(torch, config.model.dtype.value), trusted)
     check_model(config, module)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={directory}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model.path={directory}: no usable tokenizer: {reason(error)}") from error
     decoding = decoder(
         tokenizer,
         GenerationConfig.from_pretrained(directory)
@@ -67,6 +78,9 @@ def check(config: Config, job: Job) -> Plan:
         batch_tokens=config.generation.batch_tokens,
     )
     return Plan(config, replicas, files, module, tokenizer, task, decoding)
+
+
+Checked = TypeVar("Checked", bound=Plan)
 
 
 def build_replica(job: Job, plan: Plan) -> tuple[World, Engine, Responder]:
@@ -103,8 +117,8 @@ class Parser(argparse.ArgumentParser):
 def launch(
     argv: list[str],
     parser: Parser,
-    prepare: Callable[[list[str], Job], Plan],
-    work: Callable[[Job, Plan, StopWatch], None],
+    prepare: Callable[[list[str], Job], Checked],
+    work: Callable[[Job, Checked, StopWatch], None],
 ) -> int:
     """Run this rank of a launcher to its end; returns the exit code.
 
@@ -116,15 +130,16 @@ def launch(
         return 0
     try:
         job = join_job(MEETING)
-    except ConfigError as error:
-        complain(str(error))
-        return 2
+    except (ConfigError, RunError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # a host's ranks meet the same mistake
+            complain(str(error))
+        return 2 if isinstance(error, ConfigError) else 1
     plan, problem = None, None
     try:
         plan = prepare(argv, job)
     except ConfigError as error:
         problem = str(error)
-    if not agree(job, problem, settings.to_yaml(plan.config) if plan else "", say=complain):
+    if not agree(job, problem, settings.to_yaml(plan.config) if plan else "", say=complain) or plan is None:
         return 2
     watch, code, timeout = StopWatch(job), 1, plan.config.run.timeout
     try:
@@ -148,6 +163,10 @@ def launch(
         complain(f"the run is done, but after {timeout:.0f} s ranks {missing} have not ended")
         return 1
     return code
+
+
+def warn(message: str) -> None:
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def complain(message: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import PreTrainedModel
 
 from shardes.engines.vocabulary import VocabularyPart
 from shardes.generation import any_unfinished
@@ -14,7 +14,7 @@ LOGITS = 1 << 27  # most logits of one forward pass
 
 
 def log_probs(
-    module: nn.Module,
+    module: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,

@@ -2,24 +2,28 @@
 
 import json
 import math
+import operator
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
+from shardes import config as settings
+from shardes.attempts import Attempt
+from shardes.config import Config, RunError
+from shardes.loggers import Loggers
+from shardes.progress import Screen
 
-from shardes.config import RunError
+EXTREMES = {"best": operator.gt, "worst": operator.lt}
+FILES = ("metrics.jsonl", "samples.jsonl", "extremes.jsonl")
 
 
 class Clock:
     """Seconds spent in named parts: `with clock("generate"): ...`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -32,65 +36,59 @@ class Clock:
 
 
 class Reporter:
-    """The terminal, metrics.jsonl, samples.jsonl, summary.json and TensorBoard files of one run.
+    """The terminal, the files of the run directory that are for people, and the loggers, of one run; for rank 0.
 
-    On a terminal a bar shows the iteration's members; elsewhere there is one plain line per iteration. `means` are
-    the mean rewards of the iterations before; `first_evaluation` is what metrics.jsonl says of the first center
-    that was evaluated; `best_held_out` the best held-out reward of any.
+    `means` are the mean rewards of the iterations before; `layout` says how the ranks are laid out.
+    `first_evaluation` is what metrics.jsonl says of the first center that was evaluated; `best_held_out` the best
+    held-out reward of any.
     """
 
-    def __init__(self, directory: Path, iterations: int, population_size: int, means: Sequence[float] = ()):
-        self._directory = directory
-        self._begin = len(means)
+    def __init__(self, config: Config, means: Sequence[float] = (), layout: dict[str, Any] | None = None):
+        self._directory = directory = Path(config.run.dir)
         self.first_evaluation = _continue(directory, means)
         self.best_held_out = max(
             (row["held_out_reward"] for row in _rows(directory / "metrics.jsonl") if "held_out_reward" in row),
             default=-math.inf,
         )
-        self._iterations = iterations
-        self._population_size = population_size
-        self._metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-        self._samples = open(directory / "samples.jsonl", "a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory), purge_step=self._begin)
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("members  {task.fields[state]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=population_size, state="")
-        self._bar.start()
-        self._started = time.monotonic()
+        self._attempt = Attempt(directory, config, layout or {})
+        self._metrics, self._samples, self._extremes = (open(directory / name, "a", encoding="utf-8") for name in FILES)
+        es = config.es
+        self._screen = Screen(es.iterations, es.population_size, len(means), self.best_held_out)
+        self._loggers = Loggers(config.tracking.loggers, directory, settings.nested(config), self.say)
+        self._tokens = 0
+        self._found: dict[str, dict[str, Any]] = {}
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self._console.print(line, markup=False)
+        self._screen.say(line)
+        self._attempt.line(line)
+
+    def member(self, tokens: int) -> None:
+        """Count what a member has generated, as the progress shows it."""
+        self._tokens += tokens
 
     def members(self, iteration: int, done: int) -> None:
         """Show how many of the iteration's members are evaluated."""
-        self._bar.update(self._task, description=f"iteration {iteration}", completed=done)
+        self._screen.members(iteration, done, self._tokens)
+
+    def responses(self, member: int, prompts: Sequence, responses: Sequence[str], rewards: Sequence[float]) -> None:
+        """Keep the best and the worst response to the iteration's prompts; of members that this replica evaluated."""
+        for kind, better in EXTREMES.items():
+            reward = max(rewards) if kind == "best" else min(rewards)
+            if kind not in self._found or better(reward, self._found[kind]["reward"]):
+                row = list(rewards).index(reward)
+                found = dict(kind=kind, member=member, prompt=prompts[row], response=responses[row])
+                self._found[kind] = found | {"reward": reward}
 
     def iteration(self, metrics: dict[str, float]) -> None:
         """Record one iteration's metrics, and show the line that sums them up."""
-        _put(self._metrics, [metrics])
         step = int(metrics["iteration"])
-        for key, value in metrics.items():
-            self._board.add_scalar(key, value, step)
-        self._board.flush()
-        rate = metrics["generated_tokens"] / metrics["seconds"]
-        left = (time.monotonic() - self._started) / (step + 1 - self._begin) * (self._iterations - step - 1)
-        held_out = f"  held-out {metrics['held_out_reward']:.2f}" if "held_out_reward" in metrics else ""
-        self.say(
-            f"iteration {step}  reward {metrics['reward_mean']:.2f} ± {metrics['reward_std']:.2f}"
-            f"  best {metrics['reward_max']:.2f}{held_out}  {metrics['seconds']:.1f} s  {rate:.0f} tokens/s"
-            f"  {_duration(left)} left"
-        )
-        state = f"reward {metrics['reward_mean']:.2f}  {rate:.0f} tokens/s  {_duration(left)} left"
-        self._bar.update(self._task, completed=self._population_size, state=state)
+        _put(self._metrics, [metrics])
+        _put(self._extremes, [dict(iteration=step) | found for found in self._found.values()])
+        self._found.clear()
+        self._tokens = 0
+        self._loggers.log(metrics, step)
+        self._attempt.line(self._screen.iteration(metrics))
 
     def samples(
         self, iteration: int, split: str, prompts: Sequence, responses: Sequence[str], rewards: Sequence[float]
@@ -102,13 +100,15 @@ class Reporter:
             for prompt, response, reward in rows
         ])  # fmt: skip
 
-    def summary(self, summary: dict[str, float | str]) -> None:
-        """Write summary.json."""
+    def summary(self, summary: dict[str, float | str], last: dict[str, float]) -> None:
+        """Write summary.json; `last` is the evaluation of the final center."""
         (self._directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self._loggers.log(last, int(summary["iterations"]))
 
     def close(self) -> None:
-        self._bar.stop()
-        for file in (self._metrics, self._samples, self._board):
+        self._screen.close()
+        self._loggers.close()
+        for file in (self._metrics, self._samples, self._extremes):
             try:
                 file.close()
             except OSError as error:  # what counts is in the journal
@@ -120,11 +120,11 @@ def _continue(directory: Path, means: Sequence[float]) -> dict[str, float] | Non
 
     Iterations that were recorded in the journal, but not here, get their mean reward.
     """
-    metrics = {row["iteration"]: row for row in _rows(directory / "metrics.jsonl")}
-    metrics = [metrics.get(i, {"iteration": i, "reward_mean": reward}) for i, reward in enumerate(means)]
+    known = {row["iteration"]: row for row in _rows(directory / "metrics.jsonl")}
+    metrics = [known.get(i, {"iteration": i, "reward_mean": reward}) for i, reward in enumerate(means)]
     _replace(directory / "metrics.jsonl", metrics)
-    samples = [row for row in _rows(directory / "samples.jsonl") if row["iteration"] < len(means)]
-    _replace(directory / "samples.jsonl", samples)
+    for name in FILES[1:]:
+        _replace(directory / name, [row for row in _rows(directory / name) if row["iteration"] < len(means)])
     return next((row for row in metrics if "held_out_reward" in row), None)
 
 
@@ -166,9 +166,3 @@ def peak_resident_bytes() -> int:
     """The most memory of the host that this process has had resident so far."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

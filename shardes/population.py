@@ -1,12 +1,14 @@
 """An iteration's members: their seeds, who evaluates which, the rewards exchanged, the fitness.
 
-Replicas meet in the job's store: a replica claims the next member (`add`), posts its reward (`set`) and reads
-the others'. A faster replica takes more members; nothing that crosses depends on the model's size.
+Replicas meet in a store: a replica claims the next member (`add`) and posts its reward (`compare_set`: the first post
+counts). A faster replica takes more members, and those of a replica that died are taken over; nothing that crosses
+depends on the model's size.
 """
 
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,9 +17,12 @@ import numpy as np
 import torch.distributed as dist
 
 from shardes.config import ConfigError
-from shardes.world import World, await_keys
+from shardes.meeting import Meeting
+from shardes.world import World, rest
 
 NOTHING: Mapping = MappingProxyType({})
+DONE, WAITING = -1, -2  # where there is no piece to take over
+LOOKS = 32  # pieces that a waiting replica asks for at a time: all of them, asked by thousands, would be too many
 
 
 def member_seeds(run_seed: int, iteration: int, population_size: int) -> list[int]:
@@ -54,12 +59,16 @@ class Exchange:
 
     def __init__(self, world: World, name: str, count: int, timeout: float, known: Mapping[int, str] = NOTHING):
         self._world = world
-        self._store = dist.PrefixStore(name, world.job.store)
+        self._store = dist.PrefixStore(name, world.store)
         self._name = name
         self._count = count
         self._timeout = timeout
         self._known = known
         self._seen = set(known)
+        self._me = str(world.replica)
+        self._news = (-1, 0.0)  # how many were done, and since when
+        self._unfound = deque(range(count))  # those of which this replica does not know that they are done
+        self._unfound.rotate(-LOOKS * world.replica)
         self.bytes = 0
         if known and world.speaks:
             for number, found in known.items():
@@ -75,14 +84,43 @@ class Exchange:
             if number in self._known:
                 continue
             if self._world.leads:
-                self._set(f"replica/{number}", str(self._world.replica))
+                self._set(f"replica/{number}", self._me)
             yield number
 
+    def take_over(self, meeting: Meeting, poll: Callable[[], None] = lambda: None) -> Iterator[int]:
+        """Wait until all pieces are done. Those whose replica has died are this one's to do, one at a time.
+
+        Raises:
+            TimeoutError: nothing was posted for `timeout` seconds; names what is missing and whose it is.
+        """
+        number, since = WAITING, time.monotonic()
+        while number != DONE:
+            number = self._orphan(meeting, poll, since) if self._world.leads else 0
+            number = int(self._world.broadcast([number], 1)[0])
+            if number >= 0:
+                yield number
+                since = time.monotonic()
+
+    def _orphan(self, meeting: Meeting, poll: Callable[[], None], since: float) -> int:
+        """A piece whose replica has died, WAITING after a while, or DONE. `since` is when this one's work ran out."""
+        if self._await(poll, since, meeting.timeout / 4):
+            return DONE
+        for _ in range(min(LOOKS, len(self._unfound))):
+            number = self._unfound.popleft()
+            if self._store.check([f"found/{number}"]):
+                continue
+            self._unfound.append(number)
+            whose = self._whose(number)
+            if meeting.dead(whose) and self._compare_set(f"replica/{number}", whose, self._me) == self._me:
+                return number
+        return WAITING if self._unfound else DONE  # even if one died between posting and counting
+
     def post(self, number: int, found: str) -> None:
-        """Publish what the replica's leading rank found."""
+        """Publish what the replica's leading rank found, unless another, who took over, was first."""
         if self._world.leads:
-            self._set(f"found/{number}", found)
-            self._add("done", 1)
+            found = f"{self._me}:{found}"
+            if self._compare_set(f"found/{number}", "", found) == found:
+                self._add("done", 1)
 
     def done(self) -> int:
         """How many pieces are done so far, by all replicas."""
@@ -94,7 +132,7 @@ class Exchange:
             for number in range(self._count):
                 if number not in self._seen and self._store.check([f"found/{number}"]):
                     self._seen.add(number)
-                    yield number, self._get(f"found/{number}")
+                    yield number, self._found(number)
 
     def collect(self, poll: Callable[[], None] = lambda: None) -> list[str]:
         """All that was found, in order, on the leading rank; waits for the other replicas, calling `poll` meanwhile.
@@ -102,18 +140,38 @@ class Exchange:
         Raises:
             TimeoutError: nothing was posted for `timeout` seconds; names what is missing and whose it is.
         """
-        done, since = self.done(), time.monotonic()
-        while done < self._count:
-            poll()
-            time.sleep(0.02)
-            before, done = done, self.done()
-            if done > before:
-                since = time.monotonic()
-            elif time.monotonic() - since > self._timeout:
+        self._await(poll, time.monotonic())
+        return [self._found(n) for n in range(self._count)]
+
+    def _await(self, poll: Callable[[], None], since: float, seconds: float = math.inf) -> bool:
+        """Wait, for so many seconds at most, until all is done; returns whether it is. `since` as above."""
+        until = time.monotonic() + seconds
+        while self._unfound and (done := self.done()) < self._count:
+            now = time.monotonic()
+            if done > self._news[0]:
+                self._news = done, now
+            if now - self._news[1] > self._timeout:
                 missing = [n for n in range(self._count) if not self._store.check([f"found/{n}"])]
-                whose = ", ".join(f"{n} (replica {self._get(f'replica/{n}')})" for n in missing)
+                whose = ", ".join(f"{n} (replica {self._whose(n) or '?'})" for n in missing)
                 raise TimeoutError(f"{self._name}: nothing new for {self._timeout:.0f} s; missing: {whose}")
-        return [self._get(f"found/{n}") for n in range(self._count)]
+            if now > until:
+                return False
+            poll()
+            rest(since)
+        return True
+
+    def _whose(self, number: int) -> str:
+        """Which replica has claimed a piece last; "": none yet, or it died as it claimed it."""
+        key = f"replica/{number}"
+        return self._get(key) if self._store.check([key]) else ""
+
+    def _found(self, number: int) -> str:
+        return self._get(f"found/{number}").partition(":")[2]
+
+    def _compare_set(self, key: str, expected: str, value: str) -> str:
+        now = self._store.compare_set(key, expected, value)
+        self.bytes += len(key) + len(expected) + len(value) + len(now)
+        return now.decode()
 
     def _set(self, key: str, value: str) -> None:
         self.bytes += len(key) + len(value.encode())
@@ -198,19 +256,6 @@ class Population(Exchange):
             yield number, reward, tokens, scores
 
     def evaluations(self, poll: Callable[[], None] = lambda: None) -> list[Evaluation]:
-        """All members' evaluations, in member order, on every rank; otherwise like `collect`."""
-        count, size = len(self.seeds), 4 + self._width
-        flat: list[float] | None = None
-        if self._world.leads:
-            flat = [value for found in self.collect(poll) for value in json.loads(found)]
-        flat = self._world.broadcast(flat, size * count)
-        rows = (flat[size * n : size * (n + 1)] for n in range(count))
-        return [Evaluation(reward, int(tokens), int(who), when, scores) for reward, tokens, who, when, *scores in rows]
-
-    def publish(self, name: str) -> None:
-        """Tell all replicas that a step of this iteration is done."""
-        self._set(name, "")
-
-    def await_published(self, name: str) -> None:
-        """Wait for one rank's `publish(name)`. Every rank looks for itself."""
-        await_keys(self._store, [name], self._timeout, self._name)
+        """All members' evaluations, in member order, on a leading rank; waits like `collect`."""
+        rows = map(json.loads, self.collect(poll))
+        return [Evaluation(reward, tokens, replica, when, scores) for reward, tokens, replica, when, *scores in rows]

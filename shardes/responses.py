@@ -5,8 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardes.engines import Engine
 from shardes.generation import Decoder
@@ -54,7 +53,7 @@ class Responder:
         return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @contextmanager
-    def _ready(self) -> Iterator[tuple[nn.Module, dict]]:
+    def _ready(self) -> Iterator[tuple[PreTrainedModel, dict]]:
         lockstep = self._group if self._engine.lockstep else None
         with ExitStack() as stack:
             with self.clock("gather"):

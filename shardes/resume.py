@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ DECISIVE = [  # the settings that decide the center, given the model and the mac
     "task.name",
     "task.path",
     "task.train",
+    "task.template",
+    "task.chat",
+    "task.reward",
+    "task.on_error",
     "task.prompts_per_iteration",
 ]
 
@@ -60,6 +65,12 @@ class Start:
     rewards: dict[int, list] = field(default_factory=dict)
     means: list[float] = field(default_factory=list)
 
+    @property
+    def origin(self) -> str:
+        """Where the center comes from, in words."""
+        begins = f"snapshot {self.source}" if self.source else "the base model"
+        return f"{begins} and {len(self.records)} iterations replayed"
+
     def send(self, store: dist.Store) -> None:
         """Hand it, from rank 0, to the other ranks."""
         store.set("start", json.dumps(asdict(self)))
@@ -79,6 +90,7 @@ class Opened:
     lock: "Lock"
     journal: Journal
     start: Start
+    records: list[Record]  # of all iterations so far
     notes: list[str]  # what the user should know
 
     def close(self) -> None:
@@ -115,16 +127,22 @@ def open_run(config: Config, base: WeightFiles) -> Opened:
         (directory / "config.yaml").write_text(settings.to_yaml(config))
     except OSError as error:
         raise ConfigError(f"run.dir={directory}: cannot be written: {error}") from error
-    return Opened(lock, written, start, notes)
+    return Opened(lock, written, start, history.records if history else [], notes)
+
+
+def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
+    """Settings by key, as JSON has them."""
+    found = {}
+    for key in keys:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        found[key] = getattr(value, "value", value)
+    return found
 
 
 def decisive(config: Config) -> dict[str, Any]:
     """The settings that decide the center, as JSON has them."""
-    found = {}
-    for key in DECISIVE:
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        found[key] = getattr(value, "value", value)
+    found = values(config, DECISIVE)
     if config.es.sigma_final is not None or config.es.alpha_final is not None:
         found["es.iterations"] = config.es.iterations  # schedules span them
     return found
@@ -170,7 +188,7 @@ def _changes(config: Config, history: History, header: Header) -> dict[str, list
                 f"resume.allow_changes: {key} is none of the settings that decide the center: "
                 f"{', '.join(DECISIVE)}, model.path"
             )
-    changes = {}
+    changes: dict[str, list] = {}
     if differ := differing(history.files, header.files):
         name = differ[0]
         then, now = (files.get(name, "missing")[:16] for files in (history.files, header.files))
@@ -195,7 +213,7 @@ def _changes(config: Config, history: History, header: Header) -> dict[str, list
 
 def _start(config: Config, history: History, runs: list[Path]) -> tuple[Start, list[str]]:
     """Where the run goes on: from the newest snapshot that is sound, or from the base model."""
-    iteration, notes = len(history.records), []
+    iteration = len(history.records)
     if iteration > config.es.iterations:
         raise ConfigError(
             f"es.iterations={config.es.iterations}: the run in {history.path.parent} has {iteration} already; "
@@ -207,23 +225,41 @@ def _start(config: Config, history: History, runs: list[Path]) -> tuple[Start, l
         rewards={member: [found.reward, found.tokens, found.scores] for member, found in history.rewards.items()},
         means=[mean(record.rewards) for record in history.records],
     )
-    first = 0
+    begin = newest_sound(runs, iteration, history.digest)
+    start.source, start.digest = begin.source, begin.digest
+    start.records = history.records[begin.iteration :]
+    known = f", of which {len(start.rewards)} members are evaluated" if start.rewards else ""
+    return start, [*begin.notes, f"resuming at iteration {iteration}{known}: {start.origin}"]
+
+
+@dataclass
+class Beginning:
+    """The center before `iteration`: that of the snapshot `source`, of that digest; None: the base model."""
+
+    iteration: int = 0
+    source: str | None = None
+    digest: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def newest_sound(runs: Sequence[Path], iteration: int, digest: Callable[[int], str | None]) -> Beginning:
+    """The newest sound snapshot in run directories of a center before `iteration` or earlier.
+
+    `digest` says which a center must have, where that is known.
+    """
+    found = Beginning()
     candidates = [item for run in runs for item in snapshots.found(run).items() if item[0] <= iteration]
     for number, path in sorted(candidates, reverse=True):
         try:
             manifest = verify(path)
-            if manifest.iteration != number or history.digest(number) not in (None, manifest.digest):
+            if manifest.iteration != number or digest(number) not in (None, manifest.digest):
                 raise ConfigError(f"{path}: not a snapshot of this run's iteration {number}")
         except ConfigError as error:
-            notes.append(f"WARNING: a snapshot is not used: {error}")
+            found.notes.append(f"WARNING: a snapshot is not used: {error}")
             continue
-        first, start.source, start.digest = number, str(path), manifest.digest
+        found.iteration, found.source, found.digest = number, str(path), manifest.digest
         break
-    start.records = history.records[first:]
-    begins = f"snapshot {start.source}" if start.source else "the base model"
-    known = f", of which {len(start.rewards)} members are evaluated" if start.rewards else ""
-    notes.append(f"resuming at iteration {iteration}{known}: {begins} and {len(start.records)} iterations replayed")
-    return start, notes
+    return found
 
 
 class Lock:

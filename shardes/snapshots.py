@@ -18,7 +18,7 @@ from shardes.center import Center
 from shardes.checkpoint import MANIFEST, PARTIAL, Checkpoint
 from shardes.config import CheckpointConfig, RunError
 from shardes.weights import WeightFiles
-from shardes.world import World, await_keys
+from shardes.world import World, await_keys, connect_anew
 
 
 def directory(run: Path) -> Path:
@@ -114,7 +114,7 @@ class Snapshots:
 
     def _write(self, iteration: int, digest: str) -> None:
         # Ranks meet through the store alone, by looking: collectives are the main thread's.
-        store = dist.PrefixStore(f"snapshot {iteration}", self._world.job.store.clone())
+        store = dist.PrefixStore(f"snapshot {iteration}", connect_anew(self._world.job.store))
         rank, ranks = dist.get_rank(), dist.get_world_size()
         home = directory(self._run) / f"iteration_{iteration}"
         checkpoint = Checkpoint(home, self._base, self._center.names, torch.float32, self._config.shard_size)
@@ -134,7 +134,7 @@ class Snapshots:
             store.set(f"read/{rank}", json.dumps(mine))
             if rank == 0:
                 self._await(store, [f"read/{other}" for other in range(ranks)])
-                read = {}
+                read: dict[str, tuple[str, int]] = {}
                 for other in range(ranks):
                     read |= json.loads(store.get(f"read/{other}"))
                 total = f"{sum(part for _, part in read.values()) % 2**64:016x}"

@@ -10,10 +10,11 @@ import sys
 import threading
 
 from shardes.environment import leave
-from shardes.world import Job
+from shardes.world import Job, connect_anew
 
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
-CODES = {signal.SIGINT: 0, signal.SIGTERM: 0, signal.SIGUSR1: PREEMPTED}  # SLURM warns by SIGUSR1
+HOME_LOST = 1
+CODES: dict[int, int] = {signal.SIGINT: 0, signal.SIGTERM: 0, signal.SIGUSR1: PREEMPTED}  # SLURM warns by SIGUSR1
 INTERVAL = 0.2  # seconds between looks at the store
 
 
@@ -21,7 +22,7 @@ class Stopped(Exception):
     """The run was asked to stop; `code` is the exit code."""
 
     def __init__(self, code: int):
-        why = "preempted" if code == PREEMPTED else "stopped as asked"
+        why = {PREEMPTED: "preempted", HOME_LOST: "the run's home is gone"}.get(code, "stopped as asked")
         super().__init__(f"{why}; nothing is lost: start the same command again to go on")
         self.code = code
 
@@ -31,7 +32,7 @@ class StopWatch:
 
     def __init__(self, job: Job):
         self._job = job
-        self._store = job.store.clone()  # a connection of its own, for the main thread may be waiting on the other
+        self._store = connect_anew(job.store)  # for the main thread may be waiting on the other
         # Python calls handlers in the main thread, which may be waiting in a collective; the pipe hears at once.
         self._signals, heard = os.pipe()
         for end in (self._signals, heard):
@@ -49,6 +50,10 @@ class StopWatch:
         """Raise Stopped, on rank 0, where the run has been asked to stop."""
         if self._code is not None and self._job.rank == 0:
             raise Stopped(self._code)
+
+    def stop(self, code: int) -> None:
+        """Ask, from any rank and thread, for the launch to end with `code`."""
+        self._store.set("stop", str(code))
 
     def wait_for_polls(self) -> None:
         """From now on rank 0 calls `poll`, and stops there; before, it ends at once."""
@@ -76,7 +81,7 @@ class StopWatch:
         try:
             while not self._closed.wait(INTERVAL):
                 for number in self._heard():
-                    self._store.set("stop", str(CODES[number]))
+                    self.stop(CODES[number])
                 if self._store.check(["end"]) and self._job.rank:
                     self._store.set(f"parted/{self._job.rank}", "")
                     leave(int(self._store.get("end")))

@@ -2,25 +2,29 @@
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.profiler import profile
 
 from shardes.agreement import check_replicas
+from shardes.attempts import record_failure
 from shardes.center import Center, member
 from shardes.config import Config, Restore, RunError
 from shardes.journal import Finish, Journal, Record, Reward
-from shardes.judging import score
+from shardes.meeting import Meeting
 from shardes.metrics import Clock, Reporter, peak_resident_bytes
-from shardes.population import Exchange, Population, idle_seconds, mean, std
+from shardes.population import Evaluation, Exchange, Population, idle_seconds, mean, std
 from shardes.responses import Responder
 from shardes.resume import Start
+from shardes.scoring import Scorer
 from shardes.snapshots import Snapshots
-from shardes.stop import StopWatch
+from shardes.stop import Stopped, StopWatch
 from shardes.tasks import Split, Task
-from shardes.variants import coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
+from shardes.variants import chosen, coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
 from shardes.weights import WeightFiles
 from shardes.world import World
 
@@ -42,7 +46,7 @@ class Trainer:
     """Everything one rank needs for a run.
 
     `encoded` holds each split's prompts as token ids. `center` is that of `start.source`. `journal` is there on the
-    rank that speaks.
+    rank that speaks, which decides what an iteration comes to; the others hear of it at the `meeting`.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Trainer:
         responder: Responder,
         encoded: dict[str, list[list[int]]],
         watch: StopWatch,
+        meeting: Meeting,
         start: Start,
         journal: Journal | None,
     ):
@@ -66,13 +71,16 @@ class Trainer:
         self.responder = responder
         self.encoded = encoded
         self.watch = watch
+        self.meeting = meeting
         self.start = start
         self.journal = journal
+        self.evaluated = 0  # members, by this replica
         self.reporter: Reporter | None = None
         directory = Path(config.run.dir)
+        self.scorer = Scorer(config.task, task, directory / "failed_scoring.json", watch.poll)
         self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
         if world.speaks:
-            self.reporter = Reporter(directory, config.es.iterations, config.es.population_size, start.means)
+            self.reporter = Reporter(config, start.means, world.layout)
             if config.es.restore is Restore.subtract and world.replicas > 1:
                 self.reporter.say(
                     "warning: es.restore=subtract: each replica's center drifts by itself; only copy is exact"
@@ -81,9 +89,25 @@ class Trainer:
     def say(self, line: str) -> None:
         if self.reporter:
             self.reporter.say(line)
+        elif self.world.joined and self.world.leads:
+            print(line, flush=True)
 
     def run(self) -> None:
-        """Train, from where the run stands to the last iteration."""
+        """Train, from where the run stands to the last iteration.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        try:
+            self.train()
+        except Stopped as stopped:
+            self.say(str(stopped))
+            raise
+        except Exception as error:
+            record_failure(Path(self.config.run.dir), self.world.job.rank, error)
+            raise
+
+    def train(self) -> None:
         started = time.monotonic()
         self.watch.wait_for_polls()
         digest = self.rebuild()
@@ -93,7 +117,10 @@ class Trainer:
             self.config.eval.every,
             self.config.checkpoint.verify_every,
         )
-        comparable = self.world.replicas > 1 and self.config.es.restore is Restore.copy
+        if self.journal:
+            self.meeting.begin(self.start.iteration, digest)
+        exact = self.config.es.restore is Restore.copy
+        comparable = self.world.replicas > 1 and exact and not self.world.joined
         for iteration in range(self.start.iteration, iterations):
             if comparable and verify_every and iteration % verify_every == 0:
                 check_replicas(self.world, self.center, iteration, digest, self.config.run.timeout)
@@ -105,7 +132,7 @@ class Trainer:
             if best:
                 self.snapshots.keep_best(iteration)
             with self.profiled(iteration):
-                metrics = self.iterate(iteration, digest)
+                metrics = self.iterate(iteration, digest, examination)
             digest = self.center.digest()
             means.append(metrics["reward_mean"])
             if self.reporter:
@@ -116,14 +143,17 @@ class Trainer:
         if self.config.checkpoint.every and not self.from_snapshot(iterations):
             self.snapshot(iterations, digest)
         examination = self.examine(iterations)
+        self.complete(examination)
         if self.is_best(examination):
             self.snapshots.keep_best(iterations)
         self.snapshots.finish()
+        if self.world.joined:
+            self.say(f"done: this replica evaluated {self.evaluated} members; center {digest}")
         if self.reporter:
             evaluations.append(self.judged(examination))
             first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
             names = [name for name in ("center_reward", "held_out_reward", "held_out_accuracy") if name in last]
-            summary = {
+            summary: dict[str, Any] = {
                 "iterations": len(means),
                 "reward_mean_first": means[0],
                 "reward_mean_last": means[-1],
@@ -134,7 +164,7 @@ class Trainer:
                 "digest": digest,
                 "seconds": time.monotonic() - started,
             }
-            self.reporter.summary(summary)
+            self.reporter.summary(summary, last)
             self.reporter.say(
                 f"done: member reward {means[0]:.2f} → {means[-1]:.2f}, center's {first['center_reward']:.2f} → "
                 f"{last['center_reward']:.2f}, held-out {first['held_out_reward']:.2f} → "
@@ -180,16 +210,16 @@ class Trainer:
         if self.config.es.restore is Restore.subtract:
             self.snapshots.wait_written()  # the live weights are about to be perturbed
 
-    def iterate(self, iteration: int, digest: str) -> dict[str, float]:
+    def iterate(self, iteration: int, digest: str, examination: Examination | None) -> dict[str, float]:
         """One iteration: evaluate the population, journal it, update the center. Returns its metrics.
 
-        `digest` is the center's.
+        `digest` is the center's, which must have answered all of its `examination` before it moves.
         """
         es, clock = self.config.es, Clock()
         self.responder.clock, started = clock, time.perf_counter()
-        sigma, alpha = scheduled(es, iteration)
+        sigma, _ = scheduled(es, iteration)
         asked = self.batch(iteration)
-        prompts = self.prompts("train", asked)
+        prompts, questions = self.prompts("train", asked), chosen(self.task.prompts("train"), asked)
         seeds = noise_seeds(es, iteration)
         members = [perturbation(es, seeds, number, sigma) for number in range(es.population_size)]
         known = self.start.rewards if iteration == self.start.iteration else {}
@@ -202,6 +232,7 @@ class Trainer:
         def record_rewards():
             for number, reward, tokens, scores in population.new_rewards() if self.journal else ():
                 self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
+                self.reporter.member(tokens)
 
         def poll():
             nonlocal looked
@@ -211,33 +242,36 @@ class Trainer:
                 record_rewards()
                 self.reporter.members(iteration, population.done())
 
-        for number in population.claim():
+        def evaluate(number: int):
             with member(self.center, *members[number], clock):
                 tokens = self.responder.respond(prompts, poll=poll)
-            scores = self.world.led(lambda tokens=tokens: self.score("train", tokens, asked), len(prompts))
+            texts = self.responder.texts(tokens)
+            scores = self.world.led(lambda: self.scorer("train", texts, asked), len(prompts))
+            self.scorer.post_failures(self.world.store, iteration)
             population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])
+            if self.reporter:
+                self.reporter.responses(number, questions, texts, scores)
+            self.evaluated += 1
             with clock("exchange"):
                 record_rewards()
 
+        for number in population.claim():
+            evaluate(number)
         with clock("exchange"):
-            evaluations = population.evaluations(poll)
-        rewards = [evaluation.reward for evaluation in evaluations]
-        weights = fitness(es, [evaluation.scores or [evaluation.reward] for evaluation in evaluations])
-        record = Record(
-            iteration, seeds, rewards, coefficients(es, alpha, weights), sigma, alpha, digest,
-            es.weight_decay, es.decay_to.value, es.evolve, asked,
-        )  # fmt: skip
-        if self.reporter and not any(record.coefficients) and alpha:
-            self.reporter.say(
-                f"warning: iteration {iteration}: all {len(rewards)} rewards are {rewards[0]}, so nothing is learned; "
-                "a larger es.sigma or a finer reward would tell the members apart"
-            )
-        with clock("exchange"):
+            for number in population.take_over(self.meeting, poll):
+                evaluate(number)
+            if examination:
+                self.complete(examination)
+            evaluations = population.evaluations() if self.journal else []
             if self.journal:
+                record_rewards()
+                record = self.decide(iteration, digest, seeds, asked, evaluations)
                 self.journal.append(record)
-                population.publish("journalled")
-            population.await_published("journalled")
-
+                self.meeting.publish(record)
+            else:
+                record = self.meeting.await_record(iteration, poll)
+        if self.world.joined:
+            self._expect([(f"the center before iteration {iteration}", record.digest)], digest)
         with clock("exchange"):
             self.snapshots.wait_written()
         with clock("update"):
@@ -246,18 +280,38 @@ class Trainer:
         parts = ("perturb", "gather", "generate", "restore", "update", "exchange")
         return {
             "iteration": iteration,
-            "reward_mean": mean(rewards),
-            "reward_std": std(rewards),
-            "reward_min": min(rewards),
-            "reward_max": max(rewards),
+            "reward_mean": mean(record.rewards),
+            "reward_std": std(record.rewards),
+            "reward_min": min(record.rewards),
+            "reward_max": max(record.rewards),
             "seconds": time.perf_counter() - started,
             **{f"seconds_{part}": clock.seconds[part] for part in parts},
-            "seconds_idle": idle_seconds(evaluations),
+            "seconds_idle": idle_seconds(evaluations) if evaluations else 0.0,
             "exchanged_bytes": population.bytes,
             "peak_resident_bytes": peak_resident_bytes(),
             "generated_tokens": sum(evaluation.tokens for evaluation in evaluations),
+            **self.scorer.failures(self.world.store, iteration),
             **updated,
         }
+
+    def decide(
+        self, iteration: int, digest: str, seeds: list[int], asked: list[int] | None, evaluations: list[Evaluation]
+    ) -> Record:
+        """What the members' rewards make of an iteration: which step the center takes."""
+        es = self.config.es
+        sigma, alpha = scheduled(es, iteration)
+        rewards = [evaluation.reward for evaluation in evaluations]
+        weights = fitness(es, [evaluation.scores or [evaluation.reward] for evaluation in evaluations])
+        record = Record(
+            iteration, seeds, rewards, coefficients(es, alpha, weights), sigma, alpha, digest,
+            es.weight_decay, es.decay_to.value, es.evolve, asked,
+        )  # fmt: skip
+        if not any(record.coefficients) and alpha:
+            self.say(
+                f"warning: iteration {iteration}: all {len(rewards)} rewards are {rewards[0]}, so nothing is learned; "
+                "a larger es.sigma or a finer reward would tell the members apart"
+            )
+        return record
 
     def examine(self, iteration: int) -> Examination:
         """Let the center answer both splits' prompts, a part per replica; nobody waits for the others' parts."""
@@ -265,20 +319,33 @@ class Trainer:
         for split in SPLITS:
             parts = min(self.world.replicas, len(prompts[split]))
             work += [(split, slice(part, None, parts)) for part in range(parts)]
-        self.center.show()
         exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
-        for number in exchange.claim():
-            split, where = work[number]
-            exchange.post(number, json.dumps(self.responder.respond(prompts[split][where], poll=self.watch.poll)))
-        distance = self.center.distance() if self.world.replica == 0 else {}
-        return Examination(iteration, exchange, work, distance)
+        examination = Examination(iteration, exchange, work, self.center.distance() if self.world.replica == 0 else {})
+        self.answer(examination, exchange.claim())
+        return examination
+
+    def complete(self, examination: Examination) -> None:
+        """Wait until the center has answered all, and answer what replicas that died have left."""
+        self.answer(examination, examination.exchange.take_over(self.meeting, self.watch.poll))
+
+    def answer(self, examination: Examination, numbers: Iterable[int]) -> None:
+        """Let the center answer some pieces of an examination."""
+        for number in numbers:
+            split, where = examination.work[number]
+            prompts = self.prompts(split, self.batch(examination.iteration) if split == "train" else None)
+            self.center.show()
+            tokens = self.responder.respond(prompts[where], poll=self.watch.poll)
+            examination.exchange.post(number, json.dumps(tokens))
 
     def is_best(self, examination: Examination) -> bool:
         """Whether this center has the best held-out reward so far, where that one is kept. For replica 0."""
-        if not self.config.checkpoint.best or self.world.replica != 0:
+        if not self.config.checkpoint.best:
+            return False
+        self.complete(examination)
+        if self.world.replica != 0:
             return False
         (reward,) = self.world.led(lambda: [self.judged(examination)["held_out_reward"]], 1)
-        (before,) = self.world.led(lambda: [self.reporter.best_held_out], 1)
+        (before,) = self.world.led(lambda: [self.reporter.best_held_out] if self.reporter else [], 1)
         if self.reporter:
             self.reporter.best_held_out = max(before, reward)
         return reward > before
@@ -299,19 +366,15 @@ class Trainer:
             for (of, where), part in zip(examination.work, found, strict=True):
                 if of == split:
                     tokens[where] = part
-            rewards, texts = self.score(split, tokens, asked), self.responder.texts(tokens)
+            texts = self.responder.texts(tokens)
+            rewards = self.scorer(split, texts, asked)
             metrics[name] = mean(rewards)
             if split == "test" and hasattr(self.task, "correct"):
                 metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
-            prompts = self.task.prompts(split)
-            prompts = prompts if asked is None else [prompts[number] for number in asked]
-            self.reporter.samples(examination.iteration, split, prompts, texts, rewards)
-        return metrics | examination.distance
-
-    def score(self, split: Split, tokens: list[list[int]], asked: list[int] | None) -> list[float]:
-        """The task's rewards, one per response to the prompts `asked`."""
-        saved = Path(self.config.run.dir) / "failed_scoring.json"
-        return score(self.task, split, self.responder.texts(tokens), asked, saved)
+            assert self.reporter
+            self.reporter.samples(examination.iteration, split, chosen(self.task.prompts(split), asked), texts, rewards)
+        failed = {f"evaluation_{name}": count for name, count in self.scorer.take_failures().items()}
+        return metrics | failed | examination.distance
 
     def batch(self, iteration: int) -> list[int] | None:
         """The training prompts of an iteration, by number; None: all."""
@@ -320,8 +383,7 @@ class Trainer:
 
     def prompts(self, split: Split, asked: list[int] | None) -> list[list[int]]:
         """The token ids of the prompts `asked`."""
-        encoded = self.encoded[split]
-        return encoded if asked is None else [encoded[number] for number in asked]
+        return chosen(self.encoded[split], asked)
 
     def profiled(self, iteration: int) -> AbstractContextManager:
         """A context that writes a torch.profiler trace of the second iteration (the only one, if there is one)."""
@@ -331,5 +393,6 @@ class Trainer:
         return profile(on_trace_ready=lambda trace: trace.export_chrome_trace(str(file)))
 
     def close(self) -> None:
+        self.scorer.close()
         if self.reporter:
             self.reporter.close()

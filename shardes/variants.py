@@ -79,3 +79,8 @@ def prompt_batch(run_seed: int, iteration: int, size: int | None, count: int) ->
         orders += np.argsort(keys, kind="stable").tolist()
     begin = first % count
     return orders[begin : begin + size]
+
+
+def chosen(prompts: list, asked: list[int] | None) -> list:
+    """The prompts `asked`, by number; None: all."""
+    return prompts if asked is None else [prompts[number] for number in asked]

@@ -19,7 +19,8 @@ from shardes.shards import BLOCK, Region, Shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-COMPANIONS = ["*.json", "*.jinja", "tokenizer.model", "LICENSE*"]  # what a model directory has beside its weights
+# What a model directory has beside its weights. Code is run only with model.trust_remote_code, but always kept.
+COMPANIONS = ["*.json", "*.jinja", "*.py", "tokenizer.model", "LICENSE*"]
 
 
 def model_directory(path: str) -> Path:
@@ -36,7 +37,7 @@ def model_directory(path: str) -> Path:
 
 
 def companions(directory: Path) -> list[str]:
-    """The names of a model directory's small files: config, generation config, tokenizer, licence."""
+    """The names of a model directory's small files: config, generation config, tokenizer, licence, code."""
     found = {path.name for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
     return sorted(name for name in found if not name.endswith(".index.json") and name != "manifest.json")
 
@@ -111,7 +112,7 @@ class WeightFiles:
         return self._parts.get(name, [name])
 
     def fingerprint(self) -> dict[str, str]:
-        """The SHA-256 of every file that says what the model is: weights, config, tokenizer."""
+        """The SHA-256 of every file that says what the model is: weights, config, tokenizer, code."""
         return sha256s(self.directory, sorted({*self._file_of.values(), *companions(self.directory)}))
 
     def check(self, shapes: dict[str, Sequence[int]]) -> None:

@@ -6,6 +6,7 @@ DeepSpeed and transformers see a plain world. Replicas meet in one key-value sto
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardes.config import ConfigError, RunError
+from shardes.rendezvous import meet, reach
 
 # One name is newer, the other deprecated: all ranks' tensors, one after the other, into one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,13 +35,21 @@ class Job:
 
 @dataclass
 class World:
-    """This rank's replica, and its place in it."""
+    """This rank's replica, and its place in it.
+
+    `store` is where the run's replicas meet, `near` where the ranks of this launch do: in the run's home they are one,
+    with keys under `room`. In a replica that has joined, `store` leads to the home, and only the leading rank has it.
+    `replicas` is the number of the home's; those that join have higher numbers.
+    """
 
     job: Job
     replica: int
     replicas: int
     mesh: DeviceMesh  # axes "shard" and "tensor"
     device: torch.device
+    room: str
+    near: dist.Store
+    store: dist.Store
 
     @property
     def leads(self) -> bool:
@@ -49,13 +59,31 @@ class World:
     @property
     def speaks(self) -> bool:
         """Whether this rank prints and writes the run directory: rank 0 of replica 0."""
-        return self.job.rank == 0
+        return self.leads and self.replica == 0
+
+    @property
+    def joined(self) -> bool:
+        """Whether this replica is of another launch than the run's home."""
+        return self.replica >= self.replicas
+
+    @property
+    def layout(self) -> dict[str, int | str]:
+        """How this launch's ranks are laid out, in figures."""
+        shard, tensor = self.mesh.shape
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return dict(ranks=self.job.size, replicas=self.replicas, shard=shard, tensor=tensor, device=device)
+
+    def join(self, replica: int, replicas: int, store: dist.Store | None) -> None:
+        """Be, from now on, a replica of another launch's run; `store` is there on the leading rank."""
+        self.replica, self.replicas = replica, replicas
+        if store is not None:
+            self.store = store
 
     def sum_uint64(self, value: int) -> int:
         """The sum over the replica's ranks, modulo 2**64, of an integer in [0, 2**64)."""
         total = torch.tensor([value - 2**64 if value >= 2**63 else value], device=self.device)
         dist.all_reduce(total)
-        return total.item() % 2**64
+        return int(total.item()) % 2**64
 
     def sum(self, *values: float) -> list[float]:
         """The sums over the replica's ranks, in float64."""
@@ -88,26 +116,37 @@ class World:
 
 
 def join_job(timeout: float) -> Job:
-    """Meet the processes that the launcher started (`deepspeed`, `torchrun`, or none: a world of one).
+    """Meet the processes that the launcher started (`deepspeed`, `torchrun`, `srun`, or none: a world of one).
 
     Raises:
-        ConfigError: the port at which they are to meet is taken.
-        RuntimeError: they did not meet within `timeout` seconds.
+        ConfigError: the environment is not a launcher's, or the port at which they are to meet is another run's.
+        RunError: they did not meet within `timeout` seconds; names who is missing, or what cannot be reached.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ |= alone | {"MASTER_PORT": str(free_port())}
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        address = os.environ["MASTER_ADDR"]
+        rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not as a launcher sets them: {error}") from None
+    where, here = f"{address}:{port}", f"rank {rank} of {size} on {socket.gethostname()}"
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process serves the store
+    serves = rank == 0 and not agents
+    if not serves:
+        reach(address, port, here, timeout)
+    try:
+        limit = timedelta(seconds=timeout)
+        store = dist.TCPStore(address, port, size, serves, limit, wait_for_workers=False, multi_tenant=not agents)
     except (dist.DistError, TimeoutError, RuntimeError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
-            message = f"MASTER_PORT={os.environ['MASTER_PORT']}: in use on this host, perhaps by another run; "
+            message = f"MASTER_PORT={port}: in use on this host, perhaps by another run; "
             raise ConfigError(message + "start this one with --master_port and another number") from None
-        raise RuntimeError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not meet the others at {place} "
-            f"within {timeout:.0f} s: {error}"
-        ) from error
+        raise RunError(f"{here}: no store at MASTER_ADDR:MASTER_PORT={where}: {str(error).splitlines()[0]}") from error
+    try:
+        meet(store, rank, size, where, timeout)
+    except dist.DistError as error:
+        raise RunError(f"{here}: waited for the others at {where}: {str(error).splitlines()[0]}") from error
     return Job(rank, size, store)
 
 
@@ -150,7 +189,28 @@ def await_keys(
         if time.monotonic() - since > timeout:
             missing = ", ".join(key for key in keys if not store.check([key]))
             raise RunError(f"{what}: after {timeout:.0f} s still missing: {missing}")
-        time.sleep(0.01)
+        rest(since)
+
+
+def rest(since: float) -> None:
+    """Sleep before the next look for what one has waited for since then: the longer, the longer one has waited.
+
+    Ten thousand replicas that wait for one must not keep its host busy with their questions.
+    """
+    time.sleep(min(max((time.monotonic() - since) / 10, 0.02), 1.0))
+
+
+def root(store: dist.Store) -> dist.TCPStore:
+    """The store behind prefixes."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, dist.TCPStore)
+    return store
+
+
+def connect_anew(store: dist.Store) -> dist.Store:
+    """Another connection to the same store, for another thread."""
+    return store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 def part(job: Job, seconds: float) -> list[int]:
@@ -189,7 +249,11 @@ def form_replica(job: Job, replicas: int, shard: int, tensor: int, timeout: floa
     )
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     mesh = init_device_mesh(device.type, (shard, tensor), mesh_dim_names=("shard", "tensor"))
-    return World(job, replica, replicas, mesh, device)
+    if job.rank == 0:
+        job.store.set("room", secrets.token_hex(8))
+    room = job.store.get("room").decode()
+    store = dist.PrefixStore(room, root(job.store))
+    return World(job, replica, replicas, mesh, device, room, store, store)
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +48,14 @@ def run(command: list[str], seconds: float = 240, **environ: str) -> subprocess.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def skip_without(programs: tuple[str, ...], packages: str) -> None:
+    """Skip the test where programs are missing; says how to install them."""
+    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+    missing = [program for program in programs if not shutil.which(program, path=path)]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install --no-install-recommends {packages}")
 
 
 def script(path: str) -> ModuleType:

@@ -165,6 +165,11 @@ def test_the_papers_models_differ_only_in_what_holds_them():
         ("es.sigma_final=0", "es.sigma_final=0.0: must be positive"),
         ("task.prompts_per_iteration=0", "task.prompts_per_iteration=0: must be at least 1"),
         ("es.fitness=rank", "es.fitness"),
+        ("task.workers=0", "task.workers=0: must be at least 1"),
+        ("task.timeout=0", "task.timeout=0.0: must be positive"),
+        ("task.memory=-1", "task.memory=-1.0: must be positive"),
+        ("task.on_error=skip", "task.on_error=skip: must be fail, or the reward"),
+        ("task.on_error=nan", "task.on_error=nan: must be fail, or the reward"),
     ],
 )
 def test_variants_that_make_no_sense_are_refused(tmp_path, override, message):

@@ -14,21 +14,23 @@ from hypothesis import strategies as st
 
 from models import paper_coefficients
 from shardes.config import ConfigError
+from shardes.meeting import Meeting
 from shardes.population import Evaluation, Population, idle_seconds, member_seeds, standardize
-
-
-@dataclass
-class Job:
-    store: dist.Store
 
 
 @dataclass
 class Replica:
     """A replica of one rank, as a population sees it."""
 
-    job: Job
+    store: dist.Store
     replica: int
+    replicas: int = 2
     leads: bool = True
+    speaks: bool = False
+
+    @property
+    def joined(self) -> bool:
+        return self.replica >= self.replicas
 
     def broadcast(self, values, count):
         assert len(values) == count
@@ -36,8 +38,13 @@ class Replica:
 
 
 @pytest.fixture
-def job() -> Job:
-    return Job(dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20)))
+def store() -> dist.Store:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))
+
+
+def alive(store: dist.Store, replica: int, timeout: float = 1.0) -> Meeting:
+    """A replica that shows signs of life."""
+    return Meeting(Replica(store, replica), store.clone(), timeout, patience=10)
 
 
 def test_seeds_follow_from_run_seed_and_iteration_alone():
@@ -65,13 +72,13 @@ def test_coefficients_are_float32():
     assert paper_coefficients([2.5, 2.5], 0.3) == [0.0, 0.0]
 
 
-def test_every_member_is_evaluated_once_and_the_faster_replica_takes_more(job):
+def test_every_member_is_evaluated_once_and_the_faster_replica_takes_more(store):
     seeds = member_seeds(0, 0, 12)
     taken: dict[int, list[int]] = {}
     collected, sizes = {}, {}
 
     def replica(number: int, seconds: float):
-        population = Population(Replica(job, number), 0, seeds, timeout=10)
+        population = Population(Replica(store, number), 0, seeds, timeout=10)
         taken[number] = []
         for n in population.claim():
             time.sleep(seconds)
@@ -100,14 +107,59 @@ def test_idle_time_is_that_of_the_first_replica_to_run_out():
     assert idle_seconds([Evaluation(0.0, 1, 0, 3.0)]) == 0.0
 
 
-def test_iterations_do_not_mix(job):
+def test_iterations_do_not_mix(store):
     for iteration in range(2):
-        population = Population(Replica(job, 0), iteration, [1, 2], timeout=1)
+        population = Population(Replica(store, 0), iteration, [1, 2], timeout=1)
         assert list(population.claim()) == [0, 1]
 
 
-def test_a_missing_member_is_named_with_its_replica(job):
-    mine, other = (Population(Replica(job, r), 3, [7, 8, 9], timeout=0.3) for r in (0, 1))
+def test_a_dead_replicas_member_is_taken_over_and_a_live_ones_is_not(store):
+    mine, dead, slow = (Population(Replica(store, r), 0, [7, 8, 9, 10], timeout=20) for r in range(3))
+    with alive(store, 0) as meeting, alive(store, 2):
+        claims = mine.claim()
+        mine.post_reward(next(claims), 0.0, 1)
+        assert (next(dead.claim()), next(slow.claim())) == (1, 2)
+        for number in claims:
+            mine.post_reward(number, 3.0, 1)
+        orphans = mine.take_over(meeting)
+        since = time.monotonic()
+        assert next(orphans) == 1
+        assert time.monotonic() - since > 1.0
+        mine.post_reward(1, 1.0, 1)
+        slow.post_reward(2, 2.0, 1)
+        assert list(orphans) == []
+    dead.post_reward(1, -1.0, 1)  # late, so it is ignored
+    found = mine.evaluations()
+    assert [(e.reward, e.replica) for e in found] == [(0.0, 0), (1.0, 0), (2.0, 2), (3.0, 0)]
+    assert mine.done() == 4
+
+
+def test_the_member_of_a_replica_that_leaves_is_taken_over_at_once(store):
+    mine, other = (Population(Replica(store, r), 0, [7, 8], timeout=20) for r in range(2))
+    with alive(store, 0, timeout=60.0) as meeting:
+        with alive(store, 1):
+            assert next(other.claim()) == 0
+        for number in mine.claim():
+            mine.post_reward(number, 1.0, 1)
+        meeting.timeout = 0.4  # how often it looks; nobody is silent for long here
+        for number in mine.take_over(meeting):
+            mine.post_reward(number, 0.0, 1)
+    assert [evaluation.reward for evaluation in mine.evaluations()] == [0.0, 1.0]
+
+
+def test_a_replica_that_died_between_posting_and_counting_holds_nobody_up(store):
+    mine, other = (Population(Replica(store, r), 0, [7, 8], timeout=20) for r in range(2))
+    assert next(other.claim()) == 0
+    dist.PrefixStore("iteration 0", store).set("found/0", "1:[5.0, 1, 1, 0.0]")
+    with alive(store, 0, timeout=0.4) as meeting:
+        for number in mine.claim():
+            mine.post_reward(number, 1.0, 1)
+        assert list(mine.take_over(meeting)) == []
+    assert [evaluation.reward for evaluation in mine.evaluations()] == [5.0, 1.0]
+
+
+def test_a_missing_member_is_named_with_its_replica(store):
+    mine, other = (Population(Replica(store, r), 3, [7, 8, 9], timeout=0.3) for r in (0, 1))
     claims = mine.claim()
     mine.post_reward(next(claims), 1.0, 1)
     assert next(other.claim()) == 1
@@ -117,7 +169,7 @@ def test_a_missing_member_is_named_with_its_replica(job):
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_no_number_stops_the_run(job, reward):
-    population = Population(Replica(job, 0), 4, [70, 80], timeout=1)
+def test_a_reward_that_is_no_number_stops_the_run(store, reward):
+    population = Population(Replica(store, 0), 4, [70, 80], timeout=1)
     with pytest.raises(ConfigError, match=r"member 1 of iteration 4 \(seed 80\)"):
         population.post_reward(1, reward, 5)

@@ -85,6 +85,10 @@ def test_a_run_that_recorded_nothing_may_begin_anew_with_other_settings(config, 
         ("es", "seed", 9),
         ("es", "population_size", 7),
         ("generation", "stop", ["x"]),
+        ("task", "template", "{question}"),
+        ("task", "chat", False),
+        ("task", "reward", "my_reward.py:other"),
+        ("task", "on_error", "-1.0"),
     ],
 )
 def test_what_decides_the_center_may_change_on_purpose_only(begun, base, section, name, value):
@@ -104,6 +108,7 @@ def test_what_decides_the_center_may_change_on_purpose_only(begun, base, section
 
 def test_what_does_not_decide_it_may_change(begun, base):
     begun.sharding.tensor, begun.es.iterations, begun.eval.every, begun.checkpoint.every = 2, 9, 1, 3
+    begun.task.workers, begun.task.timeout, begun.task.memory = 1, 2.0, 3.0
     assert open_run(begun, base).start.iteration == 2
 
 

@@ -160,10 +160,11 @@ def convert(gguf: Path, directory: Path) -> None:
     """
     from safetensors import SafetensorError
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
     config = loaded.config
+    assert isinstance(config, LlamaConfig)
     # transformers refuses to save a model that remembers having been quantized, though its weights are plain.
     del config.quantization_config
     for name_of_origin in ("_model_name_or_path", "_name_or_path"):
@@ -193,14 +194,17 @@ def convert(gguf: Path, directory: Path) -> None:
 
 def answer(directory: Path, question: str) -> str:
     """What the checkpoint in `directory` says, greedily, to a question put as chat."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     messages = [{"role": "user", "content": question}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert isinstance(chat, BatchEncoding)
     tokens = model.generate(**chat, max_new_tokens=16, do_sample=False)
-    return tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
 
 
 def sync(directory: Path) -> None:

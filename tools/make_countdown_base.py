@@ -24,8 +24,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, get_cosine_schedule_with_warmup
 
+from make_countdown import problems, solution, write
 from shardes.tasks.countdown import evaluate
-from tools.make_countdown import problems, solution, write
 
 NUMBERS, LARGEST = [3], 20
 TRAIN, TEST, READ = 200, 500, 8000  # problems: for ES, for testing, and those whose worked answers are read
@@ -41,6 +41,7 @@ def worked(rng: random.Random, problem: dict) -> str:
     others = [f"({a} + {b}) + {c}", solution(rng, problem["numbers"])]
     (expression,) = rng.choices([problem["solution"], *others], [RIGHT, HASTY, 1 - RIGHT - HASTY])
     first = re.search(r"\((\d+) . (\d+)\)", expression)
+    assert first is not None
     try:
         inner = evaluate(first[0], [int(first[1]), int(first[2])])
     except ZeroDivisionError:

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shardes import config as settings
@@ -31,30 +30,44 @@ class Engine(Protocol):
     lockstep: bool
     vocabulary: VocabularyPart | None
 
-    def ready(self) -> AbstractContextManager[nn.Module]:
+    def ready(self) -> AbstractContextManager[PreTrainedModel]:
         """A context in which the module computes with the weights that the shards hold at its start."""
         ...
 
 
-def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model that config.json describes: parameters on the meta device, buffers real.
+
+    `trust_remote_code` lets Python code in the directory run, where transformers does not know the architecture.
 
     Raises:
         ConfigError: config.json is missing, unreadable, or of an architecture that transformers does not know.
     """
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         module.tie_weights()  # moving to the meta device untied them
         return module
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={directory}: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"model.path={directory}: {reason(error)}") from error
 
 
-def open_model(directory: Path, dtype: torch.dtype) -> tuple[WeightFiles, PreTrainedModel]:
+def reason(error: Exception) -> str:
+    """Why transformers would not load something, in one line."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code of its own, which is not run; if you have read that code and trust it, "
+            "set model.trust_remote_code=true"
+        )
+    return str(error).strip().splitlines()[0]
+
+
+def open_model(
+    directory: Path, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[WeightFiles, PreTrainedModel]:
     """A model directory's weight files, checked against its `empty_model`, and that."""
-    files, module = WeightFiles(directory), empty_model(directory, dtype)
+    files, module = WeightFiles(directory), empty_model(directory, dtype, trust_remote_code)
     files.stack(module)
     files.check({name: param.shape for name, param in module.named_parameters()})
     return files, module
@@ -97,7 +110,9 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
 def build(config: Config, module: PreTrainedModel, world: World) -> Engine:
     """The engine that `config` names, around an `empty_model`. The shards' values are left unset."""
     if config.engine is settings.Engine.fsdp:
-        from shardes.engines.fsdp import FSDPEngine as Chosen
-    else:
-        from shardes.engines.deepspeed import DeepSpeedEngine as Chosen
-    return Chosen(module, world, config.sharding)
+        from shardes.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(module, world, config.sharding)
+    from shardes.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(module, world, config.sharding)

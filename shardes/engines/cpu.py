@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,10 +35,10 @@ def speed_up(module: nn.Module) -> None:
     """Let a module's plain linear layers use `linear`."""
     for part in module.modules():
         if type(part) is nn.Linear and not isinstance(part.weight, DTensor):
-            part.forward = partial(forward, part)
+            part.forward = partial(forward, part)  # type: ignore[method-assign]
 
 
-def forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """What a layer with `weight` and `bias` makes of x, through `linear`."""
     return linear(x, layer.weight, layer.bias)
 

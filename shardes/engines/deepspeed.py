@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from io import StringIO
 from math import prod
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -22,6 +23,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine as Engine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 from torch import nn
+from transformers import PreTrainedModel
 
 from shardes.config import ConfigError, Gather, Offload, ShardingConfig
 from shardes.engines import cpu
@@ -35,7 +37,7 @@ logger.setLevel(logging.WARNING)
 class _Engine(Engine):
     """DeepSpeed's engine for a model that has no values yet."""
 
-    def _broadcast_model(self):
+    def _broadcast_model(self) -> None:
         # Called between AutoTP and ZeRO-3. There are no values to broadcast. ZeRO-3 wants memory to
         # partition: untouched pages of an empty CPU tensor cost none.
         fresh: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
@@ -45,6 +47,15 @@ class _Engine(Engine):
                     fresh[param] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
                     fresh[param].__dict__.update(param.__dict__)  # AutoTP's notes on its cut
                 module._parameters[key] = fresh.get(param)
+
+
+class ZeroParameter(nn.Parameter):
+    """What ZeRO-3 adds to a parameter: this rank's flat part, padded, and size and shape of the whole."""
+
+    ds_tensor: torch.Tensor
+    ds_numel: int
+    ds_shape: torch.Size
+    ds_status: ZeroParamStatus
 
 
 class DeepSpeedEngine:
@@ -57,7 +68,7 @@ class DeepSpeedEngine:
             not offloaded, nothing is gathered at all.
     """
 
-    def __init__(self, module: nn.Module, world: World, sharding: ShardingConfig):
+    def __init__(self, module: PreTrainedModel, world: World, sharding: ShardingConfig):
         shards, tensors = world.mesh.shape
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         module.requires_grad_(False).eval()
@@ -87,7 +98,7 @@ class DeepSpeedEngine:
         if isinstance(head, VocabParallelLinear):
             self.vocabulary = VocabularyPart(head.vocab_start_index, world.mesh.get_group("tensor"))
         self._module = module
-        self._params = dict(module.named_parameters())
+        self._params = {name: cast(ZeroParameter, param) for name, param in module.named_parameters()}
         assert list(self._params) == list(shapes)
         self.shards = [_shard(name, shapes[name], param, world) for name, param in self._params.items()]
         self._group = world.mesh.get_group("shard")
@@ -107,7 +118,7 @@ class DeepSpeedEngine:
         self._engine = engine
 
     @contextmanager
-    def ready(self) -> Iterator[nn.Module]:
+    def ready(self) -> Iterator[PreTrainedModel]:
         """The module, ready to generate with the shards' present weights."""
         if self._gather is not Gather.member:
             yield self._module
@@ -140,7 +151,7 @@ def _speed_up(module: nn.Module, all_reduce: Callable[..., object]) -> None:
 
 
 def _settings(module: nn.Module, tensors: int, offload: Offload) -> dict:
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
             "stage": 3,
@@ -157,15 +168,15 @@ def _settings(module: nn.Module, tensors: int, offload: Offload) -> dict:
     return settings
 
 
-def _show(param: nn.Parameter, flat: torch.Tensor) -> None:
+def _show(param: ZeroParameter, flat: torch.Tensor) -> None:
     """Let the module compute with `flat`, which holds the parameter's tensor-parallel slice and padding."""
     param.data = flat[: param.ds_numel].view(param.ds_shape)
     param.ds_status = ZeroParamStatus.AVAILABLE
 
 
-def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
+def _shard(name: str, shape: tuple[int, ...], param: ZeroParameter, world: World) -> Shard:
     """This rank's ZeRO slice of its tensor-parallel slice of a parameter."""
-    shard_rank, tensor_rank = world.mesh.get_coordinate()
+    shard_rank, tensor_rank = (world.mesh.get_local_rank(axis) for axis in ("shard", "tensor"))
     regions, owned = slice_regions(name, shape, param, tensor_rank)
     assert sum(region.numel for region in regions) == param.ds_numel, name
     part = zero_part(regions, world.mesh.shape[0], shard_rank)
@@ -179,7 +190,7 @@ def zero_part(regions: tuple[Region, ...], shards: int, rank: int) -> tuple[Regi
 
 
 def slice_regions(
-    name: str, shape: tuple[int, ...], param: nn.Parameter, tensor_rank: int
+    name: str, shape: tuple[int, ...], param: ZeroParameter, tensor_rank: int
 ) -> tuple[tuple[Region, ...], bool]:
     """The regions of a parameter's tensor-parallel slice, and whether this rank counts its elements."""
     meta = getattr(param, "ds_autotp_universal_checkpoint_meta", None)

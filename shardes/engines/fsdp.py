@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as Cut
+from torch.distributed.tensor.placement_types import _StridedShard as StridedCut
 from transformers import DistributedConfig, PreTrainedModel
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -64,10 +66,11 @@ class FSDPEngine:
         self.lockstep = shards > 1 and sharding.gather is Gather.layer
         self._groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
         if shards > 1 and sharding.gather is Gather.member:
+            assert isinstance(module, FSDPModule)
             module.set_reshard_after_forward(False)
 
     @contextmanager
-    def ready(self) -> Iterator[nn.Module]:
+    def ready(self) -> Iterator[PreTrainedModel]:
         """The module, ready to generate with the shards' present weights."""
         if not self.lockstep:
             for group in self._groups:
@@ -87,21 +90,24 @@ def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> bool:
     along the vocabulary, each rank keeps its own part of them: returns whether that is so.
     """
     _, _, mesh = module.prepare_distribute_model(distributed)
+    assert mesh is not None
+    tensors, shards = distributed.tp_size or 1, distributed.fsdp_size or 1
     module.config.distributed_config = distributed
     tied = {name.rpartition(".")[0] for pair in module.all_tied_weights_keys.items() for name in pair}
-    module.fsdp_plan = {name: style for name, style in module.fsdp_plan.items() if name not in tied}
+    kept = {name: style for name, style in module.fsdp_plan.items() if name not in tied}
+    module.fsdp_plan = kept  # type: ignore[misc]  # it has a setter, apart from its getter
     tp_plan, ep_plan, fsdp_plan = module._resolve_parallel_plans(distributed)
-    in_parts = distributed.tp_size > 1 and tp_plan.get("lm_head") == "colwise_gather_output"
+    in_parts = tensors > 1 and tp_plan.get("lm_head") == "colwise_gather_output"
     if in_parts:
         tp_plan = tp_plan | {"lm_head": "colwise"}
-    if distributed.tp_size > 1:
+    if tensors > 1:
         for target in module.all_tied_weights_keys:
             owner, _, key = target.rpartition(".")
             weights = module.get_submodule(owner)._parameters
-            weights[key] = nn.Parameter(torch.empty_like(weights[key]), requires_grad=False)
+            weights[key] = nn.Parameter(torch.empty_like(module.get_parameter(target)), requires_grad=False)
         apply_tensor_parallelism(module, mesh.get_mesh("tp"), tp_plan)
         _tie(module)
-    if distributed.fsdp_size > 1:
+    if shards > 1:
         apply_fully_sharded_data_parallelism(module, mesh, fsdp_plan, ep_plan)
     return in_parts
 
@@ -114,7 +120,8 @@ def _tie(module: PreTrainedModel) -> None:
 
 def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
     """This rank's part of a parameter."""
-    local = param.detach().to_local() if isinstance(param, DTensor) else param.detach()
+    held = param.detach()
+    local = held.to_local() if isinstance(held, DTensor) else held
     regions, owned = regions_of(shape, *placements(param), _axis(world, "tensor"), _axis(world, "shard"))
     shard = Shard(name, shape, local.view(-1), regions, owned)
     assert shard.numel == local.numel(), name
@@ -128,9 +135,9 @@ def _axis(world: World, name: str) -> tuple[int, int]:
 
 def placements(param: nn.Parameter) -> tuple[Placement, Placement]:
     """How tensor parallel and FSDP cut a parameter."""
-    found = {}
+    found: dict[str, Placement] = {}
     if isinstance(param, DTensor):
-        found = dict(zip(param.device_mesh.mesh_dim_names, param.placements, strict=True))
+        found = dict(zip(param.device_mesh.mesh_dim_names or (), param.placements, strict=True))
     return found.get("tp", Replicate()), found.get("fsdp", Replicate())
 
 
@@ -151,6 +158,7 @@ def regions_of(
     if by_tensor.is_replicate():
         owned = tensor[1] == 0
     else:
+        assert isinstance(by_tensor, Cut | StridedCut)
         dim = by_tensor.dim % len(shape)
         parts = getattr(by_tensor, "split_factor", 1)  # a packed projection: each of its parts is cut
         first, count = _chunk(shape[dim] // parts, *tensor)
@@ -162,7 +170,7 @@ def regions_of(
     if by_shard.is_replicate():
         owned = owned and shard[1] == 0
     else:
-        assert by_shard.dim == 0
+        assert isinstance(by_shard, Cut | StridedCut) and by_shard.dim == 0
         row_size = prod(sizes[1:])
         first, rows = _chunk(sizes[0], *shard)
         regions = cut(regions, first * row_size, (first + rows) * row_size)

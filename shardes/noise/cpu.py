@@ -40,7 +40,7 @@ def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: tor
     """`noise.add_noise` with its arguments made regular: coefficients are exact float32 values."""
     terms = _terms(name, seeds, coefficients)
     direct = x.dtype == out.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous()
-    scratch = None if direct else torch.empty(min(SCRATCH, x.numel()))
+    scratch = torch.empty(0 if direct else min(SCRATCH, x.numel()))
     offset = 0
     for region in regions:
         count = region.rows * region.cols
@@ -71,7 +71,7 @@ def _rows(start: int, rows: int, cols: int, stride: int, skip: int = 0) -> np.nd
     return np.array([start, rows, cols, stride, skip], dtype=np.int64)
 
 
-def _terms(name: str, seeds, coefficients) -> tuple[int, np.ndarray, np.ndarray]:
+def _terms(name: str, seeds, coefficients) -> tuple[np.uint64, np.ndarray, np.ndarray]:
     """The sum's terms as the kernel takes them: name key, seeds, coefficients."""
     members = np.array(seeds, dtype=np.uint64), np.array(coefficients, dtype=np.float32)
     return np.uint64(name_key(name)), *members

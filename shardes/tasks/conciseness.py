@@ -1,7 +1,6 @@
 """The paper's conciseness task (arXiv 2509.24372, section 4.2): answer in as few characters as it takes."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 # Tables 4 and 5 of the paper: question and shortest right answer.
 QUESTIONS = {
@@ -25,13 +24,11 @@ QUESTIONS = {
 class Conciseness:
     """Short questions put as chat; a response should be as long as the shortest right answer."""
 
-    def prompts(self, split: Literal["train", "test"]) -> list[str | list[dict[str, str]]]:
+    def prompts(self, split: str) -> list[str | list[dict[str, str]]]:
         """One chat of one user message per question."""
         return [[{"role": "user", "content": question}] for question, _ in QUESTIONS[split]]
 
-    def score(
-        self, split: Literal["train", "test"], responses: list[str], which: Sequence[int] | None = None
-    ) -> list[float]:
+    def score(self, split: str, responses: list[str], which: Sequence[int] | None = None) -> list[float]:
         """−|len(response) − len(solution)|, in characters.
 
         Raises:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 from shardes.config import ConfigError
 
@@ -186,18 +185,16 @@ class Countdown:
             "test": load_problems(Path(test or shipped / "countdown_test.json")),
         }
 
-    def prompts(self, split: Literal["train", "test"]) -> list[str]:
+    def prompts(self, split: str) -> list[str]:
         return [problem.prompt for problem in self._problems[split]]
 
-    def score(
-        self, split: Literal["train", "test"], responses: list[str], which: Sequence[int] | None = None
-    ) -> list[float]:
+    def score(self, split: str, responses: list[str], which: Sequence[int] | None = None) -> list[float]:
         problems = self._problems[split]
         asked = problems if which is None else [problems[number] for number in which]
         pairs = zip(asked, responses, strict=True)
         return [reward(response, problem.numbers, problem.target) for problem, response in pairs]
 
-    def correct(self, split: Literal["train", "test"], responses: list[str]) -> list[bool]:
+    def correct(self, split: str, responses: list[str]) -> list[bool]:
         """Whether each response's answer is right; over a split that is the accuracy."""
         pairs = zip(self._problems[split], responses, strict=True)
         return [answer_score("<think>" + response, p.numbers, p.target) == 1 for p, response in pairs]

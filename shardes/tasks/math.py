@@ -4,12 +4,12 @@ Needs the package's extra `math`. Problems are JSON lines or a data set of the `
 `problem` and `answer`, or `solution`, whose last box is the answer.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardes.config import ConfigError
+from shardes.tasks.rows import load_rows
 
 SECONDS = 2  # for parsing a response, and for comparing it with the answer; beyond, it scores 0
 BOX = "\\boxed{"
@@ -56,52 +56,16 @@ def load_problems(source: str) -> list[Problem]:
     Raises:
         ConfigError: no such file or data set, or an entry without the fields; names it.
     """
-    kind, _, rest = source.partition(":")
-    rows = _data_set(source, rest) if kind == "datasets" else _json_lines(Path(source))
     problems = []
-    for where, row in rows:
+    for where, row in load_rows(source):
         problem, answer, solution = (row.get(key) for key in ("problem", "answer", "solution"))
         if answer is None and isinstance(solution, str):
             answer = boxed(solution)
         if not isinstance(problem, str) or not isinstance(answer, str | int | float):
             field = "problem" if not isinstance(problem, str) else "answer, nor a solution with a box"
-            raise ConfigError(f"{source}: {where} (id {row.get('id', 'none')}) has no {field}")
+            raise ConfigError(f"{source}: {where} has no {field}")
         problems.append(Problem(problem, str(answer)))
-    if not problems:
-        raise ConfigError(f"{source}: holds no problems")
     return problems
-
-
-def _json_lines(path: Path) -> Iterable[tuple[str, Mapping]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no readable file of problems: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}: line {number} is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}: line {number} is no object with fields")
-            yield f"line {number}", row
-
-
-def _data_set(source: str, rest: str) -> Iterable[tuple[str, Mapping]]:
-    name, _, split = rest.rpartition(":")
-    if not name:
-        raise ConfigError(f"{source}: must be written datasets:NAME:SPLIT or datasets:NAME,CONFIG:SPLIT")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ConfigError(f"{source}: needs the datasets package: pip install 'shardes[math]'") from None
-    try:
-        rows = load_dataset(*name.split(","), split=split)
-    except Exception as error:  # of many kinds: no such name, split or network
-        raise ConfigError(f"{source}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    for number, row in enumerate(rows):
-        yield f"row {number}", row
 
 
 class Math:

@@ -65,7 +65,7 @@ def test_any_number_of_named_test_sets(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "holds no problems"),
+        ("", "holds no rows"),
         ("{", "line 1 is no JSON"),
         ("[1]", "line 1 is no object"),
         ('{"id": "x7", "answer": "1"}', r"line 1 \(id x7\) has no problem"),

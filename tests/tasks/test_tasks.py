@@ -22,6 +22,13 @@ class NoScore:
     def prompts(self, split):
         return []
 
+class Whole:
+    def prompts(self, split):
+        return []
+
+    def reward(self, response):
+        return 0.0
+
 class Demanding:
     def __init__(self, what):
         pass
@@ -118,9 +125,10 @@ def test_own_files_of_one_name_do_not_clash(tmp_path):
         (None, "a.py:", "file.py:Class"),
         (None, ":A", "file.py:Class"),
         (None, "/nowhere/a.py:A", "there is no file /nowhere/a.py"),
-        (None, "{own}:Missing", "no class Missing there; it has Own, NoScore, Demanding"),
+        (None, "{own}:Missing", "no class Missing there; it has Own, NoScore, Whole, Demanding"),
         (None, "{own}:helper", "no class helper"),
-        (None, "{own}:NoScore", r"NoScore has no score\(\)"),
+        (None, "{own}:NoScore", r"NoScore has no score\(\) and no reward\(\)"),
+        (None, "{own}:Whole", r"Whole: reward must take \(split, number, response\): too many"),
         (None, "{own}:Demanding", r"Demanding\(\) raised TypeError: .*'what'"),
     ],
 )

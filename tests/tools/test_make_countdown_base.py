@@ -1,18 +1,19 @@
 import random
+import sys
 from itertools import islice
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch import call, script
+from launch import run, script
 from shardes.tasks.countdown import load_problems, reward
 
 base = script("tools/make_countdown_base.py")
 
 
 def test_a_base_is_a_model_directory_with_problems_it_has_not_seen(tmp_path):
-    done = call(base.main, tmp_path, "--steps", 2)
+    done = run([sys.executable, "tools/make_countdown_base.py", str(tmp_path), "--steps", "2"])
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

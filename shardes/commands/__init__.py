@@ -1,0 +1,1 @@
+"""What the command `shardes` and the scripts in launchers/ and tools/ do."""

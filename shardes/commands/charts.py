@@ -1,0 +1,121 @@
+"""Line charts and stacked areas as inline SVG, coloured by the page's CSS variables --c0, --c1, ..."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 760, 270
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 10, 34  # margins
+
+
+@dataclass
+class Series:
+    """A curve: values by x. `band` has the lowest and highest around it; `dots` marks each value."""
+
+    name: str
+    points: Mapping[float, float]
+    band: Mapping[float, tuple[float, float]] = field(default_factory=dict)
+    dots: bool = False
+
+
+def line_chart(series: Sequence[Series], x_label: str = "iteration") -> str:
+    """A legend and the curves; nothing where none has a value."""
+    series = [one for one in series if one.points]
+    if not series:
+        return ""
+    every = [y for one in series for y in one.points.values()]
+    every += [y for one in series for pair in one.band.values() for y in pair]
+    frame = Frame([x for one in series for x in one.points], every, x_label)
+    drawn = []
+    for number, one in enumerate(series):
+        if one.band:
+            edge = [(x, low) for x, (low, _) in one.band.items()]
+            edge += [(x, high) for x, (_, high) in reversed(one.band.items())]
+            drawn.append(f'<polygon points="{frame.path(edge)}" fill="var(--c{number})" opacity=".16"/>')
+    for number, one in enumerate(series):
+        path = frame.path(one.points.items())
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="var(--c{number})" stroke-width="2"/>')
+        if one.dots or len(one.points) == 1:
+            drawn += [
+                f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5" fill="var(--c{number})">'
+                f"<title>{escape(one.name)}, {x_label} {x:g}: {y:.4g}</title></circle>"
+                for x, y in one.points.items()
+            ]
+    return _figure([one.name for one in series], frame, drawn)
+
+
+def stacked_chart(parts: Mapping[str, Mapping[float, float]], x_label: str = "iteration") -> str:
+    """Parts of a sum, one on another, over x; all have the same x. Nothing where there is nothing."""
+    xs = sorted({x for values in parts.values() for x in values})
+    if not xs:
+        return ""
+    below = dict.fromkeys(xs, 0.0)
+    tops = {x: math.fsum(values.get(x, 0.0) for values in parts.values()) for x in xs}
+    frame = Frame(xs if len(xs) > 1 else [xs[0], xs[0] + 1], [0.0, *tops.values()], x_label)
+    drawn = []
+    for number, (name, values) in enumerate(parts.items()):
+        above = {x: below[x] + values.get(x, 0.0) for x in xs}
+        edge = [*below.items(), *reversed(above.items())]
+        drawn.append(
+            f'<polygon points="{frame.path(edge)}" fill="var(--c{number})" stroke="var(--c{number})" '
+            f'stroke-width=".5"><title>{escape(name)}</title></polygon>'
+        )
+        below = above
+    return _figure(list(parts), frame, drawn)
+
+
+class Frame:
+    """Axes that hold all the given values."""
+
+    def __init__(self, xs: Sequence[float], ys: Sequence[float], x_label: str):
+        self._x0, self._x1 = min(xs), max(xs)
+        if self._x0 == self._x1:
+            self._x0, self._x1 = self._x0 - 1, self._x1 + 1
+        low, high = min(ys), max(ys)
+        margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+        self._y0, self._y1 = (low if low == 0 else low - margin), high + margin
+        self._label = x_label
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self._x0) / (self._x1 - self._x0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self._y0) / (self._y1 - self._y0) * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points) -> str:
+        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+
+    def drawn(self) -> list[str]:
+        """Grid, ticks and the axis' label."""
+        lines = []
+        for value in ticks(self._y0, self._y1, 5):
+            y = self.y(value)
+            lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+            lines.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:,.6g}</text>')
+        for value in ticks(self._x0, self._x1, 8):
+            if value == int(value):
+                lines.append(f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">')
+                lines.append(f"{value:,.6g}</text>")
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        lines.append(f'<text x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(self._label)}</text>')
+        return lines
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers between two values, about so many."""
+    rough = (high - low) / about
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _figure(names: Sequence[str], frame: Frame, drawn: Sequence[str]) -> str:
+    legend = "".join(
+        f'<span><i style="background:var(--c{number})"></i>{escape(name)}</span>' for number, name in enumerate(names)
+    )
+    return (
+        f'<figure><figcaption class="legend">{legend}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(names))}">'
+        f"{''.join(frame.drawn())}{''.join(drawn)}</svg></figure>\n"
+    )

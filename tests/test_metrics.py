@@ -1,0 +1,239 @@
+"""What a person sees of a run: the terminal, the files for people, the loggers, what each start leaves."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pty
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shardes import loggers
+from shardes.about import variables
+from shardes.attempts import Attempt, record_failure
+from shardes.config import Config, ConfigError, ModelConfig, RunConfig, RunError
+from shardes.loggers import Loggers
+from shardes.metrics import Reporter
+
+OWN = """
+import json
+
+class Letters:
+    def prompts(self, split):
+        return ["abc", "a much longer prompt", "x"] if split == "train" else ["hello", "you"]
+    def score(self, split, responses):
+        return [float(sum(map(ord, text)) % 97) for text in responses]
+
+class Recorder:
+    def __init__(self, directory, settings):
+        self.file = open(directory / "recorded.jsonl", "a")
+        self.file.write(json.dumps(["settings", settings["es"]["sigma"]]) + "\\n")
+    def log(self, metrics, step):
+        self.file.write(json.dumps([step, metrics]) + "\\n")
+    def close(self):
+        self.file.close()
+
+class Fails:
+    def __init__(self, directory, settings):
+        pass
+    def log(self, metrics, step):
+        raise OSError(f"no such server at step {step}")
+    def close(self):
+        raise AssertionError("not after it has failed")
+"""
+
+METRICS = dict(
+    iteration=0, reward_mean=1.0, reward_std=0.5, reward_min=0.0, reward_max=2.0, seconds=2.0, generated_tokens=100
+)
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    """A file of the user's, with a task and loggers."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    return str(file)
+
+
+def lines(file: Path) -> list:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def settings_of(directory: Path, *names: str) -> Config:
+    config = Config(model=ModelConfig("model"), run=RunConfig(str(directory)))
+    config.es.iterations, config.es.population_size = 4, 3
+    config.tracking.loggers = list(names)
+    return config
+
+
+def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
+    directory = tmp_path / "run"
+    names = ["tensorboard", f"{own}:Recorder", f"{own}:Fails"]
+    config = {
+        "model": {"path": str(uneven_llama), "dtype": "float32"},
+        "es": {"population_size": 4, "sigma": 0.05, "alpha": 0.05, "iterations": 2},
+        "generation": {"max_new_tokens": 8},
+        "task": {"path": f"{own}:Letters"},
+        "run": {"dir": str(directory), "timeout": 60},
+        "tracking": {"loggers": names},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for attempt, iterations in ((1, 2), (2, 3)):
+        run = zygote.start(str(tmp_path / "config.yaml"), f"es.iterations={iterations}", log=tmp_path / "log")
+        assert run.wait() == [0], run.text()
+        assert run.text().count("Fails: OSError: no such server at step") == 1
+        logs = directory / "logs" / f"attempt_{attempt}"
+        assert [line for line in run.text().splitlines() if line.startswith(("iter", "done", "warning"))] == [
+            line for line in (logs / "output.log").read_text().splitlines() if line.startswith(("iter", "done", "warn"))
+        ]
+        assert yaml.safe_load((logs / "config.yaml").read_text())["es"]["iterations"] == iterations
+        environment = json.loads((logs / "environment.json").read_text())
+        assert environment["world"] == dict(ranks=1, replicas=1, shard=1, tensor=1, device="cpu")
+        assert environment["versions"]["torch"] and environment["host"]
+
+    heard = lines(directory / "recorded.jsonl")
+    assert [entry[0] for entry in heard] == ["settings", 0, 1, 2, "settings", 2, 3]
+    assert heard[0][1] == 0.05
+    metrics = lines(directory / "metrics.jsonl")
+    assert [entry[1] for entry in heard if entry[0] in (0, 1)] == metrics[:2]
+    assert (
+        heard[-1][1]["held_out_reward"] == json.loads((directory / "summary.json").read_text())["held_out_reward_last"]
+    )
+    board = EventAccumulator(str(directory)).Reload()
+    assert [event.step for event in board.Scalars("reward_mean")] == [0, 1, 2]
+    assert board.Scalars("held_out_reward")[-1].step == 3
+
+    extremes = lines(directory / "extremes.jsonl")
+    assert [(row["iteration"], row["kind"]) for row in extremes] == [
+        (i, k) for i in range(3) for k in ("best", "worst")
+    ]
+    prompts = ["abc", "a much longer prompt", "x"]
+    for row in extremes:
+        of_member = metrics[row["iteration"]]
+        assert row["prompt"] in prompts and row["member"] in range(4)
+        assert row["reward"] == sum(map(ord, row["response"])) % 97
+        low, high = of_member["reward_min"], of_member["reward_max"]
+        assert row["reward"] >= high if row["kind"] == "best" else row["reward"] <= low
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install 'shardes[wandb]'"
+)
+def test_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    warned = []
+    for _ in range(2):
+        logger = Loggers(["wandb"], tmp_path, {"es": {"sigma": 0.1}}, warned.append)
+        for step in range(3):
+            logger.log({"reward_mean": step / 7}, step)
+        logger.close()
+    assert warned == []
+    kept = (tmp_path / "wandb_id").read_text()
+    written = list((tmp_path / "wandb").glob(f"offline-run-*-{kept}/*.wandb"))
+    assert written and b"reward_mean" in written[0].read_bytes() and b"sigma" in written[0].read_bytes()
+
+
+def test_a_logger_that_hangs_is_left_behind(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import time\nclass Slow:\n def __init__(self, *_): time.sleep(30)\n")
+    monkeypatch.setattr(loggers, "PATIENCE", 0.1)
+    warned: list[str] = []
+    hanging = Loggers([f"{tmp_path}/slow.py:Slow"], tmp_path, {}, warned.append)
+    hanging.log({"reward_mean": 1.0}, 0)
+    hanging.close()
+    assert len(warned) == 1 and "slow.py:Slow: not done after" in warned[0]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("tensorbord", r"tracking\.loggers=tensorbord: no such logger; did you mean tensorboard\?"),
+        ("mlflow", r"there are: tensorboard, wandb, or your own as file\.py:Class"),
+        ("{own}:Recoder", r"no class Recoder there; it has Letters, Recorder, Fails"),
+        ("{own}:Letters", r"Letters has no log\(\); see shardes\.loggers\.Logger"),
+        ("/no/such.py:Logger", r"there is no file /no/such\.py"),
+    ],
+)
+def test_loggers_that_cannot_be_used(own, name, message):
+    with pytest.raises(ConfigError, match=message):
+        loggers.check([name.format(own=own)])
+
+
+def test_the_bar_on_a_terminal(tmp_path):
+    reader, writer = pty.openpty()
+    shown = bytearray()
+
+    def read():
+        with contextlib.suppress(OSError):
+            while piece := os.read(reader, 4096):
+                shown.extend(piece)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    with open(writer, "w") as terminal, contextlib.redirect_stdout(terminal):
+        reporter = Reporter(settings_of(tmp_path))
+        reporter.iteration(METRICS | {"held_out_reward": 0.25})
+        reporter.member(600)
+        reporter.members(1, 2)
+        reporter.close()
+    thread.join(10)
+    os.close(reader)
+    text = shown.decode()
+    assert "iteration 1 of 4" in text and "2/3" in text and "members" in text
+    for part in ("tokens/s", "reward 1.00", "held-out 0.25", "best held-out 0.25", "left"):
+        assert part in text, text
+    assert "iteration 0  reward 1.00 ± 0.50  best 2.00  held-out 0.25" in text
+
+
+def test_plain_lines_elsewhere(tmp_path, capsys):
+    reporter = Reporter(settings_of(tmp_path))
+    reporter.members(0, 1)
+    reporter.iteration(METRICS)
+    reporter.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("iteration 0  reward 1.00 ± 0.50  best 2.00  2.0 s  50 tokens/s")
+    assert (tmp_path / "logs" / "attempt_1" / "output.log").read_text() == line + "\n"
+
+
+def test_extremes_are_the_first_of_the_best_and_worst_and_end_where_the_run_goes_on(tmp_path):
+    for begin in (0, 1):
+        reporter = Reporter(settings_of(tmp_path), [1.0] * begin)
+        for iteration in range(begin, 2):
+            for member, rewards in enumerate(([1, 1, 1], [2, 0, 2], [2, 0, -1])):
+                reporter.responses(member, "abc", ["answer 0", "answer 1", "answer 2"], rewards)
+            reporter.iteration(METRICS | {"iteration": iteration})
+        reporter.close()
+    found = (("best", 1, "a", "answer 0", 2), ("worst", 2, "c", "answer 2", -1))
+    assert lines(tmp_path / "extremes.jsonl") == [
+        dict(iteration=iteration, kind=kind, member=member, prompt=prompt, response=response, reward=reward)
+        for iteration in (0, 1)
+        for kind, member, prompt, response, reward in found
+    ]
+
+
+def test_what_ended_a_rank_is_kept(tmp_path):
+    record_failure(tmp_path, 1, ValueError("no attempt yet"))  # nowhere to write: nothing happens
+    attempt = Attempt(tmp_path, settings_of(tmp_path), {})
+    for rank, error in ((0, RunError("disk: full")), (3, ValueError("bad"))):
+        try:
+            raise error
+        except Exception as raised:
+            record_failure(tmp_path, rank, raised)
+    assert (attempt.directory / "rank0.log").read_text() == "error: disk: full\n"
+    assert "Traceback" in (text := (attempt.directory / "rank3.log").read_text()) and "ValueError: bad" in text
+
+
+def test_secrets_are_hidden():
+    given = {
+        "SHARDES_TOKEN": "s1", "WANDB_API_KEY": "s2", "HF_TOKEN": "s3", "HUGGINGFACE_HUB_TOKEN": "s4",
+        "TOKENIZERS_PARALLELISM": "false", "WANDB_BASE_URL": "https://me:s5@host/x", "AWS_SECRET_ACCESS_KEY": "s6",
+        "HF_HOME": "/hf", "CUDA_VISIBLE_DEVICES": "0", "RANK": "1", "HOME": "/root", "SLURM_JWT": "s7",
+    }  # fmt: skip
+    found = variables(given)
+    assert not any(f"s{number}" in str(found) for number in range(1, 8))
+    assert found["TOKENIZERS_PARALLELISM"] == "false" and found["WANDB_BASE_URL"] == "https://(hidden)@host/x"
+    assert {"HF_HOME", "CUDA_VISIBLE_DEVICES", "RANK", "SHARDES_TOKEN"} <= found.keys()
+    assert not {"HOME", "AWS_SECRET_ACCESS_KEY"} & found.keys()
