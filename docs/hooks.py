@@ -16,11 +16,8 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]+)((?:#[^)]*)?)\)")
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
     """Called by mkdocs with each page's text."""
-    name = page.file.src_uri
-    source = ROOT / ELSEWHERE[name] if name in ELSEWHERE else DOCS / name
-    return (
-        rendered(source.read_text(encoding="utf-8"), source.parent) if name in ELSEWHERE else rendered(markdown, DOCS)
-    )
+    source = ELSEWHERE.get(page.file.src_uri)
+    return rendered((ROOT / source).read_text(encoding="utf-8"), ROOT) if source else rendered(markdown, DOCS)
 
 
 def rendered(markdown: str, home: Path) -> str:

@@ -13,8 +13,8 @@ class BatchCache(Cache):
     """
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _Layer(self.length))
         self.length = 0
+        super().__init__(layer_class_to_replicate=lambda: _Layer(self.length))  # type: ignore[arg-type]  # only called
 
     def begin(self, length: int) -> None:
         """Forget everything, and expect `length` tokens a row."""

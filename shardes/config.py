@@ -402,6 +402,8 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def nested(config: Config) -> dict[str, Any]:
+def nested(config: Config) -> dict[Any, Any]:
     """The resolved settings as nested dicts of what YAML has."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    found = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(found, dict)
+    return found

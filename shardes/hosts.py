@@ -113,6 +113,8 @@ def _arguments(process: int) -> list[str]:
 
 def _parent(process: int) -> int:
     try:
-        return int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1])
+        status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0
+    found = re.search(r"^PPid:\s*(\d+)", status, re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -89,11 +89,13 @@ class Worker:
             raise Failure(f"its process cannot be understood: {error}", ended=True) from None
 
     async def _ask(self, job: list | None) -> dict:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin and stdout
         if job is not None:
             with suppress(ConnectionError):  # it is gone: the empty answer says so
-                self._process.stdin.write(json.dumps(job, default=str).encode() + b"\n")
-                await self._process.stdin.drain()
-        line = await self._process.stdout.readline()
+                stdin.write(json.dumps(job, default=str).encode() + b"\n")
+                await stdin.drain()
+        line = await stdout.readline()
         if not line:
             code = await self._process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -125,7 +127,7 @@ class Workers:
 
     def __init__(self, settings: TaskConfig, poll: Callable[[], None]):
         self._settings, self._poll = settings, poll
-        self._what = ("task.reward", settings.reward) if settings.reward else ("task.path", settings.path)
+        self._what = ("task.reward", settings.reward) if settings.reward else ("task.path", settings.path or "")
         self._loop = asyncio.new_event_loop()
         self._idle: list[Worker] = []
 

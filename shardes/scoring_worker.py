@@ -12,6 +12,7 @@ import sys
 sys.path.pop(0)  # this file's directory: to the user's code its modules are not there
 
 import ctypes
+import io
 import json
 import math
 import numbers
@@ -55,6 +56,7 @@ def own_pipes() -> tuple[TextIO, TextIO]:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)  # what was printed is seen, however the process ends
     return requests, replies
 
@@ -81,11 +83,12 @@ def main(parent: str, memory: str, key: str, place: str) -> None:
     requests, replies = own_pipes()
     limit_memory(float(memory))
     try:
-        function, reply = load(key, place), {}
+        function = load(key, place)
     except ConfigError as error:
-        function, reply = None, {"error": str(error)}
-    print(json.dumps(reply), file=replies, flush=True)
-    for line in requests if function else ():
+        print(json.dumps({"error": str(error)}), file=replies, flush=True)
+        return
+    print(json.dumps({}), file=replies, flush=True)
+    for line in requests:
         print(json.dumps(score(function, json.loads(line))), file=replies, flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,9 +230,10 @@ class Trainer:
         looked = time.monotonic()
 
         def record_rewards():
-            for number, reward, tokens, scores in population.new_rewards() if self.journal else ():
-                self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
-                self.reporter.member(tokens)
+            if self.journal and self.reporter:  # the same rank has both
+                for number, reward, tokens, scores in population.new_rewards():
+                    self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
+                    self.reporter.member(tokens)
 
         def poll():
             nonlocal looked
@@ -381,7 +382,7 @@ class Trainer:
         size = self.config.task.prompts_per_iteration
         return prompt_batch(self.config.es.seed, iteration, size, len(self.encoded["train"]))
 
-    def prompts(self, split: Split, asked: list[int] | None) -> list[list[int]]:
+    def prompts(self, split: Split, asked: list[int] | None) -> Sequence[list[int]]:
         """The token ids of the prompts `asked`."""
         return chosen(self.encoded[split], asked)
 

@@ -16,7 +16,7 @@ from shardes.weights import WeightFiles
 from shardes.world import Job
 
 SOURCES = sorted(file for folder in ("shardes", "launchers", "tools") for file in (ROOT / folder).rglob("*.py"))
-MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "commands", "pty"}
+MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "pty"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {
     "os.system", "os.popen", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load", "torch.save",

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from shardes import estimate  # noqa: E402
 from shardes.config import Config, ConfigError, ModelConfig, RunConfig, TaskConfig  # noqa: E402
 from shardes.engines import check_model  # noqa: E402
 from shardes.estimate import DEVICES, Device  # noqa: E402
+from shardes.generation import Prompt, encode  # noqa: E402
 from shardes.plan import Layout, Machine, Work, config_file, layouts, memory, read_model  # noqa: E402
 from shardes.tasks import load_task  # noqa: E402
 
@@ -75,12 +77,10 @@ def work_of(config: Config, prompts: int | None, prompt_tokens: int | None) -> W
     return Work(train, test, generation.max_new_tokens, generation.batch_tokens)
 
 
-def _lengths(path: str, prompts: list) -> list[int]:
+def _lengths(path: str, prompts: Sequence[Prompt]) -> list[int]:
     directory = Path(path)
     if directory.is_dir() and any(directory.glob("tokenizer*")):
         from transformers import AutoTokenizer
-
-        from shardes.generation import encode
 
         return list(map(len, encode(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), prompts)))
     texts = (p if isinstance(p, str) else "".join(message["content"] for message in p) for p in prompts)

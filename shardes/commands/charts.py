@@ -31,7 +31,7 @@ def line_chart(series: Sequence[Series], x_label: str = "iteration") -> str:
     for number, one in enumerate(series):
         if one.band:
             edge = [(x, low) for x, (low, _) in one.band.items()]
-            edge += [(x, high) for x, (_, high) in reversed(one.band.items())]
+            edge += [(x, high) for x, (_, high) in reversed(list(one.band.items()))]
             drawn.append(f'<polygon points="{frame.path(edge)}" fill="var(--c{number})" opacity=".16"/>')
     for number, one in enumerate(series):
         path = frame.path(one.points.items())

@@ -166,7 +166,8 @@ def extremes(run: Run) -> str:
 
 def settings(run: Run) -> str:
     defaults = {key: default for key, (default, _) in keys().items()}
-    changed, others = [], []
+    changed: list[tuple[str, str]] = []
+    others: list[tuple[str, str]] = []
     for key, value in run.settings.items():
         default = defaults.get(key)
         default = getattr(default, "value", default)

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from shardes.config import ConfigError
 from shardes.tasks.conciseness import Conciseness
@@ -86,7 +86,7 @@ def load_task(
     if (name is None) == (path is None):
         what = "both are given" if name is not None else "neither is given"
         raise ConfigError(f"task.name, task.path: {what}; give one: a built-in task's name, or file.py:Class")
-    given = {"train": train, "test": test, "tests": dict(tests) or None}
+    given: dict[str, Any] = {"train": train, "test": test, "tests": dict(tests) or None}
     given |= {"template": template, "chat": None if chat else False, "reward": reward}
     for key, value in given.items():
         if value is not None and name not in TAKERS[key]:
@@ -100,7 +100,8 @@ def load_task(
             )
         load_function(reward)
         return Jsonl(train, test, tests, template, chat)
-    if name is None or name not in TASKS:
+    assert name is not None
+    if name not in TASKS:
         names = [*TASKS, "jsonl"]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"

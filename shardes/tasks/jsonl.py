@@ -3,7 +3,7 @@
 import string
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from shardes.config import ConfigError
 from shardes.tasks.rows import load_rows
@@ -92,7 +92,7 @@ class Jsonl:
         return [{"role": "user", "content": text}] if self._chat else text
 
 
-def _is_chat(value: Any) -> bool:
+def _is_chat(value: Any) -> TypeGuard[list[dict[str, str]]]:
     return isinstance(value, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in value
