@@ -26,12 +26,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(command: list[str], seconds: float = 240, **environ: str) -> subprocess.CompletedProcess:
-    """Run a command in the repository, in a session of its own; no process of it outlives this call."""
+def run(command: list[str], seconds: float = 240, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess:
+    """Run a command, in the repository or in `cwd`, in a session of its own; no process of it outlives this call."""
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=env | environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
