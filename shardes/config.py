@@ -242,6 +242,8 @@ def shown(default: Any) -> str:
         return "null"
     if default == MISSING:
         return "required"
+    if isinstance(default, bool):
+        return str(default).lower()
     return default.value if isinstance(default, Enum) else str(default)
 
 
