@@ -62,7 +62,7 @@ def test_the_worked_example_of_the_docs(uneven_llama, tmp_path, monkeypatch):
         Path(name).write_text(text)
     arguments = ["moods/config.yaml", f"model.path={uneven_llama}"]
     plan = script("launchers/train.py").prepare(arguments, SimpleNamespace(rank=0, size=1))
-    plan.opened.close()
+    plan.place.close()
     assert plan.task.prompts("test")[0][0]["content"] == "Name one emotion. The soup had a hair in it."
     with closing(Scorer(plan.config.task, plan.task, tmp_path / "failed.json")) as scorer:
         assert scorer("test", ["Disgust.", "I do not know"]) == pytest.approx([1.0, -0.3])
