@@ -115,7 +115,7 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._process.wait(), ENDING)
+            await asyncio.wait_for(self._process.communicate(), ENDING)  # to the end of its pipes, which closes them
 
 
 class Workers:
