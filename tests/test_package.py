@@ -47,7 +47,7 @@ def python(released, tmp_path_factory) -> str:
     python = str(home / "bin" / "python")
     (wheel,) = released.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", str(wheel)]
-    done = run(pip)
+    done = run(pip, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     (packages,) = home.glob("lib/python*/site-packages")
     (packages / "beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
