@@ -94,11 +94,12 @@ def build_replica(job: Job, plan: Plan) -> tuple[World, Engine, Responder]:
 class Parser(argparse.ArgumentParser):
     """A parser of a launcher's arguments: CONFIG.yaml, key=value overrides, and what the launcher itself adds."""
 
-    def __init__(self, usage: str, description: str):
+    def __init__(self, name: str, options: str, description: str, examples: str):
         super().__init__(
-            usage=usage,
+            usage=f"shardes {name} CONFIG.yaml {options} [key=value ...]\n"
+            f"       deepspeed --num_gpus N launchers/{name}.py CONFIG.yaml [options] [key=value ...]",
             description=description,
-            epilog="keys, with their defaults:\n" + settings.help_text(),
+            epilog=f"{examples}\nkeys, with their defaults:\n{settings.help_text()}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("config", metavar="CONFIG.yaml", help="settings; see configs/")

@@ -130,6 +130,21 @@ def open_run(config: Config, base: WeightFiles) -> Opened:
     return Opened(lock, written, start, history.records if history else [], notes)
 
 
+def outlook(config: Config) -> str:
+    """What a start would find in the run directory, in words. Nothing is changed, and no weights are read.
+
+    Raises:
+        ConfigError: it holds a run that cannot go on with these settings.
+    """
+    if config.resume.source not in ("auto", "never"):
+        return f"a run that begins from {config.resume.source}"
+    history, _ = _history(config, Path(config.run.dir))
+    if history is None:
+        return "a new run"
+    _changes(config, history, Header(history.header.model, history.files, decisive(config)))
+    return f"a run of {len(history.records)} iterations so far, which goes on"
+
+
 def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
     """Settings by key, as JSON has them."""
     found = {}
@@ -217,7 +232,7 @@ def _start(config: Config, history: History, runs: list[Path]) -> tuple[Start, l
     if iteration > config.es.iterations:
         raise ConfigError(
             f"es.iterations={config.es.iterations}: the run in {history.path.parent} has {iteration} already; "
-            "tools/export_safetensors.py --iteration exports the center of an earlier one"
+            "shardes export --iteration exports the center of an earlier one"
         )
     start = Start(
         iteration,
