@@ -230,7 +230,9 @@ class Trainer:
         looked = time.monotonic()
 
         def record_rewards():
-            for number, reward, tokens, scores in population.new_rewards() if self.journal else ():
+            if not (self.journal and self.reporter):
+                return
+            for number, reward, tokens, scores in population.new_rewards():
                 self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
                 self.reporter.member(tokens)
 

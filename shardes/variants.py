@@ -8,11 +8,14 @@ evolve are in `shardes.update`.
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from shardes.config import ESConfig, Fitness, Schedule
 from shardes.population import mean, member_seeds, standardize
+
+P = TypeVar("P")
 
 
 def noise_seeds(es: ESConfig, iteration: int) -> list[int]:
@@ -81,6 +84,6 @@ def prompt_batch(run_seed: int, iteration: int, size: int | None, count: int) ->
     return orders[begin : begin + size]
 
 
-def chosen(prompts: list, asked: list[int] | None) -> list:
+def chosen(prompts: Sequence[P], asked: list[int] | None) -> list[P]:
     """The prompts `asked`, by number; None: all."""
-    return prompts if asked is None else [prompts[number] for number in asked]
+    return list(prompts) if asked is None else [prompts[number] for number in asked]
