@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         return arguments, settings.load(arguments.config, arguments.overrides)
 
     def error(self, message: str):
-        raise ConfigError(message)
+        raise ConfigError(f"{message}; see --help")
 
 
 def launch(

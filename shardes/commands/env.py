@@ -3,19 +3,23 @@
 shardes env
 """
 
-import argparse
+import sys
 
 from shardes import environment
 
 environment.prepare()
 
 from shardes.about import about  # noqa: E402
+from shardes.commands.arguments import Parser  # noqa: E402
+from shardes.config import ConfigError  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="shardes env"
-    ).parse_args(argv)
+    try:
+        Parser("env", __doc__).parse_args(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     found = about()
     lines = {name: version for name, version in found["versions"].items()}
     lines |= {"CUDA of torch": found["cuda"] or "none", "GPUs": ", ".join(found["devices"]) or "none"}

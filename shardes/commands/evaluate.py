@@ -96,10 +96,13 @@ def prepare(argv: list[str], job: Job) -> Evaluation:
         raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
     encoded = {}
     for split in arguments.split:
+        if "=" in split:
+            raise ConfigError(f"--split {split}: taken for a split's name; write settings (key=value) before --split")
         try:
             encoded[split] = encode(plan.tokenizer, plan.task.prompts(split))
         except KeyError:
-            raise ConfigError(f"--split {split}: the task has no such prompts") from None
+            known = ", ".join(["train", "test", *config.task.tests])
+            raise ConfigError(f"--split {split}: the task has no such prompts; there are {known}") from None
     return Evaluation(**vars(plan), encoded=encoded, samples=arguments.samples, base=origin, out=arguments.out)
 
 

@@ -13,7 +13,6 @@ distributed save, or what DeepSpeed's zero_to_fp32.py --safe_serialization makes
 says which model they belong to.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from shardes import snapshots  # noqa: E402
 from shardes.checkpoint import DTYPES, Checkpoint, verify  # noqa: E402
+from shardes.commands.arguments import Parser  # noqa: E402
 from shardes.config import ConfigError, is_size  # noqa: E402
 from shardes.engines import open_model  # noqa: E402
 from shardes.files import differing  # noqa: E402
@@ -189,21 +189,19 @@ The run computed in {DTYPES[dtype][1]}, with greedy decoding.
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="shardes export"
-    )
+    parser = Parser("export", __doc__)
     parser.add_argument("source", metavar="RUN_DIR", type=Path, help="run directory, or another program's checkpoint")
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="what to make")
     parser.add_argument("--iteration", type=int, metavar="K", help="the center after K iterations; default: the newest")
     parser.add_argument("--dtype", choices=CHOICES, help="default: the run's model.dtype; of checkpoints float32")
     parser.add_argument("--shard-size", default="5GB", help="most bytes of one file; default: %(default)s")
     parser.add_argument("--base", metavar="DIR", help="the base model; default: where the run had it")
-    options = parser.parse_args(argv)
     try:
+        options = parser.parse_args(argv)
         if not is_size(options.shard_size):
             raise ConfigError(f"--shard-size {options.shard_size}: must be a size such as 5GB or 500MB")
         if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise ConfigError(f"{options.out}: is there already")
+            raise ConfigError(f"{options.out}: is there already; choose another OUT_DIR")
         history = read(options.source / JOURNAL)
         if history:
             plan = of_run(options.source, history, options.base, options.iteration)

@@ -7,7 +7,6 @@
 `python tools/journal.py` is the same.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rich.table import Table  # noqa: E402
 
 from shardes import snapshots  # noqa: E402
 from shardes.checkpoint import verify as verify_snapshot  # noqa: E402
+from shardes.commands.arguments import Parser  # noqa: E402
 from shardes.config import ConfigError  # noqa: E402
 from shardes.engines import open_model  # noqa: E402
 from shardes.files import differing  # noqa: E402
@@ -33,7 +33,7 @@ from shardes.weights import WeightFiles, model_directory  # noqa: E402
 def history_of(directory: Path) -> History:
     history = read(directory / JOURNAL)
     if history is None:
-        raise ConfigError(f"{directory}: no journal there")
+        raise ConfigError(f"{directory}: no journal there; give a run directory")
     return history
 
 
@@ -140,18 +140,16 @@ def diff(one: Path, other: Path, console: Console) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="shardes journal"
-    )
+    parser = Parser("journal", __doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path)
     parser.add_argument("what", choices=["show", "verify", "diff"], nargs="?", default="show")
     parser.add_argument("other", metavar="OTHER_RUN", type=Path, nargs="?", help="for diff")
     parser.add_argument("--base", metavar="DIR", help="for verify: the base model; default: where the run had it")
-    options = parser.parse_args(argv)
-    if (options.other is not None) != (options.what == "diff"):
-        parser.error("diff takes a second run directory, and nothing else does")
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     try:
+        options = parser.parse_args(argv)
+        if (options.other is not None) != (options.what == "diff"):
+            parser.error("diff takes a second run directory, and nothing else does")
         if options.what == "show":
             show(options.run, console)
             return 0

@@ -26,6 +26,7 @@ from rich.table import Table  # noqa: E402
 
 from shardes import config as settings  # noqa: E402
 from shardes import estimate  # noqa: E402
+from shardes.commands.arguments import Parser  # noqa: E402
 from shardes.config import Config, ConfigError, ModelConfig, RunConfig, TaskConfig  # noqa: E402
 from shardes.engines import check_model  # noqa: E402
 from shardes.estimate import DEVICES, Device  # noqa: E402
@@ -231,13 +232,8 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="shardes plan")
+    parser = Parser("plan", __doc__)
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", nargs="?", help="settings; see configs/")
     add("overrides", metavar="key=value", nargs="*", help="settings that override the file's")

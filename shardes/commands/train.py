@@ -78,7 +78,8 @@ def dry_run(argv: list[str], ranks: int) -> int:
         return 2
     s, generation = config.sharding, config.generation
     layout = Layout(plan.replicas, s.shard, s.tensor, s.gather, s.offload)
-    asked = Work(*map(tuple, lengths.values()), generation.max_new_tokens, generation.batch_tokens)
+    train, test = tuple(lengths["train"]), tuple(lengths["test"])
+    asked = Work(train, test, generation.max_new_tokens, generation.batch_tokens)
     device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     need = memory(read_model(config)[0], layout, asked, config.es.restore, device)
     on_device = f"{sum(need.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
