@@ -274,7 +274,7 @@ def load(path: str, overrides: list[str]) -> Config:
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error.full_key or "")) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(_wrong_value(error.full_key or path, str(error).splitlines()[0])) from None
     assert isinstance(config, Config)
     check(config)
     return config
@@ -283,6 +283,17 @@ def load(path: str, overrides: list[str]) -> Config:
 def _unknown_key(key: str) -> str:
     near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.4)
     return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "; see --help for every key")
+
+
+def _wrong_value(key: str, reason: str) -> str:
+    if key not in keys():
+        return f"{key}: {reason}"
+    default, meaning = keys()[key]
+    if isinstance(default, list):
+        return f"{key}: must be a list, written {key}=[first,second]"
+    if "to string" in reason:  # YAML takes braces and brackets for a structure
+        return f"{key}: must be text; where it has brackets or braces quote it twice, as in {key}='\"{{...}}\"'"
+    return f"{key}: {reason}; the key's meaning: {meaning}"
 
 
 def check(config: Config) -> None:
@@ -342,6 +353,11 @@ def check(config: Config) -> None:
             "must be from 0 to 65535, or null",
         ),
         (
+            config.replicas.join is None or re.fullmatch(r".+:\d+", config.replicas.join) is not None,
+            "replicas.join",
+            "must be written HOST:PORT, as the run to join prints it",
+        ),
+        (
             config.replicas.join is None or config.replicas.port is None,
             "replicas.port",
             "is for the run that others join; with replicas.join leave it out",
@@ -355,7 +371,8 @@ def check(config: Config) -> None:
     for holds, key, demand in rules:
         if not holds:
             section, name = key.split(".")
-            raise ConfigError(f"{key}={getattr(getattr(config, section), name)}: {demand}")
+            value = getattr(getattr(config, section), name)
+            raise ConfigError(f"{key}={getattr(value, 'value', value)}: {demand}")
 
 
 def is_pattern(text: str | None) -> bool:
@@ -389,7 +406,8 @@ def check_layout(config: Config, world_size: int) -> int:
         given = "" if s.replicas is None else f"sharding.replicas={s.replicas} × "
         raise ConfigError(
             f"{given}sharding.shard={s.shard} × sharding.tensor={s.tensor}: does not "
-            f"{'fill' if s.replicas is not None else 'divide'} the {world_size} ranks that were started"
+            f"{'fill' if s.replicas is not None else 'divide'} the {world_size} ranks that were started: "
+            f"{'they take' if s.replicas is not None else 'a replica takes'} {ranks * (s.replicas or 1)}"
         )
     if config.replicas.join is not None and replicas != 1:
         raise ConfigError(
@@ -408,4 +426,4 @@ def nested(config: Config) -> dict[Any, Any]:
     """The resolved settings as nested dicts of what YAML has."""
     found = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(found, dict)
-    return found
+    return {str(key): value for key, value in found.items()}

@@ -202,7 +202,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> lis
         ConfigError: no prompts, an empty one, or chat without a chat template.
     """
     if not prompts:
-        raise ConfigError("task: its list of prompts is empty")
+        raise ConfigError(
+            "task: its list of prompts is empty; prompts(split) must give one at least, for train and for test"
+        )
     encoded = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):

@@ -187,7 +187,7 @@ def read(path: Path) -> History | None:
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"{path}, line {number}: damaged ({error}); all before it is sound. Put back a copy of the journal, "
-                f"or cut it before that line: python tools/journal.py {path.parent} verify"
+                f"or cut it before that line: shardes journal {path.parent} verify"
             ) from None
         offset += len(line) + 1
         history.end, history.checksum = offset, previous

@@ -20,7 +20,7 @@ from shardes.generation import Decoder, decoder
 from shardes.hosts import check_launcher
 from shardes.responses import Responder
 from shardes.stop import Stopped, StopWatch
-from shardes.tasks import Task, load_task
+from shardes.tasks import Task, configured_task
 from shardes.weights import WeightFiles, model_directory
 from shardes.world import Job, World, agree, form_replica, join_job, part
 
@@ -45,7 +45,7 @@ def check(config: Config, job: Job) -> Plan:
     check_launcher()
     replicas = settings.check_layout(config, job.size)
     t = config.task
-    task = load_task(t.name, t.path, t.train, t.test, t.tests, template=t.template, chat=t.chat, reward=t.reward)
+    task = configured_task(t)
     if t.prompts_per_iteration is not None and hasattr(task, "score"):
         try:
             signature(task.score).bind("train", [], [])
@@ -94,11 +94,12 @@ def build_replica(job: Job, plan: Plan) -> tuple[World, Engine, Responder]:
 class Parser(argparse.ArgumentParser):
     """A parser of a launcher's arguments: CONFIG.yaml, key=value overrides, and what the launcher itself adds."""
 
-    def __init__(self, usage: str, description: str):
+    def __init__(self, name: str, options: str, description: str, examples: str):
         super().__init__(
-            usage=usage,
+            usage=f"shardes {name} CONFIG.yaml {options} [key=value ...]\n"
+            f"       deepspeed --num_gpus N launchers/{name}.py CONFIG.yaml [options] [key=value ...]",
             description=description,
-            epilog="keys, with their defaults:\n" + settings.help_text(),
+            epilog=f"{examples}\nkeys, with their defaults:\n{settings.help_text()}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("config", metavar="CONFIG.yaml", help="settings; see configs/")
@@ -111,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         return arguments, settings.load(arguments.config, arguments.overrides)
 
     def error(self, message: str):
-        raise ConfigError(message)
+        raise ConfigError(f"{message}; see --help")
 
 
 def launch(

@@ -1,5 +1,6 @@
 """Where a run begins or goes on: its directory, as rank 0 finds it, and what all ranks need to know of its past."""
 
+import difflib
 import fcntl
 import json
 import os
@@ -126,8 +127,23 @@ def open_run(config: Config, base: WeightFiles) -> Opened:
             written.append(header)
         (directory / "config.yaml").write_text(settings.to_yaml(config))
     except OSError as error:
-        raise ConfigError(f"run.dir={directory}: cannot be written: {error}") from error
+        raise ConfigError(f"run.dir={directory}: cannot be written: {error}; choose another directory") from error
     return Opened(lock, written, start, history.records if history else [], notes)
+
+
+def outlook(config: Config) -> str:
+    """What a start would find in the run directory, in words. Nothing is changed, and no weights are read.
+
+    Raises:
+        ConfigError: it holds a run that cannot go on with these settings.
+    """
+    if config.resume.source not in ("auto", "never"):
+        return f"a run that begins from {config.resume.source}"
+    history, _ = _history(config, Path(config.run.dir))
+    if history is None:
+        return "a new run"
+    _changes(config, history, Header(history.header.model, history.files, decisive(config)))
+    return f"a run of {len(history.records)} iterations so far, which goes on"
 
 
 def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
@@ -184,10 +200,9 @@ def _changes(config: Config, history: History, header: Header) -> dict[str, list
     allowed = config.resume.allow_changes
     for key in allowed:
         if key not in (*DECISIVE, "model.path"):
-            raise ConfigError(
-                f"resume.allow_changes: {key} is none of the settings that decide the center: "
-                f"{', '.join(DECISIVE)}, model.path"
-            )
+            near = difflib.get_close_matches(key, [*DECISIVE, "model.path"], n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DECISIVE)}, model.path"
+            raise ConfigError(f"resume.allow_changes: {key} is no setting that decides the center; {hint}")
     changes: dict[str, list] = {}
     if differ := differing(history.files, header.files):
         name = differ[0]
@@ -217,7 +232,7 @@ def _start(config: Config, history: History, runs: list[Path]) -> tuple[Start, l
     if iteration > config.es.iterations:
         raise ConfigError(
             f"es.iterations={config.es.iterations}: the run in {history.path.parent} has {iteration} already; "
-            "tools/export_safetensors.py --iteration exports the center of an earlier one"
+            "shardes export --iteration exports the center of an earlier one"
         )
     start = Start(
         iteration,

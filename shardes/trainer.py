@@ -197,7 +197,7 @@ class Trainer:
             if expected not in (None, digest):
                 raise RunError(
                     f"{what} is rebuilt with digest {digest}, where the journal has {expected}; "
-                    f"see python tools/journal.py {self.config.run.dir} verify"
+                    f"see shardes journal {self.config.run.dir} verify"
                 )
 
     def from_snapshot(self, iteration: int) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from shardes.config import ESConfig, Fitness, Schedule
 from shardes.population import mean, member_seeds, standardize
 
-T = TypeVar("T")
+P = TypeVar("P")
 
 
 def noise_seeds(es: ESConfig, iteration: int) -> list[int]:
@@ -84,6 +84,6 @@ def prompt_batch(run_seed: int, iteration: int, size: int | None, count: int) ->
     return orders[begin : begin + size]
 
 
-def chosen(prompts: Sequence[T], asked: list[int] | None) -> Sequence[T]:
+def chosen(prompts: Sequence[P], asked: list[int] | None) -> list[P]:
     """The prompts `asked`, by number; None: all."""
-    return prompts if asked is None else [prompts[number] for number in asked]
+    return list(prompts) if asked is None else [prompts[number] for number in asked]

@@ -1,4 +1,4 @@
-"""Write a run's report, one HTML page: python tools/report.py RUN_DIR [--out FILE]; see `shardes report --help`."""
+"""Write a run's report, one HTML page: python tools/report.py RUN_DIR [--out FILE]; see --help."""
 
 from shardes import environment
 from shardes.commands.report import main

@@ -1,7 +1,7 @@
 """Line charts and stacked areas as inline SVG, coloured by the page's CSS variables --c0, --c1, ..."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -56,7 +56,7 @@ def stacked_chart(parts: Mapping[str, Mapping[float, float]], x_label: str = "it
     drawn = []
     for number, (name, values) in enumerate(parts.items()):
         above = {x: below[x] + values.get(x, 0.0) for x in xs}
-        edge = [*below.items(), *reversed(above.items())]
+        edge = [*below.items(), *reversed(list(above.items()))]
         drawn.append(
             f'<polygon points="{frame.path(edge)}" fill="var(--c{number})" stroke="var(--c{number})" '
             f'stroke-width=".5"><title>{escape(name)}</title></polygon>'
@@ -83,7 +83,7 @@ class Frame:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self._y0) / (self._y1 - self._y0) * (HEIGHT - TOP - BOTTOM)
 
-    def path(self, points) -> str:
+    def path(self, points: Iterable[tuple[float, float]]) -> str:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
 
     def drawn(self) -> list[str]:

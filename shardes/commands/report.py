@@ -9,17 +9,17 @@ environment of each start, and resumptions. It works for runs that are still und
     shardes report runs/mine --out mine.html
 """
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from shardes import environment
 from shardes.attempts import attempts
+from shardes.commands.arguments import Parser
 from shardes.commands.charts import Series, line_chart, stacked_chart
 from shardes.commands.page import cards, escaped, page, rows_of, sample, table
 from shardes.config import ConfigError, keys
@@ -45,7 +45,7 @@ class Run:
         summary = directory / "summary.json"
         self.summary: dict[str, Any] = json.loads(summary.read_text()) if summary.is_file() else {}
         config = directory / "config.yaml"
-        self.settings: dict[str, Any] = _flat(yaml.safe_load(config.read_text())) if config.is_file() else {}
+        self.settings: dict[str, Any] = _flat(_settings(config)) if config.is_file() else {}
         self.starts = {
             path.name: json.loads((path / "environment.json").read_text(encoding="utf-8"))
             for path in attempts(directory)
@@ -64,6 +64,12 @@ class Run:
         if final is not None and key != "reward_mean":
             found[self.summary["iterations"]] = final
         return found
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    found = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -227,14 +233,12 @@ def render(run: Run) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="shardes report"
-    )
+    parser = Parser("report", __doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path)
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the run directory")
-    options = parser.parse_args(argv)
-    out = options.out or options.run / "report.html"
     try:
+        options = parser.parse_args(argv)
+        out = options.out or options.run / "report.html"
         text = render(Run(options.run))
         try:
             out.write_text(text, encoding="utf-8")

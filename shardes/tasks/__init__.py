@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from shardes.config import ConfigError
+from shardes.config import ConfigError, TaskConfig
 from shardes.tasks.conciseness import Conciseness
 from shardes.tasks.countdown import Countdown
 from shardes.tasks.jsonl import Jsonl
@@ -63,6 +63,11 @@ TAKERS = {  # the built-in tasks that know a setting
     "chat": ["jsonl"],
     "reward": ["jsonl"],
 }
+
+
+def configured_task(t: TaskConfig) -> Task:
+    """The task that the settings name; ConfigError as from `load_task`."""
+    return load_task(t.name, t.path, t.train, t.test, t.tests, template=t.template, chat=t.chat, reward=t.reward)
 
 
 def load_task(

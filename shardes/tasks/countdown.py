@@ -166,7 +166,10 @@ def load_problems(path: Path) -> list[Problem]:
                 return read(entry.get(name, default))
             except (TypeError, ValueError, AttributeError):
                 which = f"entry {number} (id {entry.get('id', 'none')})"
-                raise ConfigError(f"{path}: {which}: {name} is {entry.get(name)!r}; see load_problems") from None
+                raise ConfigError(
+                    f"{path}: {which}: {name} is {entry.get(name)!r}; an entry has numbers (a list of integers) and "
+                    "target (an integer)"
+                ) from None
 
         numbers, target = field("numbers", lambda found: list(map(int, found))), field("target", int)
         context = field("context", str.rstrip, "")

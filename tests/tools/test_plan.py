@@ -175,6 +175,15 @@ def test_what_a_person_reads(config):
     assert done.returncode == 1 and "no layout fits; 2 such nodes would do" in done.stdout
 
 
+def test_a_task_of_the_users(config, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    (tmp_path / "mine.py").write_text("def reward(response, example):\n    return 0.0\n")
+    keys = [f"task.train={data}", f"task.test={data}", f"task.reward={tmp_path}/mine.py:reward", "task.name=jsonl"]
+    done = call(tool.main, config(DATA / "llama-3.1-8b"), *keys, *GPUS)
+    assert done.returncode == 0, done.stderr
+
+
 def test_mistakes(config, tmp_path):
     fine = config(DATA / "llama-3.1-8b")
     (tmp_path / "model").mkdir()

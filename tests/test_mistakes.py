@@ -1,0 +1,216 @@
+"""What a user gets wrong: one line says what and where, and what to do about it; exit code 2."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import call, free_port
+from models import SIZES
+from shardes import cli
+from shardes.config import load
+from shardes.journal import JOURNAL, Header, Journal, Record
+from shardes.resume import decisive
+from shardes.weights import WeightFiles
+
+OWN = """
+class Task:
+    def prompts(self, split):
+        return ["abc", "defg"]
+    def score(self, split, responses):
+        return [float(len(text)) for text in responses]
+
+class Empty(Task):
+    def prompts(self, split):
+        return []
+
+class Silent:
+    def prompts(self, split):
+        return ["abc"]
+
+class Raises(Task):
+    def __init__(self):
+        raise OSError("no such data")
+
+class Logger:
+    def log(self, metrics, step): ...
+
+def reward(response, example):
+    return 0.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def environ(monkeypatch, tmp_path) -> Iterator[None]:
+    """No rank of a launcher, whatever is started; the working directory is the test's."""
+    before = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SHARDES_TOKEN"):
+        os.environ.pop(name, None)
+    monkeypatch.chdir(tmp_path)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def home(tmp_path, uneven_llama) -> Path:
+    """A directory with config.yaml, own.py, data and models that are not right, and runs of two iterations."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("class Task:\n  def prompts(self split):\n")
+    (tmp_path / "notes.txt").write_text("no Python\n")
+    (tmp_path / "list.yaml").write_text("- es.sigma\n")
+    (tmp_path / "bad.yaml").write_text("es: {sigma: 1\n")
+    rows = ['{"prompt": "a", "answer": "b"}', '{"prompt": "c"', '{"prompt": "d", "answer": "e"}']
+    (tmp_path / "cut.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "rows.jsonl").write_text(rows[0] + "\n" + '{"question": "c"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "numbers.json").write_text('[{"numbers": [1, 2], "target": "many"}]')
+    for name, files in {"nothing": {}, "no_weights": {"config.json": json.dumps({"model_type": "llama", **SIZES})},
+                        "no_config": {"config.json": "{"}}.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+    settings = {
+        "model": {"path": str(uneven_llama), "dtype": "float32"},
+        "es": {"population_size": 4, "iterations": 3},
+        "generation": {"max_new_tokens": 4},
+        "task": {"path": "own.py:Task"},
+        "run": {"dir": "run", "timeout": 60},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = load("config.yaml", [])
+    for name in ("old", "damaged"):
+        (tmp_path / name).mkdir()
+        journal = Journal(tmp_path / name / JOURNAL, None)
+        journal.append(Header(str(uneven_llama), WeightFiles(uneven_llama).fingerprint(), decisive(config)))
+        for iteration in range(2):
+            journal.append(Record(iteration, [1, 2, 3, 4], [0.0, 1.0, 2.0, 3.0], [0.1] * 4, 0.001, 0.0005, "0" * 16))
+        journal.close()
+    damaged = tmp_path / "damaged" / JOURNAL
+    damaged.write_text(damaged.read_text().replace('"rewards": [0.0', '"rewards": [9.0', 1))
+    return tmp_path
+
+
+JSONL = "task.path=null task.name=jsonl task.train=rows.jsonl task.test=rows.jsonl task.reward=own.py:reward"
+COUNTDOWN = "task.path=null task.name=countdown"
+PLAN = "plan config.yaml --gpus 8 --gpu-memory 80GB"
+
+# Command lines, and what standard error must say. "train ..." is train config.yaml, "layout ..." a dry run of it on
+# four ranks; PORT is a free port.
+MISTAKES = {
+    # keys and values
+    "train es.sigam=1": r"es\.sigam: no such key; did you mean es\.sigma\?",
+    "train xyzzy=1": r"xyzzy: no such key; see --help for every key",
+    "train es.sigma": r"es\.sigma: overrides are written key=value",
+    "train es.iterations=many": r"es\.iterations: .*'many'.*; the key's meaning: iterations in all",
+    "train model.dtype=fp16": r"model\.dtype: .*'fp16', expected one of \[float32, bfloat16, float16\]",
+    "train es.seed=": r"es\.seed: .*'None'.*the key's meaning: run seed",
+    "train es.sigma=0": r"es\.sigma=0\.0: must be positive",
+    "train es.population_size=1": r"es\.population_size=1: must be at least 2",
+    "train es.antithetic=true es.population_size=5": r"es\.population_size=5: must be even with es\.antithetic=true",
+    "train es.evolve=(": r"es\.evolve=\(: must be a regular expression, or null",
+    "train checkpoint.shard_size=5": r"checkpoint\.shard_size=5: must be a size such as 5GB or 500MB",
+    "train generation.stop=[a,'']": r"generation\.stop=.*: must not hold an empty string",
+    "train tracking.loggers=wandb": r"tracking\.loggers: must be a list, written tracking\.loggers=\[first,second\]",
+    "train tracking.loggers=[wanb]": r"tracking\.loggers=wanb: no such logger; did you mean wandb\?",
+    "train tracking.loggers=[own.py:Logger]": r"own\.py:Logger: Logger has no close\(\); see shardes\.loggers\.Logger",
+    "train replicas.port=0 es.restore=subtract": r"es\.restore=subtract: .* none can join .*; use copy",
+    # config files and arguments
+    "cli train": r"arguments are required: CONFIG\.yaml.*; see --help",
+    "cli train missing.yaml": r"missing\.yaml: no such config file",
+    "cli train bad.yaml": r"bad\.yaml: not readable as YAML: .*line 2",
+    "cli train list.yaml": r"list\.yaml: holds no settings \(key: value lines\); see configs/",
+    "train --sigma 3": r"unrecognized arguments: --sigma 3; see --help",
+    "train --gpus many": r"--gpus/--nproc: invalid int value: 'many'; see shardes train --help",
+    "cli trian config.yaml": r"trian: no such command; did you mean train\?",
+    # layouts
+    "layout sharding.shard=3": r"sharding\.shard=3 × .* does not divide the 4 ranks .* a replica takes 3$",
+    "layout sharding.replicas=3": r"sharding\.replicas=3 × .* does not fill the 4 ranks .* they take 3$",
+    "layout sharding.tensor=4": r"sharding\.tensor=4: .* has 3 key-value heads, and a tensor rank needs one",
+    "layout replicas.join=127.0.0.1:1": r"replicas\.join=.*: a launch joins as one replica, .*; 4 were started",
+    # models
+    "train model.path=nowhere": r"model\.path=nowhere: no such directory, and not a hub id \(owner/name\) either",
+    "train model.path=nothing": r"model\.path=nothing: neither model\.safetensors nor .*index\.json is there",
+    "train model.path=null": r"model\.path: .*'None'.*meaning: checkpoint directory",
+    # tasks and their data
+    "train task.name=countdown": r"task\.name, task\.path: both are given; give one",
+    "train task.path=null": r"task\.name, task\.path: neither is given; give one",
+    "train task.path=null task.name=cuontdown": r"task\.name=cuontdown: no such task; did you mean countdown",
+    "train task.path=own.py": r"task\.path=own\.py: must be written file\.py:Class",
+    "train task.path=gone.py:Task": r"task\.path=gone\.py:Task: there is no file /.*/gone\.py",
+    "train task.path=own.py:Tusk": r"task\.path=own\.py:Tusk: no class Tusk there; it has Task, Empty",
+    "train task.path=notes.txt:Task": r"notes\.txt is not a Python file \(\.py\)",
+    "train task.path=broken.py:Task": r"importing .*broken\.py raised SyntaxError: .*line 2",
+    "train task.path=own.py:Silent": r"Silent has no score\(\) and no reward\(\); see shardes\.tasks\.Task",
+    "train task.path=own.py:Empty": r"list of prompts is empty; prompts\(split\) must give one at least",
+    "train task.path=own.py:Raises": r"Raises\(\) raised OSError: no such data",
+    "train task.prompts_per_iteration=1": r"task\.prompts_per_iteration: .* score\(split, responses, which=None\)",
+    "train task.train=rows.jsonl": r"task\.train=rows\.jsonl: only for task\.name=countdown",
+    f"train {COUNTDOWN} task.train=gone.json": r"gone\.json: no readable JSON file of Countdown.*No such file",
+    f"train {COUNTDOWN} task.train=numbers.json": r"numbers\.json: entry 0 .*'many'; .* target \(an integer\)",
+    f"train {JSONL} task.train=cut.jsonl": r"cut\.jsonl: line 2 is no JSON: .*column 15",
+    f"train {JSONL}": r"rows\.jsonl: line 2 \(id none\) has no prompt",
+    f"train {JSONL} task.train=empty.jsonl": r"empty\.jsonl: holds no rows",
+    f"train {JSONL} task.reward=own.py:rewrd": r"task\.reward=own\.py:rewrd: no function rewrd there; it has .*reward",
+    f"train {JSONL} task.reward=null": r"task\.reward: is required with task\.name=jsonl: my_module:function",
+    f"train {JSONL} task.template={{question}}": r"task\.template: must be text; .* quote it twice, as in",
+    # run directories and resuming
+    "train run.dir=notes.txt": r"run\.dir=notes\.txt: cannot be written: .*File exists.*; choose another directory",
+    "train run.dir=old resume=never": r"run\.dir=old: holds a run already, and resume=never; choose another",
+    "train resume=nowhere": r"resume=nowhere: neither a run directory with a journal nor a snapshot in one",
+    "train run.dir=old es.alpha=0.1": r"es\.alpha=0\.1: the run in old has 0\.0005; set it so, list es\.alpha in",
+    "layout run.dir=old es.alpha=0.1": r"es\.alpha=0\.1: the run in old has 0\.0005; set it so",
+    "train run.dir=old es.iterations=1": r"es\.iterations=1: the run in old has 2 already; shardes export --iteration",
+    "train run.dir=old resume.allow_changes=[es.alfa]": r"resume\.allow_changes: es\.alfa .*; did you mean es\.alpha",
+    "train run.dir=damaged": r"damaged/journal\.jsonl, line 2: damaged .* shardes journal damaged verify",
+    # joining a run
+    "train replicas.port=70000": r"replicas\.port=70000: must be from 0 to 65535, or null",
+    "train replicas.join=home": r"replicas\.join=home: must be written HOST:PORT, as the run to join prints it",
+    "train replicas.join=127.0.0.1:PORT": r"replicas\.join: no token: set SHARDES_TOKEN, or run\.dir=run to",
+    "token replicas.join=127.0.0.1:PORT": r"replicas\.join=127\.0\.0\.1:\d+: .*(refused|nobody)",
+    "train replicas.join=127.0.0.1:1 replicas.port=0": r"replicas\.port=0: is for the run that .* leave it out",
+    # evaluating, exporting, looking
+    f"cli evaluate config.yaml {COUNTDOWN} --split tset": r"--split tset: the task has no .*; there are train, test",
+    "cli evaluate config.yaml --split test es.seed=1": r"--split es\.seed=1: .* write settings .* before --split",
+    "cli evaluate config.yaml --samples -1": r"--samples -1: must not be negative",
+    "cli evaluate config.yaml --out gone/found.json": r"--out gone/found\.json: there is no directory gone",
+    "cli export nowhere out": r"nowhere: neither a run directory with a journal nor a checkpoint",
+    "cli export old own.py": r"own\.py: is there already; choose another OUT_DIR",
+    "cli export old out --iteration 7": r"--iteration 7: the run in old has the centers 0 to 2",
+    "cli export old out --dtype fp16": r"argument --dtype: invalid choice: 'fp16' .*; see shardes export --help",
+    "cli export old out --base nothing": r"nothing: neither model\.safetensors nor",
+    "cli journal nowhere": r"nowhere: no journal there; give a run directory",
+    "cli journal old diff": r"diff takes a second run directory.*; see shardes journal --help",
+    "cli journal old shwo": r"invalid choice: 'shwo'.*; see shardes journal --help",
+    "cli report nowhere": r"nowhere: no run directory: it has no journal\.jsonl",
+    "cli report old --out gone/report.html": r"gone/report\.html: cannot be written: .*; choose another place",
+    "cli env please": r"unrecognized arguments: please; see shardes env --help",
+    # planning
+    "cli plan config.yaml --gpus 8": r"--gpu-memory is missing: one GPU's memory, such as 80GB",
+    "cli plan config.yaml --gpus 8 --gpu-memory 80": r"--gpu-memory 80: must be a size such as 80GB",
+    f"cli {PLAN} sharding.shard=3": r"sharding\.shard=3 × .*: does not divide the 8 GPUs: a replica takes 3",
+    f"cli {PLAN} model.path=nothing": r"model\.path=nothing: no readable config\.json",
+}
+
+
+def test_every_mistake_is_one_line_that_says_what_to_do(home, monkeypatch):
+    assert len(MISTAKES) > 40
+    wrong = []
+    starts = {"cli": [], "train": ["train", "config.yaml"], "token": ["train", "config.yaml"]}
+    starts["layout"] = ["train", "config.yaml", "--dry-run", "--gpus", "4"]
+    for line, message in MISTAKES.items():
+        kind, *arguments = line.replace("PORT", str(free_port())).split()
+        before = dict(os.environ)
+        if kind == "token":
+            os.environ["SHARDES_TOKEN"] = "0" * 64
+        done = call(cli.main, *starts[kind], *arguments)
+        os.environ.clear()
+        os.environ.update(before)
+        (*others, last) = done.stderr.splitlines() or [""]
+        if done.returncode != 2 or others or done.stdout or not re.match(rf"error: .*{message}", last):
+            wrong.append(f"{line}\n  {done.returncode} {done.stdout}{done.stderr}  wanted: {message}")
+    assert not wrong, "\n".join(wrong)
