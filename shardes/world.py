@@ -6,10 +6,12 @@ DeepSpeed and transformers see a plain world. Replicas meet in one key-value sto
 
 import json
 import os
+import random
 import secrets
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -257,7 +259,9 @@ def form_replica(job: Job, replicas: int, shard: int, tensor: int, timeout: floa
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this host that nobody listens on, and that the system gives to nobody who asks for just any."""
+    for port in random.SystemRandom().sample(range(15000, 32768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RunError("this host has no free port among 100 tried between 15000 and 32767")

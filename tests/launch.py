@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    from shardes import world  # not before the environment has been prepared
+
+    return world.free_port()
 
 
 def run(command: list[str], seconds: float = 240, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess:
