@@ -20,11 +20,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardes import scoring_worker
 from shardes.config import ConfigError, TaskConfig
 from shardes.tasks import Task
 from shardes.tasks.jsonl import Jsonl
 
+WORKER = str(Path(__file__).with_name("scoring_worker.py"))  # a program; it is not imported
 STARTING = 300.0  # seconds for a worker to load the user's code
 ENDING = 10.0  # seconds for the system to end a process that is killed
 INTERVAL = 0.2  # seconds between polls
@@ -52,7 +52,7 @@ class Worker:
         Raises:
             ConfigError: it cannot load the user's code, or does not within STARTING seconds.
         """
-        arguments = (scoring_worker.__file__, str(os.getpid()), str(memory), key, place)
+        arguments = (WORKER, str(os.getpid()), str(memory), key, place)
         # A session of its own: what the user's code starts ends with it, and a terminal's Ctrl-C is not for it.
         process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments, stdin=PIPE, stdout=PIPE, start_new_session=True

@@ -263,3 +263,9 @@ def test_a_class_may_leave_scoring_to_workers(tmp_path):
     assert json.loads((tmp_path / "failed.json").read_text()) == [
         {"prompt": "ccc", "response": "", "error": "ZeroDivisionError: division by zero"}
     ]
+
+
+def test_importing_the_trainer_takes_nothing_from_the_users_path():
+    code = "import sys; path = [*sys.path]; import shardes.commands.train; print(sys.path == path)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("True\n")
