@@ -46,7 +46,7 @@ def serve(pipe: Connection, door: bool) -> None:
     job = join_job(LIMIT)
     port = int(os.environ["MASTER_PORT"])
     if door:
-        opened = Door("127.0.0.1", 0, TOKEN, connect(port, False), "room")
+        opened = Door("127.0.0.1", 0, TOKEN, connect(port, False), "room", 60)
         port = opened.port
     pipe.send(port)
     while pipe.recv() == "used":

@@ -53,14 +53,15 @@ def _proof(token: str, side: str, nonce: str) -> str:
 class Door:
     """Listens at `host`:`port` (None: all interfaces; 0: a free port), in a thread, and relays to the TCPStore `store`.
 
-    `room` is the prefix of the run's keys there, which guests are told.
+    `room` is the prefix of the run's keys there, which guests are told. A guest that cannot be reached for `timeout`
+    seconds is cut off.
 
     Raises:
         ConfigError: it cannot listen there.
     """
 
-    def __init__(self, host: str | None, port: int, token: str, store: dist.TCPStore, room: str):
-        self._token, self._room, self._store = token, room, (store.host, store.port)
+    def __init__(self, host: str | None, port: int, token: str, store: dist.TCPStore, room: str, timeout: float):
+        self._token, self._room, self._store, self._timeout = token, room, (store.host, store.port), timeout
         try:
             self._socket = socket.create_server((host or "", port), backlog=1024)
         except OSError as error:
@@ -92,6 +93,7 @@ class Door:
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, ValueError, asyncio.TimeoutError, asyncio.CancelledError):
             try:
+                _notice_silence(writer.get_extra_info("socket"), self._timeout)
                 nonce = secrets.token_hex(16)
                 writer.write(f"shardes {nonce}\n".encode())
                 said = await asyncio.wait_for(reader.readline(), PATIENCE)
@@ -109,6 +111,15 @@ class Door:
                 writer.close()
 
 
+def _notice_silence(connection: socket.socket, seconds: float) -> None:
+    """Let a connection fail whose other end cannot be reached for so many seconds; TCP itself would wait for hours."""
+    between = max(int(seconds / 4), 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        connection.setsockopt(socket.IPPROTO_TCP, option, between)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
+
+
 async def _pass(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
     while data := await source.read(CHUNK):
         target.write(data)
@@ -119,18 +130,22 @@ async def _pass(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> N
 def enter(address: str, token: str, timeout: float) -> dist.Store:
     """A connection to the run's store, through the door at `address`, written HOST:PORT.
 
-    An answer that takes longer than `timeout` seconds raises torch's DistStoreError.
+    An answer that takes longer than `timeout` seconds, or a door that cannot be reached for so long, raises torch's
+    DistError.
 
     Raises:
         ConfigError: no address, nobody there, no door, or the token does not fit.
     """
     outside, room = _knock(address, token)
+    _notice_silence(outside, timeout)
     # torch's client wants a port to connect to: for one connection, this one leads to the door.
     with socket.create_server(("127.0.0.1", 0), backlog=1) as listening:
 
         def relay() -> None:
             inside, _ = listening.accept()
             for source, target in ((inside, outside), (outside, inside)):
+                # torch sends a request in pieces; the second would wait 40 ms for the first one's acknowledgement.
+                target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=_pump, args=(source, target), daemon=True).start()
 
         waiting = threading.Thread(target=relay, daemon=True)

@@ -35,7 +35,14 @@ def open_door(config: Config, base: WeightFiles, world: World, records: Sequence
     header = Header(config.model.path, base.fingerprint(), resume.values(config, SHARED))
     store.set("welcome", json.dumps([asdict(header), world.replicas]))
     token = token_of(directory, make=True)
-    door = Door(config.replicas.host, config.replicas.port or 0, token, root(world.job.store), world.room)
+    door = Door(
+        config.replicas.host,
+        config.replicas.port or 0,
+        token,
+        root(world.job.store),
+        world.room,
+        config.replicas.timeout,
+    )
     address = f"{config.replicas.host or socket.gethostname()}:{door.port}"
     file = directory / "meeting"
     try:

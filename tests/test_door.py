@@ -20,7 +20,7 @@ def store() -> dist.TCPStore:
 
 @pytest.fixture
 def door(store):
-    with closing(Door("127.0.0.1", 0, "secret", store, "room")) as door:
+    with closing(Door("127.0.0.1", 0, "secret", store, "room", 5)) as door:
         yield door
 
 
@@ -113,11 +113,11 @@ def test_a_server_that_is_no_door(store, monkeypatch):
 
 def test_a_port_in_use(store, door):
     with pytest.raises(ConfigError, match=rf"replicas.port={door.port}: cannot listen there on 127.0.0.1: .*in use"):
-        Door("127.0.0.1", door.port, "secret", store, "room")
+        Door("127.0.0.1", door.port, "secret", store, "room", 5)
 
 
 def test_who_is_in_notices_that_the_door_closes(store):
-    door = Door("127.0.0.1", 0, "secret", store, "room")
+    door = Door("127.0.0.1", 0, "secret", store, "room", 5)
     guest = enter(f"127.0.0.1:{door.port}", "secret", 5)
     guest.add("key", 1)
     door.close()

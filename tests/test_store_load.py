@@ -19,7 +19,7 @@ def place(request):
     if not request.param:
         yield store.port, False
         return
-    door = Door("127.0.0.1", 0, "benchmark", store, "room")
+    door = Door("127.0.0.1", 0, "benchmark", store, "room", 60)
     yield door.port, True
     door.close()
 

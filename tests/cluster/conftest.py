@@ -19,6 +19,12 @@ class Letters:
     def score(self, split, responses):
         return [float(sum(map(ord, text)) % 97) for text in responses]
 
+class SlowLetters(Letters):
+    """A member takes a second."""
+    def score(self, split, responses):
+        time.sleep(1)
+        return super().score(split, responses)
+
 class PatientLetters(Letters):
     """Its run does not end before a replica has joined it."""
     def score(self, split, responses):

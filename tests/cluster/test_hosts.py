@@ -11,6 +11,7 @@ import pytest
 from cluster import hosts as cluster
 from cluster.hosts import ADDRESSES, INTERFACE, Hosts
 from launch import free_port, skip_without
+from shardes import journal
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -120,6 +121,32 @@ def test_a_host_behind_a_cut_cable_is_named(hosts, hostfile, config, tmp_path, r
         hosts.end(process)
     finally:
         hosts.plug()
+
+
+def test_a_replica_behind_a_cut_cable_loses_its_member_alone(
+    hosts, config, settings, run_dir, tmp_path, arrived, record_property
+):
+    """The home takes its member over; the replica ends by itself, and says why."""
+    slow = settings["task"]["path"].replace(":Letters", ":SlowLetters")
+    command = [sys.executable, "launchers/train.py", config, f"task.path={slow}", "replicas.timeout=3"]
+    logs, port = [tmp_path / name for name in "ab"], free_port()
+    home = hosts.start(0, [*command, f"replicas.host={ADDRESSES[0]}", f"replicas.port={port}"], logs[0])
+    await_line(logs[0], r"^iteration 0 ", 240)
+    guest = hosts.start(1, [*command, f"replicas.join={(run_dir / 'meeting').read_text().strip()}"], logs[1])
+    try:
+        await_line(logs[1], "joined the run", 120)
+        time.sleep(2)
+        hosts.cut()
+        cut, before = time.monotonic(), len(journal.read(run_dir / "journal.jsonl").records)
+        await_line(logs[0], rf"^iteration {before} ", 60)
+        record_property("seconds from the cut to the iteration's end", time.monotonic() - cut)
+        assert guest.wait(60) == 1, logs[1].read_text()
+        record_property("seconds from the cut to the replica's end", time.monotonic() - cut)
+        assert "the run's home is gone" in logs[1].read_text()
+        assert home.wait(120) == 0, logs[0].read_text()
+    finally:
+        hosts.plug()
+    arrived()
 
 
 def test_a_hostfile_that_is_not_there(hosts, config, tmp_path):
