@@ -296,83 +296,82 @@ def _wrong_value(key: str, reason: str) -> str:
     return f"{key}: {reason}; the key's meaning: {meaning}"
 
 
+LEAST = {
+    "es.population_size": 2,  # rewards are compared with each other
+    "es.alpha": 0,
+    "es.alpha_final": 0,
+    "es.iterations": 1,
+    "es.seed": 0,
+    "sharding.replicas": 1,
+    "sharding.shard": 1,
+    "sharding.tensor": 1,
+    "generation.max_new_tokens": 1,
+    "generation.batch_tokens": 1,
+    "task.workers": 1,
+    "task.prompts_per_iteration": 1,
+    "eval.every": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.verify_every": 0,
+}
+POSITIVE = ("es.sigma", "es.sigma_final", "task.timeout", "task.memory", "replicas.timeout", "run.timeout")
+
+
 def check(config: Config) -> None:
     """Raise ConfigError for values that no run could use, whatever the world."""
-    es, generation, sharding = config.es, config.generation, config.sharding
+    es, task, checkpoint, replicas = config.es, config.task, config.checkpoint, config.replicas
+    for key, least in LEAST.items():
+        _demand(config, key, _at(config, key) is None or _at(config, key) >= least, f"must be at least {least}")
+    for key in POSITIVE:
+        _demand(config, key, _at(config, key) is None or _at(config, key) > 0, "must be positive")
     rules = [
         (config.model.path != MISSING, "model.path", "is required: a checkpoint directory or a hub id"),
         (config.run.dir != MISSING, "run.dir", "is required: where the run is written"),
-        (es.sigma > 0, "es.sigma", "must be positive"),
-        (es.alpha >= 0, "es.alpha", "must not be negative"),
-        (es.population_size >= 2, "es.population_size", "must be at least 2: rewards are compared with each other"),
         (
             not (es.antithetic and es.population_size % 2),
             "es.population_size",
             "must be even with es.antithetic=true: its members come in pairs",
         ),
-        (es.sigma_final is None or es.sigma_final > 0, "es.sigma_final", "must be positive, or null"),
-        (es.alpha_final is None or es.alpha_final >= 0, "es.alpha_final", "must not be negative, or null"),
         (0 <= es.weight_decay < 1, "es.weight_decay", "must be at least 0 and below 1"),
         (is_pattern(es.evolve), "es.evolve", "must be a regular expression, or null"),
         (
-            config.task.prompts_per_iteration is None or config.task.prompts_per_iteration >= 1,
-            "task.prompts_per_iteration",
-            "must be at least 1, or null",
-        ),
-        (config.task.workers >= 1, "task.workers", "must be at least 1"),
-        (config.task.timeout > 0, "task.timeout", "must be positive"),
-        (config.task.memory > 0, "task.memory", "must be positive"),
-        (
-            config.task.on_error == "fail" or is_finite(config.task.on_error),
+            task.on_error == "fail" or is_finite(task.on_error),
             "task.on_error",
             "must be fail, or the reward of a response that cannot be scored: a finite number",
         ),
+        (not checkpoint.best or checkpoint.every > 0, "checkpoint.best", "needs checkpoint.every above 0"),
+        (is_size(checkpoint.shard_size), "checkpoint.shard_size", "must be a size such as 5GB or 500MB"),
+        (all(config.generation.stop), "generation.stop", "must not hold an empty string"),
+        (replicas.port is None or 0 <= replicas.port < 65536, "replicas.port", "must be from 0 to 65535, or null"),
         (
-            not config.checkpoint.best or config.checkpoint.every > 0,
-            "checkpoint.best",
-            "needs checkpoint.every above 0",
-        ),
-        (es.iterations >= 1, "es.iterations", "must be at least 1"),
-        (es.seed >= 0, "es.seed", "must not be negative"),
-        (sharding.shard >= 1, "sharding.shard", "must be at least 1"),
-        (sharding.tensor >= 1, "sharding.tensor", "must be at least 1"),
-        (sharding.replicas is None or sharding.replicas >= 1, "sharding.replicas", "must be at least 1, or null"),
-        (generation.max_new_tokens >= 1, "generation.max_new_tokens", "must be at least 1"),
-        (generation.batch_tokens >= 1, "generation.batch_tokens", "must be at least 1"),
-        (all(generation.stop), "generation.stop", "must not hold an empty string"),
-        (config.eval.every >= 0, "eval.every", "must not be negative"),
-        (config.checkpoint.every >= 0, "checkpoint.every", "must not be negative"),
-        (config.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1"),
-        (is_size(config.checkpoint.shard_size), "checkpoint.shard_size", "must be a size such as 5GB or 500MB"),
-        (config.checkpoint.verify_every >= 0, "checkpoint.verify_every", "must not be negative"),
-        (config.run.timeout > 0, "run.timeout", "must be positive"),
-        (config.replicas.timeout > 0, "replicas.timeout", "must be positive"),
-        (
-            config.replicas.port is None or 0 <= config.replicas.port < 65536,
-            "replicas.port",
-            "must be from 0 to 65535, or null",
-        ),
-        (
-            config.replicas.join is None or re.fullmatch(r".+:\d+", config.replicas.join) is not None,
+            replicas.join is None or re.fullmatch(r".+:\d+", replicas.join) is not None,
             "replicas.join",
             "must be written HOST:PORT, as the run to join prints it",
         ),
         (
-            config.replicas.join is None or config.replicas.port is None,
+            replicas.join is None or replicas.port is None,
             "replicas.port",
             "is for the run that others join; with replicas.join leave it out",
         ),
         (
-            es.restore is Restore.copy or (config.replicas.join is None and config.replicas.port is None),
+            es.restore is Restore.copy or (replicas.join is None and replicas.port is None),
             "es.restore",
             "each replica drifts by itself, so none can join or be joined; use copy",
         ),
     ]
     for holds, key, demand in rules:
-        if not holds:
-            section, name = key.split(".")
-            value = getattr(getattr(config, section), name)
-            raise ConfigError(f"{key}={getattr(value, 'value', value)}: {demand}")
+        _demand(config, key, holds, demand)
+
+
+def _at(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _demand(config: Config, key: str, holds: bool, demand: str) -> None:
+    if not holds:
+        value = _at(config, key)
+        raise ConfigError(f"{key}={getattr(value, 'value', value)}: {demand}")
 
 
 def is_pattern(text: str | None) -> bool:

@@ -100,10 +100,32 @@ class Reporter:
             for prompt, response, reward in rows
         ])  # fmt: skip
 
-    def summary(self, summary: dict[str, float | str], last: dict[str, float]) -> None:
-        """Write summary.json; `last` is the evaluation of the final center."""
+    def summary(self, means: list[float], evaluations: list[dict[str, float]], digest: str, seconds: float) -> None:
+        """Write summary.json, and say in a line what the run has come to.
+
+        `means` are all iterations' mean rewards, `evaluations` this start's evaluations of the center, the last one of
+        the final center, whose digest is given.
+        """
+        first, last = self.first_evaluation or evaluations[0], evaluations[-1]
+        names = [name for name in ("center_reward", "held_out_reward", "held_out_accuracy") if name in last]
+        summary: dict[str, Any] = {
+            "iterations": len(means),
+            "reward_mean_first": means[0],
+            "reward_mean_last": means[-1],
+            **{f"{name}_first": first[name] for name in names if name in first},
+            **{f"{name}_last": last[name] for name in names},
+            "distance": last["distance"],
+            "distance_relative": last["distance_relative"],
+            "digest": digest,
+            "seconds": seconds,
+        }
         (self._directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        self._loggers.log(last, int(summary["iterations"]))
+        self._loggers.log(last, len(means))
+        self.say(
+            f"done: member reward {means[0]:.2f} → {means[-1]:.2f}, center's {first['center_reward']:.2f} → "
+            f"{last['center_reward']:.2f}, held-out {first['held_out_reward']:.2f} → {last['held_out_reward']:.2f}; "
+            f"{seconds:.0f} s, center {digest}"
+        )
 
     def close(self) -> None:
         self._screen.close()

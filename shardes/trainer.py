@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch.profiler import profile
 
@@ -104,7 +103,8 @@ class Trainer:
             self.say(str(stopped))
             raise
         except Exception as error:
-            record_failure(Path(self.config.run.dir), self.world.job.rank, error)
+            if not self.world.joined:  # the run's directory is its home's
+                record_failure(Path(self.config.run.dir), self.world.job.rank, error)
             raise
 
     def train(self) -> None:
@@ -151,25 +151,7 @@ class Trainer:
             self.say(f"done: this replica evaluated {self.evaluated} members; center {digest}")
         if self.reporter:
             evaluations.append(self.judged(examination))
-            first, last = self.reporter.first_evaluation or evaluations[0], evaluations[-1]
-            names = [name for name in ("center_reward", "held_out_reward", "held_out_accuracy") if name in last]
-            summary: dict[str, Any] = {
-                "iterations": len(means),
-                "reward_mean_first": means[0],
-                "reward_mean_last": means[-1],
-                **{f"{name}_first": first[name] for name in names if name in first},
-                **{f"{name}_last": last[name] for name in names},
-                "distance": last["distance"],
-                "distance_relative": last["distance_relative"],
-                "digest": digest,
-                "seconds": time.monotonic() - started,
-            }
-            self.reporter.summary(summary, last)
-            self.reporter.say(
-                f"done: member reward {means[0]:.2f} → {means[-1]:.2f}, center's {first['center_reward']:.2f} → "
-                f"{last['center_reward']:.2f}, held-out {first['held_out_reward']:.2f} → "
-                f"{last['held_out_reward']:.2f}; {summary['seconds']:.0f} s, center {digest}"
-            )
+            self.reporter.summary(means, evaluations, digest, time.monotonic() - started)
 
     def rebuild(self) -> str:
         """Replay what the journal says since the center was saved; returns the center's digest.
