@@ -11,6 +11,7 @@ from benchmarks.noise import _extra_bytes
 from launch import run
 
 
+@pytest.mark.slow
 def test_every_row_runs(tied_llama, tmp_path):
     command = [sys.executable, "-m", "benchmarks.run", "--toy", "--model", str(tied_llama), "--out", str(tmp_path)]
     done = run(command, seconds=300)

@@ -67,7 +67,7 @@ class Zygote:
         return self._read()
 
     def start(self, *arguments: str, ranks: int = 1, log: Path, tool: str = "train", **faults) -> Run:
-        """Start ranks of `launchers/train.py ARGUMENTS`, or of tools/export_safetensors.py (tool="export")."""
+        """Start ranks of `launchers/train.py ARGUMENTS`, or of another tool that workers/zygote.py knows."""
         log.unlink(missing_ok=True)
         command = {"start": list(arguments), "ranks": ranks, "port": free_port(), "log": str(log), "tool": tool}
         pids = self.ask(command | {"faults": {key.replace("_", " "): value for key, value in faults.items()}})["pids"]

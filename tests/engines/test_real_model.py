@@ -33,7 +33,9 @@ def expected(directory) -> list[list[int]]:
     return [row[: row.index(eos) + 1] if eos in row else row for row in out]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if "ZeRO" in name else ()) for name in LAYOUTS]
+)
 def test_tokens_and_memory(directory, expected, layout):
     shard, tensor = LAYOUTS[layout]
     for result in torchrun(shard * tensor, "real_model.py", str(shard), str(tensor), str(directory)):

@@ -72,7 +72,9 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", [["sharding.shard=2"], []], ids=["ZeRO 2", "2 replicas"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(["sharding.shard=2"], marks=pytest.mark.slow), []], ids=["ZeRO 2", "2 replicas"]
+)
 def test_failures_are_counted_and_get_their_reward(zygote, home, tmp_path, layout):
     run = zygote.start(home(HARM, on_error=-5, timeout=1.0), *layout, ranks=2, log=tmp_path / "log")
     assert run.wait(120) == [0, 0], run.text()

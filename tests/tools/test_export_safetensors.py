@@ -108,6 +108,7 @@ def test_the_model_card_says_what_it_is(export, trained, biased_qwen, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_it_holds_one_tensor_at_a_time(tmp_path):
     """A model of 800 MB in float32, whose largest tensor has 67 MB."""
     config = LlamaConfig(

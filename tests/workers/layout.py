@@ -1,31 +1,24 @@
-"""What one engine and layout make of some models: layout.py ENGINE REPLICAS SHARD TENSOR MODEL_DIRECTORY ..."""
+"""What one engine and layout make of some models: ENGINE REPLICAS SHARD TENSOR MODEL_DIRECTORY ..., from the zygote."""
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, GenerationConfig
 
-from shardes import environment
-
-environment.prepare()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
-
-from launch import report  # noqa: E402
-from models import paper_coefficients  # noqa: E402
-from shardes.center import member, open_center  # noqa: E402
-from shardes.config import Gather, Offload, Restore, ShardingConfig  # noqa: E402
-from shardes.engines import empty_model  # noqa: E402
-from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
-from shardes.engines.fsdp import FSDPEngine  # noqa: E402
-from shardes.generation import decoder  # noqa: E402
-from shardes.population import member_seeds  # noqa: E402
-from shardes.responses import Responder  # noqa: E402
-from shardes.update import Update  # noqa: E402
-from shardes.weights import WeightFiles  # noqa: E402
-from shardes.world import form_replica, join_job  # noqa: E402
+from launch import report
+from models import paper_coefficients
+from shardes.center import member, open_center
+from shardes.config import Gather, Offload, Restore, ShardingConfig
+from shardes.engines import empty_model
+from shardes.engines.deepspeed import DeepSpeedEngine
+from shardes.engines.fsdp import FSDPEngine
+from shardes.generation import decoder
+from shardes.population import member_seeds
+from shardes.responses import Responder
+from shardes.update import Update
+from shardes.weights import WeightFiles
+from shardes.world import form_replica, join_job
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
 RESPONSES = [[30 + n] * n for n in (4, 1, 9, 2, 6)]
@@ -42,13 +35,13 @@ VARIANTS = [
 ]
 
 
-def main() -> None:
-    engine = {"deepspeed": DeepSpeedEngine, "fsdp": FSDPEngine}[sys.argv[1]]
-    replicas, shard, tensor = map(int, sys.argv[2:5])
+def main(argv: list[str]) -> int:
+    engine = {"deepspeed": DeepSpeedEngine, "fsdp": FSDPEngine}[argv[0]]
+    replicas, shard, tensor = map(int, argv[1:4])
     job = join_job(60)
     world = form_replica(job, replicas, shard, tensor, 120)
     result = {"rank": job.rank}
-    for directory in map(Path, sys.argv[5:]):
+    for directory in map(Path, argv[4:]):
         for dtype, gather, offload in VARIANTS:
             if shard == 1 and (gather is Gather.layer or (engine is FSDPEngine and offload is Offload.cpu)):
                 continue
@@ -58,7 +51,7 @@ def main() -> None:
             result[key] = examine(engine, directory, dtype, sharding, world)
     report(result)
     dist.barrier()
-    dist.destroy_process_group()
+    return 0
 
 
 def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig, world) -> dict:
@@ -99,7 +92,3 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     if kind is DeepSpeedEngine:
         found["optimizer"] = [type(engine._engine.optimizer).__name__, engine._engine.basic_optimizer]
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,8 @@
 Reads commands, JSON objects one to a line, and answers each with one:
     {"start": [ARGUMENT, ...], "tool": NAME, "ranks": N, "port": P, "log": FILE, "faults": {...}}  ->  {"pids": [...]}
     {"wait": FIRST PID, "seconds": S}  ->  {"codes": [exit code of each rank], or null where a rank still runs}
-All ranks of a run are one process group. `faults` are described in `inject`.
+All ranks of a run are one process group. What they hand to `report` comes to lie beside the log. `faults` are described
+in `inject`.
 """
 
 import json
@@ -24,7 +25,11 @@ environment.prepare()
 
 from launch import script  # noqa: E402
 
-TOOLS = {"train": script("launchers/train.py"), "export": script("tools/export_safetensors.py")}
+TOOLS = {
+    "train": script("launchers/train.py"),
+    "export": script("tools/export_safetensors.py"),
+    "layout": script("tests/workers/layout.py"),
+}
 
 from torch.utils.file_baton import FileBaton  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
@@ -127,7 +132,7 @@ def start(command: dict) -> list[int]:
                 os.dup2(source, target)
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {"WORLD_SIZE": str(command["ranks"]), "LOCAL_SIZE": str(command["ranks"])}
-            os.environ["MASTER_PORT"] = str(command["port"])
+            os.environ |= {"MASTER_PORT": str(command["port"]), "RESULTS": str(Path(command["log"]).parent)}
             inject(command.get("faults", {}), rank)
             sys.argv = [command["tool"], *command["start"]]
             environment.run(TOOLS[command["tool"]].main)
