@@ -23,6 +23,13 @@ from models import SIZES, save_model  # noqa: E402
 from zygote import Zygote  # noqa: E402
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Show what tests have measured (`record_property`), as docs/scaling.md has it."""
+    for report in terminalreporter.getreports("passed"):
+        for what, figure in report.user_properties:
+            terminalreporter.write_line(f"{what}: {figure:.1f} ({report.nodeid})")
+
+
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     """Starts runs without the launcher's and the imports' seconds."""
