@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.replicas import Draw, Looks, Outcome, Setting, fixed_rounds
 from benchmarks.simulate import claimed
+from shardes.population import LOOKS
 
 ROOT = Path(__file__).parent.parent
 TIMES = ROOT / "benchmarks" / "results" / "member_times.json"
@@ -55,7 +56,7 @@ def row(at: Setting) -> dict:
         "deaths": outcome.deaths, "takeovers": outcome.takeovers,
         "requests_per_second": mean, "requests_peak": peak,
         "requests_by_kind": {kind: len(found) / outcome.elapsed for kind, found in outcome.requests.items()},
-        "peak_of": peak_of(outcome), "scans_per_second": scans(at, outcome) / outcome.elapsed,
+        "peak_of": peak_of(outcome), "asked_per_second": asked_of(at, outcome) / outcome.elapsed,
         "seconds_to_simulate": time.process_time() - began,
     }  # fmt: skip
 
@@ -68,9 +69,9 @@ def peak_of(outcome: Outcome) -> dict[str, int]:
     return {kind: int(count[second]) for kind, count in counts.items()}
 
 
-def scans(at: Setting, outcome: Outcome) -> float:
-    """The requests where each waiting replica asks of every member, every quarter of the timeout, if it is found."""
-    return at.members * sum(int(waited / (at.timeout / 4)) for waited in outcome.waits)
+def asked_of(at: Setting, outcome: Outcome) -> float:
+    """Of how many members waiting replicas ask, a few of them every quarter of the timeout, whether they are found."""
+    return min(LOOKS, at.members) * sum(int(waited / (at.timeout / 4)) for waited in outcome.waits)
 
 
 def sweep(replicas: Sequence[int], per_replica: Sequence[int]) -> dict[str, list[dict]]:
