@@ -78,8 +78,7 @@ def test_the_wheel_is_the_package_and_its_data(released):
 
 def test_the_wheel_trains_without_the_checkout(python, tied_llama, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG.format(model=tied_llama))
-    shutil.copy(ROOT / "launchers" / "train.py", tmp_path / "train.py")
-    done = run([python, "train.py", "config.yaml"], cwd=tmp_path, PYTHONPATH="")
+    done = run([str(Path(python).with_name("shardes")), "train", "config.yaml"], cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2
     code = "from shardes import tasks; print(tasks.__file__, len(tasks.load_task('countdown', None).prompts('test')))"
