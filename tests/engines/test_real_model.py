@@ -34,7 +34,7 @@ def expected(directory) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow if "ZeRO" in name else ()) for name in LAYOUTS]
+    "layout", [pytest.param(name, marks=() if name == "TP 3" else pytest.mark.slow) for name in LAYOUTS]
 )
 def test_tokens_and_memory(directory, expected, layout):
     shard, tensor = LAYOUTS[layout]

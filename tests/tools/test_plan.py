@@ -54,8 +54,8 @@ def test_parameter_counts_are_the_published_ones(models, name):
     "engine, tensor, ranks, names",
     [
         ("deepspeed", 8, 64, ["llama-3.1-8b", "qwen2.5-72b"]),
-        ("deepspeed", 3, 6, ["llama-3.1-8b", "uneven"]),
-        ("fsdp", 4, 32, ["llama-3.1-8b", "qwen3-30b-a3b"]),
+        pytest.param("deepspeed", 3, 6, ["llama-3.1-8b", "uneven"], marks=pytest.mark.slow),
+        pytest.param("fsdp", 4, 32, ["llama-3.1-8b", "qwen3-30b-a3b"], marks=pytest.mark.slow),
     ],
 )
 def test_ranks_hold_what_the_engine_gives_them(engine, tensor, ranks, names, uneven_llama, tmp_path):

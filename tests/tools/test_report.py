@@ -67,8 +67,8 @@ def run(tmp_path) -> Path:
         reporter.iteration(metrics)
     journal.append(Finish(3, "f" * 16))
     journal.close()
-    summary = dict(iterations=3, held_out_reward_last=1.25, digest="f" * 16)
-    reporter.summary(summary, {"held_out_reward": 1.25})
+    last = dict(center_reward=1.0, held_out_reward=1.25, distance=2.0, distance_relative=0.1)
+    reporter.summary([0.5, 1.5, 2.5], [last], "f" * 16, 6.0)
     reporter.close()
     return directory
 
