@@ -23,6 +23,7 @@ from shardes.world import World, rest
 NOTHING: Mapping = MappingProxyType({})
 DONE, WAITING = -1, -2  # where there is no piece to take over
 LOOKS = 32  # pieces that a waiting replica asks for at a time: all of them, asked by thousands, would be too many
+NEWS = 1024  # pieces that the home asks for at a time, between two members
 
 
 def member_seeds(run_seed: int, iteration: int, population_size: int) -> list[int]:
@@ -64,7 +65,7 @@ class Exchange:
         self._count = count
         self._timeout = timeout
         self._known = known
-        self._seen = set(known)
+        self._unseen = deque(number for number in range(count) if number not in known)
         self._me = str(world.replica)
         self._news = (-1, 0.0)  # how many were done, and since when
         self._unfound = deque(range(count))  # those of which this replica does not know that they are done
@@ -127,12 +128,14 @@ class Exchange:
         return self._add("done", 0)
 
     def news(self) -> Iterator[tuple[int, str]]:
-        """What has been found since the last call, by all replicas, and was not known: (piece, what)."""
-        if self.done() > len(self._seen):
-            for number in range(self._count):
-                if number not in self._seen and self._store.check([f"found/{number}"]):
-                    self._seen.add(number)
+        """What has been found since earlier calls, by all replicas, and was not known: (piece, what); some of it."""
+        if self.done() > self._count - len(self._unseen):
+            for _ in range(min(NEWS, len(self._unseen))):
+                number = self._unseen.popleft()
+                if self._store.check([f"found/{number}"]):
                     yield number, self._found(number)
+                else:
+                    self._unseen.append(number)
 
     def collect(self, poll: Callable[[], None] = lambda: None) -> list[str]:
         """All that was found, in order, on the leading rank; waits for the other replicas, calling `poll` meanwhile.
@@ -250,7 +253,7 @@ class Population(Exchange):
         self.post(number, json.dumps([reward, tokens, self._world.replica, time.time(), *scores]))
 
     def new_rewards(self) -> Iterator[tuple[int, float, int, list[float]]]:
-        """What was posted since the last call and not known before: (member, reward, tokens, scores)."""
+        """What `news` has: (member, reward, tokens, scores)."""
         for number, found in self.news():
             reward, tokens, _, _, *scores = json.loads(found)
             yield number, reward, tokens, scores

@@ -241,15 +241,17 @@ def test_who_does_not_fit_is_refused_in_one_line_and_the_run_is_not_disturbed(st
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "token").write_text("another")
     cases = [
-        ([f"run.dir={tmp_path}/strange"], 1, "the token does not fit"),
-        ([f"model.path={folder}/other"], 1, "model.safetensors is not the run's"),
-        (["es.sigma=0.06"], 1, "es.sigma=0.06: the run has 0.05"),
-        (["eval.every=3"], 1, "eval.every=3: the run has 2"),
-        (["replicas.join=127.0.0.1:1"], 1, "nobody lets this replica in"),
-        ([], 2, "a launch joins as one replica"),
+        ([f"run.dir={tmp_path}/strange"], {}, "the token does not fit"),
+        ([f"model.path={folder}/other"], {}, "model.safetensors is not the run's"),
+        (["es.sigma=0.06"], {}, "es.sigma=0.06: the run has 0.05"),
+        (["eval.every=3"], {}, "eval.every=3: the run has 2"),
+        (["replicas.join=127.0.0.1:1"], {}, "nobody lets this replica in"),
+        ([], {"noise": "philox/0"}, "the run's noise is philox4x32-10/quantile16/1, this version's philox/0"),
+        ([], {"ranks": 2}, "a launch joins as one replica"),
     ]
-    guests = [start(*keys, ranks=ranks) for keys, ranks, _ in cases]
-    for guest, (_, ranks, complaint) in zip(guests, cases, strict=True):
+    guests = [start(*keys, **given) for keys, given, _ in cases]
+    for guest, (_, given, complaint) in zip(guests, cases, strict=True):
+        ranks = given.get("ranks", 1)
         assert guest.wait() == [2] * ranks, guest.text()
         errors = [line for line in guest.text().splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and complaint in errors[0], guest.text()

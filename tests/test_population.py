@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import paper_coefficients
+from shardes import population
 from shardes.config import ConfigError
 from shardes.meeting import Meeting
 from shardes.population import Evaluation, Population, idle_seconds, member_seeds, standardize
@@ -111,6 +112,20 @@ def test_iterations_do_not_mix(store):
     for iteration in range(2):
         population = Population(Replica(store, 0), iteration, [1, 2], timeout=1)
         assert list(population.claim()) == [0, 1]
+
+
+def test_every_reward_becomes_known_once_whoever_posts_it_and_however_many_there_are(store, monkeypatch):
+    """Looking for a few at a time."""
+    monkeypatch.setattr(population, "NEWS", 3)
+    known = {4: (0.5, 7, [])}
+    home, other = (Population(Replica(store, n, speaks=n == 0), 0, range(10), 5, known) for n in (0, 1))
+    found = []
+    for number in (9, 0, 5, 2, 8, 1, 3, 7, 6):
+        (other if number % 2 else home).post_reward(number, float(number), 10 * number)
+        found += home.new_rewards()
+    for _ in range(4):
+        found += home.new_rewards()
+    assert sorted(found) == [(n, float(n), 10 * n, []) for n in range(10) if n != 4]
 
 
 def test_a_dead_replicas_member_is_taken_over_and_a_live_ones_is_not(store):

@@ -34,7 +34,7 @@ TOOLS = {
 from torch.utils.file_baton import FileBaton  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
 
-from shardes import journal  # noqa: E402
+from shardes import joining, journal  # noqa: E402
 from shardes.center import CopyCenter  # noqa: E402
 
 
@@ -52,6 +52,7 @@ def inject(faults: dict, rank: int) -> None:
     "stop in append": n     at the journal's n-th line stand still
     "flip": [rank, n]       before the n-th update flip a bit of this rank's center
     "slow": SECONDS         sleep before every decode step
+    "noise": NAME           be a version whose noise has this name
     """
     count: Counter[str] = Counter()
 
@@ -108,6 +109,8 @@ def inject(faults: dict, rank: int) -> None:
         LlamaForCausalLM.forward = slowly
     if "flip" in faults:
         CopyCenter.update = flipped
+    if "noise" in faults:
+        joining.NOISE = faults["noise"]
 
 
 def fill(file: str) -> None:
