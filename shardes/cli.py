@@ -67,7 +67,8 @@ def start(name: str, argv: list[str]) -> int:
     launched = "RANK" in os.environ
     if launched and options.ranks is not None:
         return _complain(f"--gpus {options.ranks}: a launcher has started this rank already; leave --gpus out")
-    environment.prepare()
+    given = dict(os.environ)
+    environment.prepare()  # for this process; each rank finds its own part of the host
     command = import_module(f"shardes.commands.{name}")
     if options.dry_run:
         if name != "train":
@@ -77,7 +78,7 @@ def start(name: str, argv: list[str]) -> int:
     if ranks == 1:
         return command.main(rest)
     sys.stdout.flush()
-    os.execv(sys.executable, launcher(name, ranks, rest))
+    os.execve(sys.executable, launcher(name, ranks, rest), given)
 
 
 def launcher(name: str, ranks: int, argv: list[str]) -> list[str]:

@@ -99,6 +99,8 @@ def test_ranks_are_started_on_this_host(config, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 1
     environment = json.loads((tmp_path / "run" / "logs" / "attempt_1" / "environment.json").read_text())
     assert environment["world"] == dict(ranks=2, replicas=2, shard=1, tensor=1, device="cpu")
+    share = str(max(environment["cores"] // 2, 1))  # of the cores, as where deepspeed is started by hand
+    assert environment["environment"]["OMP_NUM_THREADS"] == share
 
     done = call(cli.main, "train", config, "--dry-run")
     assert "/run, a run of 1 iterations so far, which goes on" in done.stdout, done.stderr
