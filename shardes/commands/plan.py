@@ -1,7 +1,6 @@
 """Does a run fit, and what will it take: from the config and the model's config.json, before a GPU hour is spent.
 
     shardes plan CONFIG.yaml --gpus 8 --gpu-memory 80GB [--nodes 2] [key=value ...]
-    shardes plan --table             the table of docs/scaling.md (in a checkout)
 
 `python tools/plan.py` is the same.
 
@@ -28,17 +27,15 @@ from rich.table import Table  # noqa: E402
 from shardes import config as settings  # noqa: E402
 from shardes import estimate  # noqa: E402
 from shardes.commands.arguments import Parser  # noqa: E402
-from shardes.config import Config, ConfigError, ModelConfig, RunConfig, TaskConfig  # noqa: E402
+from shardes.config import Config, ConfigError  # noqa: E402
 from shardes.engines import check_model  # noqa: E402
 from shardes.estimate import DEVICES, Device  # noqa: E402
 from shardes.generation import Prompt, encode  # noqa: E402
 from shardes.plan import Layout, Machine, Work, config_file, layouts, memory, read_model  # noqa: E402
 from shardes.tasks import configured_task  # noqa: E402
 
-ROOT = Path(__file__).parent.parent.parent
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 CHARACTERS = 3  # of a prompt per token, where there is no tokenizer; SmolLM2's has 3.4 in Countdown's prompts
-TABLE = {"8B": "llama-3.1-8b", "70B": "llama-3.1-70b", "405B": "llama-3.1-405b"}
 FIGURES = {
     "memory": "bytes per second from the GPU's memory",
     "flops": "dense bfloat16 operations per second",
@@ -169,20 +166,22 @@ def show(console: Console, planner: Planner, plans: dict[str, tuple[Layout, dict
     found = [judged for _, judged in plans.values()]
     for place, name in (("gpu", "GPU"), ("host", "host")):
         for part in found[0][place] | found[-1][place]:
-            table.add_row(f"{name}: {part}", *(_bytes(judged[place].get(part, 0)) for judged in found))
+            table.add_row(f"{name}: {part}", *(shown_bytes(judged[place].get(part, 0)) for judged in found))
     if machine.gpu_memory is not None:
-        table.add_row("GPU in all", *(f"{_bytes(j['gpu_total'])} of {_bytes(machine.gpu_memory)}" for j in found))
-    limit = _bytes(machine.host_memory)
-    table.add_row("host in all, per node", *(f"{_bytes(j['host_total_per_node'])} of {limit}" for j in found))
+        table.add_row(
+            "GPU in all", *(f"{shown_bytes(j['gpu_total'])} of {shown_bytes(machine.gpu_memory)}" for j in found)
+        )
+    limit = shown_bytes(machine.host_memory)
+    table.add_row("host in all, per node", *(f"{shown_bytes(j['host_total_per_node'])} of {limit}" for j in found))
     table.add_row("fits", *("yes" if judged["fits"] else "NO" for judged in found), end_section=True)
-    table.add_row("replicas ↔ store, per iteration", *(_bytes(judged["network"]["replicas"]) for judged in found))
+    table.add_row("replicas ↔ store, per iteration", *(shown_bytes(judged["network"]["replicas"]) for judged in found))
     for key, name in (
         ("reduced_per_token", "sums within a replica, per token"),
         ("reduced", "the same, per iteration"),
         ("gathered_per_member", "gathers within a replica, per member"),
         ("gathered", "the same, per iteration"),
     ):
-        table.add_row(f"{name} (sent by a rank)", *(_bytes(judged["network"][key]) for judged in found))
+        table.add_row(f"{name} (sent by a rank)", *(shown_bytes(judged["network"][key]) for judged in found))
     table.columns[0].no_wrap = True
     if planner.device:
         table.add_section()
@@ -196,39 +195,12 @@ def show(console: Console, planner: Planner, plans: dict[str, tuple[Layout, dict
     )
 
 
-def _bytes(count: float) -> str:
+def shown_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def markdown() -> str:
-    """The table of docs/scaling.md: the paper's Countdown settings on nodes of eight H100s, and on one H100."""
-    lines = [
-        "| model | GPUs | layout | GPU | host, per node | an iteration takes at least |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, directory in TABLE.items():
-        path = str(ROOT / "tests" / "data" / directory)
-        config = Config(model=ModelConfig(path), task=TaskConfig("countdown"), run=RunConfig("runs/plan"))
-        work = work_of(config, None, None)
-        planner = Planner(config, work, Machine(1, 1, int(80e9), int(2e12)), DEVICES["h100"], work.max_new_tokens)
-        for nodes, gpus in ((1, 1), (1, 8), (8, 8)):
-            planner.machine = replace(planner.machine, nodes=nodes, per_node=gpus)
-            layout = planner.suggest()
-            if layout is None:
-                lines.append(f"| {name} | {nodes * gpus} | does not fit | | | |")
-                continue
-            judged = planner.judge(layout)
-            took = judged["seconds"]["total"]
-            shown = f"{took:.0f} s" if took < 600 else f"{took / 60:.0f} min"
-            lines.append(
-                f"| {name} | {nodes * gpus} | {layout} | {_bytes(judged['gpu_total'])} | "
-                f"{_bytes(judged['host_total_per_node'])} | {shown} |"
-            )
-    return "\n".join(lines)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -250,7 +222,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         f"{CHARACTERS} characters make one); with --prompts too, the task is not opened")  # fmt: skip
     add("--response-tokens", type=int, help="tokens of a response (default: generation.max_new_tokens, the longest)")
     add("--json", action="store_true", help="print JSON")
-    add("--table", action="store_true", help="print the table of docs/scaling.md")
     return parser.parse_intermixed_args(argv)
 
 
@@ -299,11 +270,7 @@ def plan(options: argparse.Namespace, console: Console) -> int:
 def main(argv: list[str]) -> int:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 150)
     try:
-        options = parse(argv)
-        if options.table:
-            print(markdown())
-            return 0
-        return plan(options, console)
+        return plan(parse(argv), console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
