@@ -163,6 +163,7 @@ class Workers:
         try:
             for number, job in queue:
                 if worker and not worker.alive:
+                    await worker.end()  # closes its pipes
                     worker = None
                 worker = worker or await Worker.start(self._settings.memory, *self._what)
                 try:
