@@ -37,8 +37,8 @@ def models(engine: str, shard: int, tensor: int) -> list[str]:
     return names
 
 
-# Replicas share nothing here; tests/launchers runs two of them every time.
-SLOW = {"2 replicas × ZeRO 2"}
+# What they do is in the others, too; and tests/launchers runs two replicas every time.
+SLOW = {"2 replicas × ZeRO 2", "FSDP, 1 rank", "TP 2", "FSDP, TP 2"}
 
 
 @pytest.fixture(

@@ -48,6 +48,7 @@ def test_write_outside_of_slurm(tmp_path, monkeypatch):
 CHECK = "from shardes.hosts import check_launcher, expected_hosts; print(expected_hosts()); check_launcher()"
 
 
+@pytest.mark.slow
 def test_what_deepspeeds_launcher_was_told(tmp_path):
     file = tmp_path / "check.py"
     file.write_text(CHECK)

@@ -71,7 +71,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "layout",
-    [("deepspeed", 2, 1, 1), ("deepspeed", 1, 2, 2), ("fsdp", 1, 2, 1)],
+    [("deepspeed", 2, 1, 1), ("deepspeed", 1, 2, 2), pytest.param(("fsdp", 1, 2, 1), marks=pytest.mark.slow)],
     ids=["2 replicas", "ZeRO 2 × TP 2", "FSDP 2"],
 )
 def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
