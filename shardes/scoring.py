@@ -115,7 +115,8 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._process.communicate(), ENDING)  # to the end of its pipes, which closes them
+            await asyncio.wait_for(self._process.communicate(), ENDING)  # to the end of its pipes
+        await asyncio.sleep(0.01)  # asyncio closes them in its next rounds; the loop must not be closed before
 
 
 class Workers:
