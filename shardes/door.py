@@ -23,6 +23,7 @@ from shardes.config import ConfigError
 
 TOKEN = "SHARDES_TOKEN"  # the environment variable
 PATIENCE = 10.0  # seconds that either side waits for the other's next word
+CONNECTING = 30.0  # seconds for torch's client, which asks for its peer's name: a name service may stall for five
 CHUNK = 1 << 16
 
 
