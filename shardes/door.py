@@ -151,8 +151,9 @@ def enter(address: str, token: str, timeout: float) -> dist.Store:
 
         waiting = threading.Thread(target=relay, daemon=True)
         waiting.start()
-        port, limit = listening.getsockname()[1], timedelta(seconds=timeout)
+        port, limit = listening.getsockname()[1], timedelta(seconds=max(timeout, CONNECTING))
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=limit)
+        store.set_timeout(timedelta(seconds=timeout))
         waiting.join()
     return dist.PrefixStore(room, store)
 
