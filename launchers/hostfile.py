@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from shardes import config as settings
+from shardes import settings
 from shardes.config import ConfigError
 from shardes.hosts import parse_hostfile, read_hostfile, slurm_hosts
 

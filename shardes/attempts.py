@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from shardes import config as settings
+from shardes import settings
 from shardes.about import about
 from shardes.config import Config, ConfigError, RunError
 

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shardes import config as settings
-from shardes import loggers
-from shardes.config import Config, ConfigError, RunError
+from shardes import loggers, settings
+from shardes.config import Config, ConfigError, RunError, help_text
 from shardes.engines import Engine, build, check_model, open_model, reason
 from shardes.generation import Decoder, decoder
 from shardes.hosts import check_launcher
@@ -99,7 +98,7 @@ class Parser(argparse.ArgumentParser):
             usage=f"shardes {name} CONFIG.yaml {options} [key=value ...]\n"
             f"       deepspeed --num_gpus N launchers/{name}.py CONFIG.yaml [options] [key=value ...]",
             description=description,
-            epilog=f"{examples}\nkeys, with their defaults:\n{settings.help_text()}",
+            epilog=f"{examples}\nkeys, with their defaults:\n{help_text()}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("config", metavar="CONFIG.yaml", help="settings; see configs/")

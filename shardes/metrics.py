@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from shardes import config as settings
+from shardes import settings
 from shardes.attempts import Attempt
 from shardes.config import Config, RunError
 from shardes.loggers import Loggers

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardes import config as settings
-from shardes import journal, snapshots
+from shardes import journal, settings, snapshots
 from shardes.checkpoint import MANIFEST, read_manifest, verify
 from shardes.config import Config, ConfigError
 from shardes.files import differing, sync

@@ -10,7 +10,7 @@ import yaml
 
 from launch import ROOT, call, run
 from shardes import cli
-from shardes.config import load
+from shardes.settings import load
 
 TASK = """
 class Letters:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch import ROOT, run, script
-from shardes import config as settings
+from shardes import settings
 from shardes.scoring import Scorer
 from shardes.tasks.own import load_class, load_function
 

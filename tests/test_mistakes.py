@@ -12,9 +12,9 @@ import yaml
 from launch import call, free_port
 from models import SIZES
 from shardes import cli
-from shardes.config import load
 from shardes.journal import JOURNAL, Header, Journal, Record
 from shardes.resume import decisive
+from shardes.settings import load
 from shardes.weights import WeightFiles
 
 OWN = """

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shardes import config as settings
+from shardes import settings
 from shardes.config import ConfigError
 from shardes.population import mean, std
 from shardes.world import free_port

@@ -29,12 +29,13 @@ from transformers import PreTrainedModel  # noqa: E402
 from shardes import snapshots  # noqa: E402
 from shardes.checkpoint import DTYPES, Checkpoint, verify  # noqa: E402
 from shardes.commands.arguments import Parser  # noqa: E402
-from shardes.config import ConfigError, is_size  # noqa: E402
+from shardes.config import ConfigError  # noqa: E402
 from shardes.engines import open_model  # noqa: E402
 from shardes.files import differing  # noqa: E402
 from shardes.foreign import ForeignFiles  # noqa: E402
 from shardes.journal import JOURNAL, History, Record, read  # noqa: E402
 from shardes.population import mean  # noqa: E402
+from shardes.settings import is_size  # noqa: E402
 from shardes.shards import digest, run  # noqa: E402
 from shardes.weights import WeightFiles, model_directory  # noqa: E402
 

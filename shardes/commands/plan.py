@@ -24,8 +24,7 @@ with environment.quiet():
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from shardes import config as settings  # noqa: E402
-from shardes import estimate  # noqa: E402
+from shardes import estimate, settings  # noqa: E402
 from shardes.commands.arguments import Parser  # noqa: E402
 from shardes.config import Config, ConfigError  # noqa: E402
 from shardes.engines import check_model  # noqa: E402

@@ -22,8 +22,7 @@ with environment.quiet():
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from shardes import config as settings  # noqa: E402
-from shardes import launch  # noqa: E402
+from shardes import launch, settings  # noqa: E402
 from shardes.center import open_center  # noqa: E402
 from shardes.config import ConfigError, RunError  # noqa: E402
 from shardes.generation import encode  # noqa: E402

@@ -8,8 +8,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from shardes import config as settings
 from shardes.config import Config, ConfigError, DType, Offload
+from shardes.config import Engine as EngineName
 from shardes.engines.vocabulary import VocabularyPart
 from shardes.shards import Shard
 from shardes.weights import WeightFiles
@@ -83,7 +83,7 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
         raise ConfigError(
             f"sharding.tensor={tensor}: {path} has {heads} key-value heads, and a tensor rank needs one at least"
         )
-    if config.engine is settings.Engine.fsdp:
+    if config.engine is EngineName.fsdp:
         if shard == 1 and config.sharding.offload is Offload.cpu:
             raise ConfigError("sharding.offload=cpu: engine=fsdp offloads what sharding.shard spreads; set it above 1")
         for degree, key, plan in ((shard, "shard", module.fsdp_plan), (tensor, "tensor", module.tp_plan)):
@@ -109,7 +109,7 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
 
 def build(config: Config, module: PreTrainedModel, world: World) -> Engine:
     """The engine that `config` names, around an `empty_model`. The shards' values are left unset."""
-    if config.engine is settings.Engine.fsdp:
+    if config.engine is EngineName.fsdp:
         from shardes.engines.fsdp import FSDPEngine
 
         return FSDPEngine(module, world, config.sharding)

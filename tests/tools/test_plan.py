@@ -16,9 +16,9 @@ from launch import ROOT, call, run, script, torchrun
 from models import save_model
 from shardes import estimate
 from shardes.config import Config, Engine, Gather, ModelConfig, Offload, Restore
-from shardes.config import load as load_config
 from shardes.estimate import DEVICES
 from shardes.plan import Layout, Machine, Work, memory, read_model
+from shardes.settings import load as load_config
 
 tool = script("tools/plan.py")
 DATA = ROOT / "tests" / "data"

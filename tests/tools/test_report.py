@@ -7,10 +7,11 @@ import pytest
 
 from launch import call, script
 from shardes.commands.charts import ticks
-from shardes.config import Config, ModelConfig, RunConfig, to_yaml
+from shardes.config import Config, ModelConfig, RunConfig
 from shardes.journal import JOURNAL, Finish, Header, Journal, Record, Resumption
 from shardes.metrics import Reporter
 from shardes.resume import decisive
+from shardes.settings import to_yaml
 
 report = script("tools/report.py")
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m & \"quoted\" 'too' \u202eright to left"
