@@ -106,11 +106,9 @@ class Exchange:
         """A piece whose replica has died, WAITING after a while, or DONE. `since` is when this one's work ran out."""
         if self._await(poll, since, meeting.timeout / 4):
             return DONE
-        for _ in range(min(LOOKS, len(self._unfound))):
-            number = self._unfound.popleft()
-            if self._store.check([f"found/{number}"]):
+        for number, found in self._look(self._unfound, LOOKS):
+            if found:
                 continue
-            self._unfound.append(number)
             whose = self._whose(number)
             if meeting.dead(whose) and self._compare_set(f"replica/{number}", whose, self._me) == self._me:
                 return number
@@ -130,12 +128,18 @@ class Exchange:
     def news(self) -> Iterator[tuple[int, str]]:
         """What has been found since earlier calls, by all replicas, and was not known: (piece, what); some of it."""
         if self.done() > self._count - len(self._unseen):
-            for _ in range(min(NEWS, len(self._unseen))):
-                number = self._unseen.popleft()
-                if self._store.check([f"found/{number}"]):
+            for number, found in self._look(self._unseen, NEWS):
+                if found:
                     yield number, self._found(number)
-                else:
-                    self._unseen.append(number)
+
+    def _look(self, pieces: deque[int], most: int) -> Iterator[tuple[int, bool]]:
+        """So many of the pieces, and whether they are found; those that are leave the queue, the others go behind."""
+        for _ in range(min(most, len(pieces))):
+            number = pieces.popleft()
+            found = self._store.check([f"found/{number}"])
+            if not found:
+                pieces.append(number)
+            yield number, found
 
     def collect(self, poll: Callable[[], None] = lambda: None) -> list[str]:
         """All that was found, in order, on the leading rank; waits for the other replicas, calling `poll` meanwhile.
