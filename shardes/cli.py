@@ -67,18 +67,16 @@ def start(name: str, argv: list[str]) -> int:
     launched = "RANK" in os.environ
     if launched and options.ranks is not None:
         return _complain(f"--gpus {options.ranks}: a launcher has started this rank already; leave --gpus out")
+    if options.dry_run and name != "train":
+        return _complain("--dry-run: only for train")
     given = dict(os.environ)
     environment.prepare()  # for this process; each rank finds its own part of the host
+    ranks = options.ranks or (1 if launched and not options.dry_run else _default_ranks())
+    if ranks > 1 and not options.dry_run:
+        sys.stdout.flush()
+        os.execve(sys.executable, launcher(name, ranks, rest), given)
     command = import_module(f"shardes.commands.{name}")
-    if options.dry_run:
-        if name != "train":
-            return _complain("--dry-run: only for train")
-        return command.dry_run(rest, options.ranks or _default_ranks())
-    ranks = 1 if launched else options.ranks or _default_ranks()
-    if ranks == 1:
-        return command.main(rest)
-    sys.stdout.flush()
-    os.execve(sys.executable, launcher(name, ranks, rest), given)
+    return command.dry_run(rest, ranks) if options.dry_run else command.main(rest)
 
 
 def launcher(name: str, ranks: int, argv: list[str]) -> list[str]:
