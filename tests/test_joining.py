@@ -256,12 +256,13 @@ def test_who_does_not_fit_is_refused_in_one_line_and_the_run_is_not_disturbed(st
         errors = [line for line in guest.text().splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and complaint in errors[0], guest.text()
         assert "Traceback" not in guest.text()
+    assert home.look(0) == [None], home.text()
     known = journal.read(folder / "alone" / "journal.jsonl").records
-    await_journal(tmp_path / "run", "iteration", len(known))
+    await_journal(tmp_path / "run", "iteration", len(known) + 1)
     os.kill(home.group, signal.SIGTERM)
     assert home.wait(10) == [0], home.text()
     records = journal.read(tmp_path / "run" / "journal.jsonl").records
-    assert [record.rewards for record in records[: len(known)]] == [record.rewards for record in known]
+    assert records[: len(known)] == known and records[len(known)].digest == alone
 
 
 @pytest.mark.slow
