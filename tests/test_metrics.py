@@ -1,7 +1,6 @@
 """What a person sees of a run: the terminal, the files for people, the loggers, what each start leaves."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import pty
@@ -122,9 +121,6 @@ def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
         assert row["reward"] >= high if row["kind"] == "best" else row["reward"] <= low
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("wandb"), reason="wandb is not installed: pip install 'shardes[wandb]'"
-)
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     warned = []
