@@ -1,4 +1,4 @@
-"""Rows of the table, and how they are measured."""
+"""Rows of the table, and functions that measure them."""
 
 import statistics
 import time
@@ -10,10 +10,14 @@ import numpy as np
 
 @dataclass
 class Row:
-    """One comparison: the median of its ratios and their spread.
+    """One comparison. A row without ratios was skipped, and `note` says why.
 
-    `target` is the least that `ratio` should be, or the most where `at_most`. A row without ratios was skipped;
-    `note` says why.
+    Attributes:
+        what: what is measured.
+        against: what it is compared with.
+        target: the smallest `ratio` that is good enough, or the largest with `at_most`. None: there
+            is no target.
+        ratios: one per repeat.
     """
 
     name: str
@@ -34,10 +38,14 @@ class Row:
             return "skipped"
         if self.target is None:
             return ""
-        return "yes" if (self.ratio <= self.target if self.at_most else self.ratio >= self.target) else "MISSED"
+        reached = self.ratio <= self.target if self.at_most else self.ratio >= self.target
+        return "yes" if reached else "MISSED"
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"ratio": self.ratio if self.ratios else None, "verdict": self.verdict}
+        return asdict(self) | {
+            "ratio": self.ratio if self.ratios else None,
+            "verdict": self.verdict,
+        }
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -52,15 +60,20 @@ def median_seconds(work: Callable[[], object]) -> float:
     return statistics.median(seconds(work) for _ in range(5))
 
 
-def ratios(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[list[float], float]:
-    """How many times longer theirs takes, taken in turns after one unmeasured call of each; and our median seconds."""
-    ours(), theirs()
-    found, mine = [], []
+def ratios(
+    work: Callable[[], object], baseline: Callable[[], object], repeats: int
+) -> tuple[list[float], float]:
+    """How many times as long the baseline takes, for each repeat, and the median seconds of `work`.
+
+    The two take turns, after one call of each that is not measured.
+    """
+    work(), baseline()
+    ratios, times = [], []
     for _ in range(repeats):
-        other, own = seconds(theirs), seconds(ours)
-        found.append(other / own)
-        mine.append(own)
-    return found, statistics.median(mine)
+        baseline_time, work_time = seconds(baseline), seconds(work)
+        ratios.append(baseline_time / work_time)
+        times.append(work_time)
+    return ratios, statistics.median(times)
 
 
 def slope(sizes: Sequence[float], times: Sequence[float]) -> float:

@@ -1,57 +1,72 @@
-"""Perturb, restore and update, against the paper's description of them and against bare memory."""
+"""Perturbing, restoring and updating, compared with the paper's algorithm and a plain addition."""
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from benchmarks.measure import Row, median_seconds, ratios, slope
-from shardes.center import member, open_center
-from shardes.config import Restore
+from shardes.config.schema import Restore
 from shardes.engines import empty_model
+from shardes.es.center import open_center
+from shardes.es.population import Member
 from shardes.noise import add_noise
-from shardes.shards import Region, Shard, cut, run
+from shardes.sharding.regions import ParameterShard, Region, cut
 
 SIGMA, ALPHA = 0.001, 0.0005
 
 
 class Weights:
-    """A model's parameters with random values, `copies` times: a center and live weights (or one for both), float32."""
+    """A model's parameters, `copies` times, in float32 with random values.
 
-    def __init__(self, directory: Path, copies: int = 1, apart: bool = True):
-        shapes = {name: param.shape for name, param in empty_model(directory, torch.float32).named_parameters()}
+    Args:
+        separate: whether the center and the live weights are different tensors.
+    """
+
+    def __init__(self, directory: Path, copies: int = 1, separate: bool = True):
+        shapes = {
+            name: param.shape
+            for name, param in empty_model(directory, torch.float32).named_parameters()
+        }
         self.center = {
             f"{name}.{copy}": torch.randn(shape.numel()) * 0.02
             for copy in range(copies)
             for name, shape in shapes.items()
         }
-        self.live = {name: theta.clone() if apart else theta for name, theta in self.center.items()}
+        self.live = {
+            name: theta.clone() if separate else theta for name, theta in self.center.items()
+        }
         self.size = sum(theta.numel() for theta in self.center.values())
 
     def read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
-        out.copy_(self.center[name])  # as WeightFiles.read, of whole parameters
+        out.copy_(self.center[name])  # like WeightFiles.read, for whole parameters
 
-    def perturb(self, part: int = 0, parts: int = 1) -> None:
+    def perturb(self, rank: int = 0, ranks: int = 1) -> None:
+        """Perturb the share of one of several ranks."""
         for name, theta in self.center.items():
-            share = -(-theta.numel() // parts)
-            regions = cut((run(0, theta.numel()),), part * share, (part + 1) * share)
-            where = slice(part * share, (part + 1) * share)
-            add_noise(theta[where], name, regions, [7], [SIGMA], out=self.live[name][where])
+            size = -(-theta.numel() // ranks)
+            first, last = rank * size, (rank + 1) * size
+            regions = cut((Region.contiguous(0, theta.numel()),), first, last)
+            live = self.live[name][first:last]
+            add_noise(theta[first:last], name, regions, [7], [SIGMA], out=live)
 
     def update(self, members: int) -> None:
+        coefficients = [ALPHA / members] * members
         for name, theta in self.center.items():
-            add_noise(theta, name, (run(0, theta.numel()),), range(members), [ALPHA / members] * members)
+            region = Region.contiguous(0, theta.numel())
+            add_noise(theta, name, (region,), range(members), coefficients)
 
     def papers_perturb(self, sign: float) -> None:
-        """Algorithm 2: for every parameter, a generator seeded anew, a normal tensor, an addition."""
+        """Algorithm 2: for every parameter, seed a generator, draw a normal tensor, add it."""
         for x in self.live.values():
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
             x.add_(sign * SIGMA * noise)
 
     def papers_update(self, members: int) -> None:
-        """For every parameter and every seed: draw, scale by the reward, add up; then divide and add."""
+        """For every parameter and seed, draw, scale by the reward and sum; then divide and add."""
         for x in self.live.values():
             update = torch.zeros_like(x)
             for seed in range(members):
@@ -67,57 +82,76 @@ class Weights:
 
 
 def rows(directory: Path, toy: bool) -> Iterator[Row]:
-    """Perturb, perturb and restore, update, the memory floor, extra memory, growth."""
     weights, members = Weights(directory), 4 if toy else 30
-    size = f"{weights.size / 1e6:.0f}M parameters" if weights.size > 1e6 else f"{weights.size} parameters"
+    yield from _speed(weights, members, 2 if toy else 5)
 
-    found, took = ratios(weights.perturb, lambda: weights.papers_perturb(1), 5)
-    rate = f"{weights.size / took / 1e6:.0f}M normals/s"
-    yield Row("perturb", f"perturb, {size}", "randn, add_", 6, found, note=rate)
-
-    shards = [Shard(name, x.shape, x, (run(0, x.numel()),)) for name, x in weights.live.items()]
-    center = open_center(Restore.copy, shards, SimpleNamespace(device=torch.device("cpu")), weights)
-
-    def ours():
-        with member(center, 7, SIGMA):
-            pass
-
-    found, _ = ratios(ours, lambda: [weights.papers_perturb(sign) for sign in (1, -1)], 5)
-    yield Row("restore", "perturb and restore (copy)", "the loop with +σ, then −σ", 12, found)
-    found, took = ratios(lambda: weights.update(members), lambda: weights.papers_update(members), 2 if toy else 5)
-    rate = f"{weights.size * members / took / 1e6:.0f}M normals/s"
-    yield Row("update", f"update, N = {members}", "randn, mul, add per seed", 10, found, note=rate)
-    found, _ = ratios(weights.bare_addition, weights.perturb, 5)
-    yield Row("floor", "perturb", "a bare x.add_(y, alpha=c)", 5, found, at_most=True, note="times as long")
-
-    # What x += Σ c·ε takes beyond x, as subtract mode does it.
+    # The memory that x += Σ c·ε needs beyond x, as with restore: subtract.
     extra = [_extra_bytes(lambda: weights.update(members)) / (4 * weights.size) for _ in range(5)]
-    yield Row("memory", "update in place: extra memory", "the shard's bytes", 0.01, extra, at_most=True)
+    what = "update in place: extra memory"
+    yield Row("memory", what, "the shard's bytes", 0.01, extra, at_most=True)
 
     sizes, times = [], []
     for copies in (1, 4, 16):
-        several = Weights(directory, copies, apart=False)
+        several = Weights(directory, copies, separate=False)
         sizes.append(several.size)
         times.append(median_seconds(several.perturb))
         del several
     yield _growth("parameters", sizes, times, 1.0)
     ranks = [1, 2, 4]
-    times = [median_seconds(lambda parts=parts: weights.perturb(0, parts)) for parts in ranks]
+    times = [median_seconds(partial(weights.perturb, 0, count)) for count in ranks]
     yield _growth("ranks (a rank's share)", ranks, times, -1.0)
     populations = [2, 4, 8] if toy else [8, 32, 128]
-    times = [median_seconds(lambda count=count: weights.update(count)) for count in populations]
+    times = [median_seconds(partial(weights.update, count)) for count in populations]
     yield _growth("population size (update)", populations, times, 1.0)
 
 
-def _growth(of: str, sizes: list, times: list[float], expected: float) -> Row:
-    shown = ", ".join(f"{size}: {1e3 * took:.3g} ms" for size, took in zip(sizes, times, strict=True))
-    fitted = slope(sizes, times)
-    return Row(f"growth: {of}", f"time ~ {of} to the power of", f"{expected:+.0f}", None, [fitted], note=shown)
+def _speed(weights: Weights, members: int, update_repeats: int) -> Iterator[Row]:
+    size = (
+        f"{weights.size / 1e6:.0f}M parameters"
+        if weights.size > 1e6
+        else f"{weights.size} parameters"
+    )
+    values, time = ratios(weights.perturb, lambda: weights.papers_perturb(1), 5)
+    rate = f"{weights.size / time / 1e6:.0f}M normals/s"
+    yield Row("perturb", f"perturb, {size}", "randn, add_", 6, values, note=rate)
+
+    shards = [
+        ParameterShard(name, x.shape, x, (Region.contiguous(0, x.numel()),))
+        for name, x in weights.live.items()
+    ]
+    center = open_center(Restore.copy, shards, SimpleNamespace(device=torch.device("cpu")), weights)
+
+    def perturb_and_restore():
+        with center.perturbed(Member(7, SIGMA)):
+            pass
+
+    def papers_loop():
+        for sign in (1, -1):
+            weights.papers_perturb(sign)
+
+    values, _ = ratios(perturb_and_restore, papers_loop, 5)
+    yield Row("restore", "perturb and restore (copy)", "the loop with +σ, then −σ", 12, values)
+    values, time = ratios(
+        partial(weights.update, members), partial(weights.papers_update, members), update_repeats
+    )
+    rate = f"{weights.size * members / time / 1e6:.0f}M normals/s"
+    yield Row("update", f"update, N = {members}", "randn, mul, add per seed", 10, values, note=rate)
+    values, _ = ratios(weights.bare_addition, weights.perturb, 5)
+    addition, note = "a bare x.add_(y, alpha=c)", "times as long"
+    yield Row("floor", "perturb", addition, 5, values, at_most=True, note=note)
+
+
+def _growth(quantity: str, sizes: list, times: list[float], expected: float) -> Row:
+    """The exponent with which the time grows with a quantity."""
+    pairs = zip(sizes, times, strict=True)
+    note = ", ".join(f"{size}: {1e3 * seconds:.3g} ms" for size, seconds in pairs)
+    what, exponent = f"time ~ {quantity} to the power of", slope(sizes, times)
+    return Row(f"growth: {quantity}", what, f"{expected:+.0f}", None, [exponent], note=note)
 
 
 def _extra_bytes(work) -> int:
-    """How far the resident set rises above where it was, while `work` runs."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    """By how much the resident set grows while `work` runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = _status("VmRSS")
     work()
     return max(_status("VmHWM") - before, 0)

@@ -1,4 +1,4 @@
-"""What benchmarks/simulate.py is asked and answers: a setting, how long members take, what came of it."""
+"""Settings and outcomes of benchmarks/simulate.py."""
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
@@ -7,26 +7,29 @@ from math import ceil, inf
 import numpy as np
 
 
-class Looks:
-    """When a waiting replica looks: after 0 s, then every clamp(`part` of the time waited, `shortest`, `longest`)."""
+class Polls:
+    """When a waiting replica polls: at once, then after a `fraction` of the time waited so far.
 
-    def __init__(self, part: float = 0.1, shortest: float = 0.02, longest: float = 1.0):
+    The interval is at least `shortest` and at most `longest` seconds.
+    """
+
+    def __init__(self, fraction: float = 0.1, shortest: float = 0.02, longest: float = 1.0):
         self.longest = longest
         waited, offsets = 0.0, [0.0]
-        while (step := min(max(part * waited, shortest), longest)) < longest:
+        while (step := min(max(fraction * waited, shortest), longest)) < longest:
             waited += step
             offsets.append(waited)
-        self._offsets = offsets  # from the last one on, every `longest`
+        self._offsets = offsets  # after the last one, polls are `longest` apart
 
     def after(self, waited: float) -> float:
-        """The offset of the first look that is not before `waited`."""
+        """The offset of the first poll at or after `waited`."""
         last = self._offsets[-1]
         if waited <= last:
             return self._offsets[bisect_left(self._offsets, waited)]
         return last + ceil((waited - last) / self.longest) * self.longest
 
     def until(self, waited: float) -> np.ndarray:
-        """The offsets of all looks up to `waited`."""
+        """The offsets of all polls up to `waited`."""
         last = self._offsets[-1]
         first = self._offsets[: bisect_right(self._offsets, waited)]
         steps = max(0, int((waited - last) / self.longest))
@@ -35,14 +38,23 @@ class Looks:
 
 @dataclass
 class Setting:
-    """What is simulated; times are in seconds.
+    """What is simulated. Times are in seconds.
 
-    Members' times are drawn from `times`, scaled to a mean of `mean` and multiplied by the replica's slowness, 1 on
-    average with the relative deviation `spread`. A replica fails on average every `mtbf`, or at the given `deaths`
-    (replica, when); it is back after `restart` and replays what was recorded since the last of the snapshots,
-    `snapshots` iterations apart, at `update` each. `exchange` goes from the home's last look to the record.
-    At each of `joins` one more replica comes. `watched`: heartbeats are watched all along, not by waiting replicas from
-    when they began to wait, and a dead replica's member goes to the next claim.
+    Attributes:
+        members: of the population.
+        times: a member's time is drawn from these, scaled to a mean of `mean`, and multiplied by
+            the slowness of its replica.
+        spread: relative standard deviation of the replicas' slowness, whose mean is 1.
+        mtbf: mean time between failures of a replica.
+        deaths: failures in place of random ones: (replica, time).
+        joins: at each of these times, one more replica joins.
+        restart: from a replica's failure until it replays the records since the latest snapshot.
+        snapshots: iterations between two snapshots.
+        exchange: from the poll that sees the last result until the record is published.
+        update: of the center, and of replaying one record.
+        timeout: without a heartbeat, until a replica counts as dead.
+        watched: all replicas watch heartbeats all the time, and the next claim takes over a dead
+            replica's member. Otherwise only waiting replicas watch, from when they begin to wait.
     """
 
     replicas: int
@@ -60,13 +72,13 @@ class Setting:
     update: float = 0.0
     timeout: float = 60.0
     watched: bool = False
-    looks: Looks = field(default_factory=Looks)
+    polls: Polls = field(default_factory=Polls)
     seed: int = 0
 
 
 @dataclass
 class Draw:
-    """Members' times by iteration, before the replica's `slowness` counts: one draw serves all ways of sharing out."""
+    """Random members' times, by iteration, and slowness of replicas, for any protocol."""
 
     times: np.ndarray
     slowness: np.ndarray
@@ -77,18 +89,27 @@ class Draw:
         relative = np.asarray(setting.times) / np.mean(setting.times)
         times = setting.mean * rng.choice(relative, (setting.iterations, setting.members))
         sigma = np.log1p(setting.spread**2) ** 0.5
-        return cls(times, rng.lognormal(-(sigma**2) / 2, sigma, setting.replicas + len(setting.joins)))
+        return cls(
+            times, rng.lognormal(-(sigma**2) / 2, sigma, setting.replicas + len(setting.joins))
+        )
 
 
 @dataclass
 class Outcome:
-    """What came of a run that took `elapsed` seconds.
+    """What happened in a run.
 
-    `seconds` are the replicas', by what they did: useful, lost (evaluations that died), waiting (for the last member),
-    exchange (from the last post to having the record), update, down. `requests` has the times of requests by kind.
-    `evaluations` counts those begun, `takeovers` those of members whose replica had died. By iteration, `ends` says
-    when the record was set and `idle` how long the first to run out of members waited for the last post.
-    `waits` are the replicas' waits, from running out of members to the record or a takeover.
+    Attributes:
+        elapsed: seconds that the run took.
+        seconds: of all replicas, by activity: useful, lost (evaluations that a failure ended),
+            waiting (for the last member), exchange (from the last post until the record arrived),
+            update, down.
+        requests: times of requests, by kind.
+        evaluations: number of evaluations that began.
+        takeovers: number of members that were taken over from dead replicas.
+        ends: when each iteration's record was published.
+        idle: how long the first replica to run out of members waited for the last post, by
+            iteration.
+        waits: of replicas, from running out of members to the record or a takeover.
     """
 
     elapsed: float
@@ -105,20 +126,20 @@ class Outcome:
     def efficiency(self) -> float:
         return self.share("useful")
 
-    def share(self, what: str) -> float:
-        return self.seconds.get(what, 0.0) / sum(self.seconds.values())
+    def share(self, activity: str) -> float:
+        return self.seconds.get(activity, 0.0) / sum(self.seconds.values())
 
     def rate(self) -> tuple[float, int]:
-        """Requests per second: the mean, and the most within any second of the clock."""
+        """Requests per second: the mean, and the maximum of any whole second."""
         times = np.concatenate(list(self.requests.values()))
         counts = np.bincount(times.astype(int))
         return len(times) / self.elapsed, int(counts.max())
 
 
 def fixed_rounds(setting: Setting, draw: Draw | None = None) -> float:
-    """The efficiency where every replica evaluates one member a round and all wait for the round's slowest.
+    """The efficiency if each replica evaluates one member per round and waits for the slowest.
 
-    Without failures: the first one ends such a run.
+    There are no failures: such a run would end with the first one.
     """
     draw = draw or Draw.of(setting)
     count, replicas = setting.members, setting.replicas
@@ -126,7 +147,7 @@ def fixed_rounds(setting: Setting, draw: Draw | None = None) -> float:
     for times in draw.times:
         for first in range(0, count, replicas):
             round_ = times[first : first + replicas]
-            took = round_ * draw.slowness[: len(round_)]
-            useful, elapsed = useful + took.sum(), elapsed + took.max()
+            seconds = round_ * draw.slowness[: len(round_)]
+            useful, elapsed = useful + seconds.sum(), elapsed + seconds.max()
         elapsed += setting.exchange + setting.update * draw.slowness[:replicas].max()
     return useful / (elapsed * replicas)

@@ -1,4 +1,4 @@
-"""Measure everything and print one table.
+"""Measure everything, print a table and draw it.
 
 python -m benchmarks.run [--only NAME ...]
 """
@@ -12,16 +12,13 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from shardes import environment
+import torch
+from rich.console import Console
+from rich.table import Table
 
-environment.prepare()
-
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from benchmarks import generation, iteration, noise  # noqa: E402
-from benchmarks.measure import Row  # noqa: E402
+from benchmarks import generation, iteration, noise
+from benchmarks.measure import Row
+from shardes.distributed import environment
 
 GROUPS = {
     "noise": lambda options: noise.rows(options.model, options.toy),
@@ -36,79 +33,115 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         yield from GROUPS[name](options)
 
 
-def table(found: list[Row]) -> Table:
-    shown = Table("what", "against", "ratio", "spread", "target", "reached", "note")
-    for row in found:
+def table(rows: list[Row]) -> Table:
+    table = Table("what", "against", "ratio", "spread", "target", "reached", "note")
+    for row in rows:
         target = "" if row.target is None else f"{'≤' if row.at_most else '≥'} {row.target:g}"
-        ratio, spread = (
-            (f"{row.ratio:.3g}", f"{min(row.ratios):.3g} to {max(row.ratios):.3g}") if row.ratios else ("", "")
-        )
-        shown.add_row(row.what, row.against, ratio, spread, target, row.verdict, row.note)
-    return shown
+        ratio = spread = ""
+        if row.ratios:
+            ratio = f"{row.ratio:.3g}"
+            spread = f"{min(row.ratios):.3g} to {max(row.ratios):.3g}"
+        table.add_row(row.what, row.against, ratio, spread, target, row.verdict, row.note)
+    return table
 
 
-def plot(found: list[Row], file: Path) -> None:
-    """The ratios over their targets, as bars with their spread; logarithmic."""
+def plot(rows: list[Row], file: Path) -> None:
+    """Draw the ratios relative to their targets, with their spread, on a logarithmic scale."""
     from matplotlib.figure import Figure
 
-    judged = [row for row in found if row.ratios and row.target is not None][::-1]
-    # To the right of 1 is better than the target, whichever way the target points.
+    judged = [row for row in rows if row.ratios and row.target is not None][::-1]
     scores = [[_score(row, ratio) for ratio in row.ratios] for row in judged]
-    middle = [_score(row, row.ratio) for row in judged]
-    pairs = list(zip(middle, scores, strict=True))
-    spread = [[m - min(score) for m, score in pairs], [max(score) - m for m, score in pairs]]
+    medians = [_score(row, row.ratio) for row in judged]
+    pairs = list(zip(medians, scores, strict=True))
+    spread = [
+        [median - min(values) for median, values in pairs],
+        [max(values) - median for median, values in pairs],
+    ]
     figure = Figure(figsize=(9, 1 + 0.45 * len(judged)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([f"{row.what}\nagainst {row.against}" for row in judged], middle, xerr=spread, color="#4878a8", capsize=3)
+    axes.barh(
+        [f"{row.what}\nagainst {row.against}" for row in judged],
+        medians,
+        xerr=spread,
+        color="#4878a8",
+        capsize=3,
+    )
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("measured over target (1: the target is met; further right is better)")
+    axes.set_xlabel("measured / target (at 1 the target is reached; larger is better)")
     axes.tick_params(axis="y", labelsize=7)
     figure.savefig(file, dpi=130)
 
 
 def _score(row: Row, ratio: float) -> float:
+    """The ratio relative to the target; more than 1 is always better than the target."""
     return row.target / max(ratio, row.target / 100) if row.at_most else ratio / row.target
 
 
-def kept(file: Path, toy: bool, found: list[Row]) -> list[Row]:
-    """The rows of an earlier report at the same size, those measured now in their places."""
-    rows = {}
+def merge(file: Path, toy: bool, rows: list[Row]) -> list[Row]:
+    """The rows of an earlier report of the same size, replaced by those measured now."""
+    merged = {}
     if file.exists() and (report := json.loads(file.read_text()))["toy"] == toy:
         names = {field.name for field in fields(Row)}
-        earlier = ({key: value for key, value in row.items() if key in names} for row in report["rows"])
-        rows = {row["name"]: Row(**row) for row in earlier}
-    return list((rows | {row.name: row for row in found}).values())
+        for values in report["rows"]:
+            row = Row(**{key: value for key, value in values.items() if key in names})
+            merged[row.name] = row
+    return list((merged | {row.name: row for row in rows}).values())
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=GROUPS,
+        metavar="NAME",
+        help=f"of {', '.join(GROUPS)}; default: all",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("models/SmolLM2-135M-Instruct"),
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="default: %(default)s"
+    )
+    parser.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM")
+    parser.add_argument(
+        "--toy", action="store_true", help="small sizes, to check that every row runs"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=GROUPS, metavar="NAME", help=f"of {', '.join(GROUPS)}; default: all"
-    )
-    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
-    parser.add_argument("--vllm", metavar="PYTHON", help="the Python of an environment that has vLLM")
-    parser.add_argument("--toy", action="store_true", help="small sizes, to see that every row runs")
-    options = parser.parse_args(argv)
+    options = parse(argv)
     if not options.model.is_dir():
-        print(f"--model {options.model}: no such directory; python tools/get_smollm2.py brings it", file=sys.stderr)
-        return 2
-    found = []
-    for row in rows(options):
-        found.append(row)
         print(
-            f"{row.what} against {row.against}: {f'{row.ratio:.3g}' if row.ratios else 'skipped'}  {row.note}",
-            flush=True,
+            f"--model {options.model}: no such directory; create it with "
+            "python tools/get_smollm2.py",
+            file=sys.stderr,
         )
+        return 2
+    measured = []
+    for row in rows(options):
+        measured.append(row)
+        ratio = f"{row.ratio:.3g}" if row.ratios else "skipped"
+        print(f"{row.what} against {row.against}: {ratio}  {row.note}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    found = kept(options.out / "benchmarks.json", options.toy, found)
+    merged = merge(options.out / "benchmarks.json", options.toy, measured)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table(found))
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "cores": len(os.sched_getaffinity(0))}
-    report = {"machine": machine, "toy": options.toy, "rows": [row.as_dict() for row in found]}
+    console.print(table(merged))
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    report = {"machine": machine, "toy": options.toy, "rows": [row.as_dict() for row in merged]}
     (options.out / "benchmarks.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(found, options.out / "benchmarks.png")
+    plot(merged, options.out / "benchmarks.png")
     return 0
 
 

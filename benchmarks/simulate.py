@@ -1,8 +1,8 @@
-"""Many replicas sharing out the members of ES iterations, simulated event by event.
+"""A discrete-event simulation of many replicas that share out the members of ES iterations.
 
-It knows of the protocol (claims, posts, looks with their back-off, heartbeats, takeovers, records) and of times; of
-models, stores and networks it knows nothing. A request takes no time: what the store then has to serve is counted, and
-benchmarks/store_load.py asks a real store for it.
+It simulates the protocol of `shardes.replicas`: claims, posts, polls with their back-off,
+heartbeats, takeovers and records. There are no models, stores or networks, and a request takes no
+time. Requests are counted; benchmarks/store_load.py sends as many to a real store.
 """
 
 import heapq
@@ -15,45 +15,47 @@ from math import inf
 import numpy as np
 
 from benchmarks.replicas import Draw, Outcome, Setting
-from shardes.meeting import BEATS
+from shardes.replicas.heartbeat import BEATS
 
-HOME = 0  # the replica that keeps the journal; it does not fail, for the run ends with it
+PRIMARY = 0  # the replica that owns the journal; it does not fail, because the run would end
 
 
 @dataclass
 class _Orphan:
-    """A member whose replica died, its last heartbeat, and who finds that first, at which look."""
+    """A member whose replica died."""
 
-    beat: float
+    beat: float  # the last heartbeat of its replica
+    # The waiting replica that will be the first to find it, and when.
     waiter: int = -1
-    at: float = inf
+    found_at: float = inf
 
 
 @dataclass
 class _Iteration:
     claimed: int = 0
     done: int = 0
-    waited_for: float = inf  # the first to run out of members did then
+    waiting_since: float = inf  # when the first replica ran out of members
     done_at: float = inf
     record_at: float = inf
-    waiting: dict[int, float] = field(default_factory=dict)  # since when, by replica, the longest first
+    # The start of each waiting replica's wait, the longest wait first.
+    waiting: dict[int, float] = field(default_factory=dict)
     orphans: dict[int, _Orphan] = field(default_factory=dict)  # by member
 
 
 @dataclass
 class _Replica:
-    beat: float  # when in each heartbeat interval it beats
+    beat: float  # the offset of its heartbeats in their interval
     slowness: float
     state: str = "absent"  # absent, useful (evaluating), wait, update, down, done
     since: float = 0.0
-    life: int = 0  # events of an earlier life do not count
+    life: int = 0  # number of restarts; events of an earlier life are void
     born: float = 0.0
-    known: int = 0  # records that it has applied: it is in this iteration
+    known: int = 0  # number of records that it has applied, hence its iteration
     member: int = -1
 
 
 class Simulation:
-    """The claiming protocol. `run` may be called once."""
+    """A run in which replicas claim members one by one. `run` may be called once."""
 
     def __init__(self, setting: Setting, draw: Draw | None = None):
         self._setting = setting
@@ -61,10 +63,12 @@ class Simulation:
         self._times, slowness = draw.times, draw.slowness
         self._rng = np.random.default_rng([setting.seed, 1])
         beats = self._rng.uniform(0, setting.timeout / BEATS, len(slowness))
-        self._replicas = [_Replica(*pair) for pair in zip(beats.tolist(), slowness.tolist(), strict=True)]
+        self._replicas = [
+            _Replica(*pair) for pair in zip(beats.tolist(), slowness.tolist(), strict=True)
+        ]
         self._iterations = [_Iteration() for _ in range(setting.iterations)]
         self._recorded = 0
-        self._working = 0  # replicas that live and have not applied the last record
+        self._working = 0  # live replicas that have not applied the last record
         self._seconds: dict[str, float] = defaultdict(float)
         self._requests: dict[str, array] = defaultdict(lambda: array("d"))
         self._waits: list[tuple[float, float]] = []
@@ -75,18 +79,18 @@ class Simulation:
 
     def run(self) -> Outcome:
         setting, now = self._setting, 0.0
-        for who in range(setting.replicas):
-            self._live(who, now)
-        for who, when in enumerate(setting.joins, setting.replicas):
-            self._at(when, self._come, who, 0)
-        for who, when in setting.deaths:
-            self._at(when, self._die, who, None)
+        for number in range(setting.replicas):
+            self._start(number, now)
+        for number, when in enumerate(setting.joins, setting.replicas):
+            self._at(when, self._replay, number, 0)
+        for number, when in setting.deaths:
+            self._at(when, self._die, number, None)
         while self._working or self._recorded < setting.iterations:
             now, _, event, arguments = heapq.heappop(self._events)
             event(now, *arguments)
-        for who, replica in enumerate(self._replicas):
+        for number, replica in enumerate(self._replicas):
             if replica.state not in ("absent", "down"):
-                self._lives.append((who, replica.born, now))
+                self._lives.append((number, replica.born, now))
             self._spent(replica, now, {"done": "exchange"}.get(replica.state, replica.state))
         return self._outcome(now)
 
@@ -94,37 +98,39 @@ class Simulation:
         self._pushed += 1
         heapq.heappush(self._events, (when, self._pushed, event, arguments))
 
-    def _spent(self, replica: _Replica, now: float, what: str) -> None:
-        """The time since the replica's last change of state went to `what`."""
+    def _spent(self, replica: _Replica, now: float, activity: str) -> None:
+        """Count the time since the replica's last change of state for `activity`."""
         if replica.state != "absent":
-            self._seconds[what] += now - replica.since
+            self._seconds[activity] += now - replica.since
         replica.since = now
 
-    def _ask(self, kind: str, now: float, times: int = 1) -> None:
+    def _request(self, kind: str, now: float, times: int = 1) -> None:
         self._requests[kind].extend([now] * times)
 
-    # What happens to a replica: it comes to life with the center rebuilt, and dies.
+    # Start, death and return of a replica.
 
-    def _live(self, who: int, now: float) -> None:
-        replica = self._replicas[who]
+    def _start(self, number: int, now: float) -> None:
+        replica = self._replicas[number]
         replica.born = now
         self._working += 1
-        if self._setting.mtbf < inf and who != HOME:
-            self._at(now + self._rng.exponential(self._setting.mtbf), self._die, who, replica.life)
-        self._claim(who, now)
+        if self._setting.mtbf < inf and number != PRIMARY:
+            self._at(
+                now + self._rng.exponential(self._setting.mtbf), self._die, number, replica.life
+            )
+        self._claim(number, now)
 
-    def _die(self, now: float, who: int, life: int | None) -> None:
-        replica = self._replicas[who]
+    def _die(self, now: float, number: int, life: int | None) -> None:
+        replica = self._replicas[number]
         if replica.state in ("absent", "down", "done") or life not in (None, replica.life):
             return
         iteration = self._iterations[replica.known]
         state = replica.state
         if state == "wait":
-            self._wait_no_more(who, now)
+            self._end_wait(number, now)
         else:
             self._spent(replica, now, "lost" if state == "useful" else state)
         replica.state, replica.life = "down", replica.life + 1
-        self._lives.append((who, replica.born, now))
+        self._lives.append((number, replica.born, now))
         self._working -= 1
         self._counts["deaths"] += 1
         if state == "useful":
@@ -132,125 +138,135 @@ class Simulation:
             beat = max(replica.born, now - (now - replica.beat) % every)
             iteration.orphans[replica.member] = _Orphan(beat)
             self._assign(iteration, replica.member, now)
-        self._at(now + self._setting.restart, self._come, who, None)
+        self._at(now + self._setting.restart, self._replay, number, None)
 
-    def _come(self, now: float, who: int, known: int | None) -> None:
-        """Replay what is recorded, as long as there is something, then live. `known` is None right after a start."""
+    def _replay(self, now: float, number: int, known: int | None) -> None:
+        """Apply the records after the first `known`; once there are none, start.
+
+        `known` is None after a failure: replaying begins at the latest snapshot.
+        """
         if self._recorded == self._setting.iterations:
             return
-        replica = self._replicas[who]
+        replica = self._replicas[number]
         if replica.state == "absent":
             replica.state, replica.since = "down", now
         if known is None:
             known = self._recorded // self._setting.snapshots * self._setting.snapshots
         if missing := self._recorded - known:
-            self._ask("records", now, missing)
-            self._at(now + missing * self._setting.update * replica.slowness, self._come, who, self._recorded)
+            self._request("records", now, missing)
+            self._at(
+                now + missing * self._setting.update * replica.slowness,
+                self._replay,
+                number,
+                self._recorded,
+            )
             return
         self._spent(replica, now, "down")
         replica.known = known
-        self._live(who, now)
+        self._start(number, now)
 
-    # What a replica does in an iteration: claim, evaluate, post; wait, take over; apply the record.
+    # An iteration of a replica: claim, evaluate and post; wait or take over; apply the record.
 
-    def _claim(self, who: int, now: float) -> None:
-        replica = self._replicas[who]
+    def _claim(self, number: int, now: float) -> None:
+        replica = self._replicas[number]
         iteration = self._iterations[replica.known]
-        self._ask("claims", now)
+        self._request("claims", now)
         if self._setting.watched:
             for member, orphan in iteration.orphans.items():
                 if orphan.beat + self._setting.timeout <= now:
                     del iteration.orphans[member]
-                    self._adopt(member, who, now)
+                    self._evaluate_orphan(member, number, now)
                     return
         if iteration.claimed < self._setting.members:
-            self._ask("claims", now)  # whose it is
+            self._request("claims", now)  # to store the claimant
             iteration.claimed += 1
-            self._evaluate(who, iteration.claimed - 1, now)
+            self._evaluate(number, iteration.claimed - 1, now)
         else:
-            self._wait(who, now)
+            self._wait(number, now)
 
-    def _evaluate(self, who: int, member: int, now: float) -> None:
-        replica = self._replicas[who]
+    def _evaluate(self, number: int, member: int, now: float) -> None:
+        replica = self._replicas[number]
         replica.state, replica.member = "useful", member
         self._counts["evaluations"] += 1
         takes = self._times[replica.known, member] * replica.slowness
-        self._at(now + takes, self._post, who, replica.life)
+        self._at(now + takes, self._post, number, replica.life)
 
-    def _post(self, now: float, who: int, life: int) -> None:
-        replica = self._replicas[who]
+    def _post(self, now: float, number: int, life: int) -> None:
+        replica = self._replicas[number]
         if life != replica.life:
             return
         iteration = self._iterations[replica.known]
         self._spent(replica, now, "useful")
-        self._ask("posts", now, 2)
+        self._request("posts", now, 2)
         iteration.done += 1
         if iteration.done == self._setting.members:
             iteration.done_at = now
-            if HOME in iteration.waiting:
-                since = iteration.waiting[HOME]
-                self._record_at(since + self._setting.looks.after(now - since), replica.known)
-        self._claim(who, now)
+            if PRIMARY in iteration.waiting:
+                since = iteration.waiting[PRIMARY]
+                self._schedule_record(since + self._setting.polls.after(now - since), replica.known)
+        self._claim(number, now)
 
-    def _wait(self, who: int, now: float) -> None:
-        replica = self._replicas[who]
+    def _wait(self, number: int, now: float) -> None:
+        replica = self._replicas[number]
         iteration = self._iterations[replica.known]
         replica.state = "wait"
-        iteration.waiting[who] = now
-        iteration.waited_for = min(iteration.waited_for, now)
+        iteration.waiting[number] = now
+        iteration.waiting_since = min(iteration.waiting_since, now)
         if iteration.record_at <= now:
-            self._take_record(now, who, replica.life)
+            self._take_record(now, number, replica.life)
             return
         if iteration.record_at < inf:
-            self._await_record(who)
-        elif who == HOME and iteration.done_at <= now:
-            self._record_at(now, replica.known)
+            self._wait_for_record(number)
+        elif number == PRIMARY and iteration.done_at <= now:
+            self._schedule_record(now, replica.known)
         for member, orphan in list(iteration.orphans.items()):
-            self._offer(iteration, member, orphan, who, now)
+            self._offer(iteration, member, orphan, number, now)
 
-    def _wait_no_more(self, who: int, now: float) -> None:
-        replica = self._replicas[who]
+    def _end_wait(self, number: int, now: float) -> None:
+        replica = self._replicas[number]
         iteration = self._iterations[replica.known]
-        del iteration.waiting[who]
+        del iteration.waiting[number]
         self._waits.append((replica.since, now))
         split = min(max(iteration.done_at, replica.since), now)
         self._seconds["waiting"] += split - replica.since
         self._seconds["exchange"] += now - split
         replica.since = now
         for member, orphan in iteration.orphans.items():
-            if orphan.waiter == who:
+            if orphan.waiter == number:
                 self._assign(iteration, member, now)
 
-    def _record_at(self, looked: float, number: int) -> None:
-        """The home knows at `looked` that all is done; the others will find the record at their looks."""
-        iteration = self._iterations[number]
-        iteration.record_at = looked + self._setting.exchange
-        self._at(iteration.record_at, self._record, number)
-        for who in iteration.waiting:
-            self._await_record(who)
+    def _schedule_record(self, polled: float, iteration_number: int) -> None:
+        """The primary sees at `polled` that all members are done; others poll for the record."""
+        iteration = self._iterations[iteration_number]
+        iteration.record_at = polled + self._setting.exchange
+        self._at(iteration.record_at, self._record, iteration_number)
+        for number in iteration.waiting:
+            self._wait_for_record(number)
 
-    def _record(self, now: float, number: int) -> None:
-        self._recorded = number + 1
-        self._ask("records", now)
+    def _record(self, now: float, iteration_number: int) -> None:
+        self._recorded = iteration_number + 1
+        self._request("records", now)
 
-    def _await_record(self, who: int) -> None:
-        replica = self._replicas[who]
+    def _wait_for_record(self, number: int) -> None:
+        replica = self._replicas[number]
         iteration = self._iterations[replica.known]
-        since = iteration.waiting[who]
-        found = since + self._setting.looks.after(iteration.record_at - since) if who != HOME else iteration.record_at
-        self._at(found, self._take_record, who, replica.life)
+        since = iteration.waiting[number]
+        when = iteration.record_at
+        if number != PRIMARY:
+            when = since + self._setting.polls.after(when - since)
+        self._at(when, self._take_record, number, replica.life)
 
-    def _take_record(self, now: float, who: int, life: int) -> None:
-        replica = self._replicas[who]
+    def _take_record(self, now: float, number: int, life: int) -> None:
+        replica = self._replicas[number]
         if life != replica.life:
             return
-        self._wait_no_more(who, now)
-        self._ask("records", now, who != HOME)
+        self._end_wait(number, now)
+        self._request("records", now, number != PRIMARY)
         replica.state = "update"
-        self._at(now + self._setting.update * replica.slowness, self._updated, who, life)
+        self._at(now + self._setting.update * replica.slowness, self._updated, number, life)
 
-    def _updated(self, now: float, who: int, life: int) -> None:
-        replica = self._replicas[who]
+    def _updated(self, now: float, number: int, life: int) -> None:
+        replica = self._replicas[number]
         if life != replica.life:
             return
         self._spent(replica, now, "update")
@@ -259,63 +275,76 @@ class Simulation:
             replica.state = "done"
             self._working -= 1
         else:
-            self._claim(who, now)
+            self._claim(number, now)
 
-    # Members of dead replicas: the first waiting replica that knows takes them over.
-
-    def _knows_at(self, orphan: _Orphan, since: float, now: float) -> float:
-        """The look at which one that waits since then has seen no heartbeat for the timeout."""
-        silent = self._silent_at(orphan, since)
-        return since + self._setting.looks.after(max(silent, now) - since)
+    # Members of dead replicas: the first waiting replica that detects the death takes them over.
 
     def _silent_at(self, orphan: _Orphan, since: float) -> float:
+        """When a replica that waits since `since` has seen no heartbeat for the timeout."""
         seen = orphan.beat if self._setting.watched else max(since, orphan.beat)
         return seen + self._setting.timeout
 
     def _assign(self, iteration: _Iteration, member: int, now: float) -> None:
+        """Find the waiting replica that will be the first to take over a member."""
         orphan = iteration.orphans[member]
-        orphan.waiter, orphan.at = -1, inf
-        for who, since in iteration.waiting.items():
-            if self._silent_at(orphan, since) > orphan.at:
-                break  # those who came later know later
-            self._offer(iteration, member, orphan, who, now)
+        orphan.waiter, orphan.found_at = -1, inf
+        for number, since in iteration.waiting.items():
+            if self._silent_at(orphan, since) > orphan.found_at:
+                break  # a later wait detects the death later
+            self._offer(iteration, member, orphan, number, now)
 
-    def _offer(self, iteration: _Iteration, member: int, orphan: _Orphan, who: int, now: float) -> None:
-        at = self._knows_at(orphan, iteration.waiting[who], now)
-        if at < orphan.at:
-            orphan.waiter, orphan.at = who, at
-            self._at(at, self._take_over, iteration, member, who)
+    def _offer(
+        self, iteration: _Iteration, member: int, orphan: _Orphan, number: int, now: float
+    ) -> None:
+        """Let a waiting replica take over a member, unless another one finds it earlier."""
+        since = iteration.waiting[number]
+        silent = max(self._silent_at(orphan, since), now)
+        found_at = since + self._setting.polls.after(silent - since)
+        if found_at < orphan.found_at:
+            orphan.waiter, orphan.found_at = number, found_at
+            self._at(found_at, self._take_over, iteration, member, number)
 
-    def _take_over(self, now: float, iteration: _Iteration, member: int, who: int) -> None:
+    def _take_over(self, now: float, iteration: _Iteration, member: int, number: int) -> None:
         orphan = iteration.orphans.get(member)
-        if orphan is None or (orphan.waiter, orphan.at) != (who, now):
+        if orphan is None or (orphan.waiter, orphan.found_at) != (number, now):
             return
         del iteration.orphans[member]
-        self._wait_no_more(who, now)
-        self._adopt(member, who, now)
+        self._end_wait(number, now)
+        self._evaluate_orphan(member, number, now)
 
-    def _adopt(self, member: int, who: int, now: float) -> None:
+    def _evaluate_orphan(self, member: int, number: int, now: float) -> None:
         self._counts["takeovers"] += 1
-        self._ask("takeovers", now)
-        self._evaluate(who, member, now)
+        self._request("takeovers", now)
+        self._evaluate(number, member, now)
 
     def _outcome(self, now: float) -> Outcome:
         requests = {kind: np.array(times) for kind, times in self._requests.items()}
-        looks = self._setting.looks
-        waits = [since + looks.until(end - since) for since, end in self._waits]
-        requests["looks"] = np.concatenate(waits)
-        every = self._setting.timeout / BEATS
-        beats = [np.arange(born + (self._replicas[who].beat - born) % every, end, every)
-                 for who, born, end in self._lives]  # fmt: skip
-        requests["heartbeats"] = np.repeat(np.concatenate(beats), 2)  # and with each, whether the run is over
+        polls = self._setting.polls
+        waits = [since + polls.until(end - since) for since, end in self._waits]
+        requests["polls"] = np.concatenate(waits)
+        interval = self._setting.timeout / BEATS
+        beats = [
+            np.arange(born + (self._replicas[number].beat - born) % interval, end, interval)
+            for number, born, end in self._lives
+        ]
+        # Two requests each, as of a replica that joined, which also asks whether the run has ended.
+        requests["heartbeats"] = np.repeat(np.concatenate(beats), 2)
         ends = [iteration.record_at for iteration in self._iterations]
         counts = (self._counts[name] for name in ("evaluations", "takeovers", "deaths"))
-        idle = [max(0.0, iteration.done_at - iteration.waited_for) for iteration in self._iterations]
+        idle = [
+            max(0.0, iteration.done_at - iteration.waiting_since) for iteration in self._iterations
+        ]
         return Outcome(
-            now, dict(self._seconds), requests, *counts, ends, idle, [end - since for since, end in self._waits]
+            now,
+            dict(self._seconds),
+            requests,
+            *counts,
+            ends,
+            idle,
+            [end - since for since, end in self._waits],
         )
 
 
-def claimed(setting: Setting, draw: Draw | None = None) -> Outcome:
+def simulate(setting: Setting, draw: Draw | None = None) -> Outcome:
     """A run in which replicas claim members one by one."""
     return Simulation(setting, draw).run()

@@ -1,11 +1,12 @@
-"""The real store under the requests of many replicas, without models.
+"""Load a real store with the requests of many replicas, without models.
 
     python -m benchmarks.store_load
 
-A process starts the job's store as the trainer does; client processes make the protocol's requests. First as fast as
-they can, by kind of request: what one costs the store. Then what benchmarks/simulate.py says that so many replicas ask
-in their busiest seconds, each request at its time, on connections of its own, at that speed and faster.
-Everything stays on this host. Writes results/scaling/store.json.
+One process starts the job's store as the trainer does, and client processes send the requests of
+the protocol. The first part sends one kind of request at the highest rate, to measure what each
+costs the store. The second part replays the busiest seconds of benchmarks/simulate.py, each request
+at its time or several times as fast. Everything stays on this host. Writes
+results/scaling/store.json.
 """
 
 import argparse
@@ -27,75 +28,101 @@ import torch.distributed as dist
 
 from benchmarks.replicas import Outcome
 from benchmarks.scaling import setting
-from benchmarks.simulate import claimed
-from shardes.door import Door, enter
-from shardes.world import join_job
+from benchmarks.simulate import simulate
+from shardes.distributed.world import join_job
+from shardes.replicas import gateway
+from shardes.replicas.gateway import StoreGateway
+from shardes.replicas.protocol import RunStore
 
 OUT = Path("results/scaling/store.json")
 RECORD = 60  # bytes of an iteration's record, per member
 TOKEN = "benchmark"
-KINDS = ("claims", "posts", "looks", "heartbeats", "records")
-LIMIT = 300.0  # seconds that anyone waits for another
+KINDS = ("claims", "posts", "polls", "heartbeats")
+LIMIT = 300.0  # seconds that a process waits for another
 WARM_UP = 4.0  # seconds for clients to connect
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shardes.door", "benchmarks.scaling"])
+CONTEXT.set_forkserver_preload(["shardes.replicas.gateway", "benchmarks.scaling"])
 
 
-def serve(pipe: Connection, door: bool) -> None:
-    """Hold the store, and the door if asked; answer "used" with this process's CPU seconds and resident bytes."""
+def serve(pipe: Connection, through_gateway: bool) -> None:
+    """Hold the store, and a gateway if asked, until told to end.
+
+    Answers "used" with the CPU seconds and resident bytes of this process.
+    """
     job = join_job(LIMIT)
     port = int(os.environ["MASTER_PORT"])
-    if door:
-        opened = Door("127.0.0.1", 0, TOKEN, connect(port, False), "room", 60)
-        port = opened.port
+    if through_gateway:
+        store = RunStore(connect(port, False), "run")
+        server = StoreGateway("127.0.0.1", 0, TOKEN, store, 60)
+        port = server.port
     pipe.send(port)
     while pipe.recv() == "used":
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         pipe.send((time.process_time(), resident))
-    if door:
-        opened.close()
+    if through_gateway:
+        server.close()
     del job
 
 
-def connect(port: int, door: bool) -> dist.Store:
-    if door:
-        return enter(f"127.0.0.1:{port}", TOKEN, LIMIT)
-    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT), wait_for_workers=False)
+def connect(port: int, through_gateway: bool) -> dist.TCPStore:
+    if through_gateway:
+        return gateway.connect(f"127.0.0.1:{port}", TOKEN, LIMIT).tcp_store
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT), wait_for_workers=False
+    )
 
 
-def requests(port: int, door: bool, record: int) -> dict[str, Callable[[int], object]]:
-    """The protocol's requests, by kind, on one connection; the argument numbers them. Kinds of two take turns."""
-    store, who = connect(port, door), secrets.token_hex(4)
-    iteration = dist.PrefixStore(f"iteration {who}", store)
+def requests(port: int, through_gateway: bool, record: int) -> dict[str, Callable[[int], object]]:
+    """The protocol's requests on one connection, by kind; see `shardes.replicas.protocol`.
+
+    The argument numbers the requests of a kind. Two requests that follow each other take turns.
+
+    Args:
+        record: bytes of the record. 0: there is none.
+    """
+    store, name = connect(port, through_gateway), secrets.token_hex(4)
+    queue = dist.PrefixStore(f"iteration {name}", store)
     if record:
-        iteration.set("record", "r" * record)
+        queue.set("record", "r" * record)
     return {
-        "claims": lambda n: iteration.add("claimed", 1) if n % 2 else iteration.set(f"replica/{n}", who),
-        "posts": lambda n: iteration.add("done", 1) if n % 2 else iteration.compare_set(f"found/{n}", "", "r" * 60),
-        "looks": lambda n: iteration.add("done", 0),
-        "heartbeats": lambda n: store.add(f"alive/{who}", 1),
-        "takeovers": lambda n: iteration.compare_set(f"replica/{n}", who, "0"),
-        "records": lambda n: iteration.get("record") if record else iteration.add("recorded", 0),
+        "claims": lambda n: queue.add("claimed", 1) if n % 2 else queue.set(f"claimant/{n}", name),
+        "posts": lambda n: (
+            queue.add("done", 1) if n % 2 else queue.compare_set(f"result/{n}", "", "r" * 60)
+        ),
+        "polls": lambda n: queue.add("done", 0),
+        "heartbeats": lambda n: store.add(f"heartbeat/{name}", 1),
+        "takeovers": lambda n: queue.compare_set(f"claimant/{n}", name, "0"),
+        "records": lambda n: queue.get("record") if record else queue.add("recorded", 0),
     }
 
 
-def flood(port: int, door: bool, kind: str, record: int, seconds: float, begin: float) -> np.ndarray:
-    """In a client process: one kind of request as fast as it can; [how long each took]."""
-    ask = requests(port, door, record)[kind]
+def flood(
+    port: int, through_gateway: bool, kind: str, record: int, seconds: float, begin: float
+) -> np.ndarray:
+    """In a client process: send one kind of request at the highest rate; the seconds of each."""
+    request = requests(port, through_gateway, record)[kind]
     time.sleep(max(0.0, begin - time.time()))
-    took, end = [], time.perf_counter() + seconds
+    times, end = [], time.perf_counter() + seconds
     while (now := time.perf_counter()) < end:
-        ask(len(took))
-        took.append(time.perf_counter() - now)
-    return np.array(took)
+        request(len(times))
+        times.append(time.perf_counter() - now)
+    return np.array(times)
 
 
 def replay(
-    port: int, door: bool, trace: list[tuple[float, str]], threads: int, speed: float, begin: float
+    port: int,
+    through_gateway: bool,
+    trace: list[tuple[float, str]],
+    threads: int,
+    speed: float,
+    begin: float,
 ) -> np.ndarray:
-    """In a client process: each request at its time; [how long after that it was answered, how long it took]."""
-    connections = [requests(port, door, 0) for _ in range(threads)]
-    found: list[list[tuple[float, float]]] = [[] for _ in connections]
+    """In a client process: send each request at its time.
+
+    Returns for each request the seconds from its time, and from its start, to the answer.
+    """
+    connections = [requests(port, through_gateway, 0) for _ in range(threads)]
+    times: list[list[tuple[float, float]]] = [[] for _ in connections]
     start = time.perf_counter() + begin - time.time()
 
     def play(number: int) -> None:
@@ -106,32 +133,34 @@ def replay(
             sent = time.perf_counter()
             connections[number][kind](n)
             now = time.perf_counter()
-            found[number].append((now - due, now - sent))
+            times[number].append((now - due, now - sent))
 
     players = [threading.Thread(target=play, args=(number,)) for number in range(threads)]
     for player in players:
         player.start()
     for player in players:
         player.join()
-    return np.array([pair for each in found for pair in each])
+    return np.array([pair for each in times for pair in each])
 
 
 class Bench:
-    """A store's process and its clients'; a context."""
+    """The process of a store and those of its clients; a context."""
 
-    def __init__(self, processes: int, door: bool):
-        self.processes, self.door = processes, door
-        self._pipe, theirs = CONTEXT.Pipe()
-        self._server = CONTEXT.Process(target=serve, args=(theirs, door), daemon=True)
+    def __init__(self, processes: int, through_gateway: bool):
+        self.processes, self.through_gateway = processes, through_gateway
+        self._pipe, server_pipe = CONTEXT.Pipe()
+        arguments = server_pipe, through_gateway
+        self._server = CONTEXT.Process(target=serve, args=arguments, daemon=True)
         self._pool = ProcessPoolExecutor(processes, mp_context=CONTEXT)
 
     def __enter__(self) -> "Bench":
         self._server.start()
         assert self._pipe.poll(LIMIT), "the store did not start"
         self.port = self._pipe.recv()
-        ready = [self._pool.submit(time.sleep, WARM_UP) for _ in range(self.processes)]  # one for each process
-        for each in ready:
-            each.result(LIMIT)
+        # Starts each of the pool's processes.
+        started = [self._pool.submit(time.sleep, WARM_UP) for _ in range(self.processes)]
+        for future in started:
+            future.result(LIMIT)
         return self
 
     def __exit__(self, *_) -> None:
@@ -141,83 +170,123 @@ class Bench:
         self._server.kill()
 
     def used(self) -> tuple[float, int]:
-        """The store's process: CPU seconds and resident bytes."""
+        """The CPU seconds and resident bytes of the store's process."""
         self._pipe.send("used")
         return self._pipe.recv()
 
-    def ask(self, target: Callable, arguments: list[tuple]) -> tuple[np.ndarray, float]:
-        """What the clients found, one for each of the arguments, and the store's CPU seconds meanwhile.
+    def measure(self, target: Callable, arguments: list[tuple]) -> tuple[np.ndarray, float]:
+        """Call `target` in a client process for each of the arguments, all at the same time.
 
-        They begin together once all have connected.
+        Returns the concatenated results, and the CPU seconds of the store meanwhile.
         """
         begin = time.time() + WARM_UP
-        futures = [self._pool.submit(target, self.port, self.door, *each, begin) for each in arguments]
+        futures = [
+            self._pool.submit(target, self.port, self.through_gateway, *each, begin)
+            for each in arguments
+        ]
         time.sleep(max(0.0, begin - time.time()))
         before, _ = self.used()
-        found = np.concatenate([future.result(LIMIT) for future in futures])
-        return found, self.used()[0] - before
+        results = np.concatenate([future.result(LIMIT) for future in futures])
+        return results, self.used()[0] - before
 
 
 def capacity(bench: Bench, kind: str, seconds: float, record: int = 0, idle: int = 0) -> dict:
-    """What requests of a kind cost the store where clients ask as fast as they can, beside `idle` connections."""
+    """The cost of one kind of request at the highest rate, beside `idle` other connections."""
     _, before = bench.used()
-    held = [connect(bench.port, bench.door) for _ in range(idle)]
+    connections = [connect(bench.port, bench.through_gateway) for _ in range(idle)]
     per_connection = (bench.used()[1] - before) / idle if idle else None
-    took, cpu = bench.ask(flood, [(kind, record, seconds)] * bench.processes)
-    del held
+    times, cpu = bench.measure(flood, [(kind, record, seconds)] * bench.processes)
+    del connections
     return {
-        "kind": kind, "clients": bench.processes, "idle_connections": idle, "bytes": record, "requests": len(took),
-        "per_second": len(took) / seconds, "store_cpu_us": 1e6 * cpu / len(took), "store_cpu_share": cpu / seconds,
-        "bytes_per_connection": per_connection, **quantiles(took),
-    }  # fmt: skip
+        "kind": kind,
+        "clients": bench.processes,
+        "idle_connections": idle,
+        "bytes": record,
+        "requests": len(times),
+        "per_second": len(times) / seconds,
+        "store_cpu_us": 1e6 * cpu / len(times),
+        "store_cpu_share": cpu / seconds,
+        "bytes_per_connection": per_connection,
+        **quantiles(times),
+    }
 
 
-def under_load(bench: Bench, trace: list[tuple[float, str]], speed: float, threads: int, seconds: float) -> dict:
-    """The trace played on the store, `speed` times as fast as it was."""
-    shares = [(trace[who :: bench.processes], threads, speed) for who in range(bench.processes)]
-    found, cpu = bench.ask(replay, shares)
-    late, took = found.T
-    # Until the last answer: where that comes after its time, the offered rate was not reached.
+def under_load(
+    bench: Bench, trace: list[tuple[float, str]], speed: float, threads: int, seconds: float
+) -> dict:
+    """Replay a trace of `seconds` seconds, `speed` times as fast."""
+    count = bench.processes
+    shares = [(trace[number::count], threads, speed) for number in range(count)]
+    times, cpu = bench.measure(replay, shares)
+    late, duration = times.T
+    # If the last answer comes late, the offered rate was not reached.
     lasted = max(seconds / speed, trace[-1][0] / speed + float(late.max()))
     return {
-        "speed": speed, "requests": len(trace), "offered_per_second": len(trace) * speed / seconds,
-        "reached_per_second": len(trace) / lasted, "store_cpu_us": 1e6 * cpu / len(trace),
-        "store_cpu_share": cpu / lasted, "request": quantiles(took), "after_its_time": quantiles(late),
-    }  # fmt: skip
+        "speed": speed,
+        "requests": len(trace),
+        "offered_per_second": len(trace) * speed / seconds,
+        "reached_per_second": len(trace) / lasted,
+        "store_cpu_us": 1e6 * cpu / len(trace),
+        "store_cpu_share": cpu / lasted,
+        "request": quantiles(duration),
+        "after_its_time": quantiles(late),
+    }
 
 
-def quantiles(took: np.ndarray) -> dict[str, float]:
-    return {"median_ms": 1e3 * float(np.median(took)), "p99_ms": 1e3 * float(np.quantile(took, 0.99))}
+def quantiles(times: np.ndarray) -> dict[str, float]:
+    return {
+        "median_ms": 1e3 * float(np.median(times)),
+        "p99_ms": 1e3 * float(np.quantile(times, 0.99)),
+    }
 
 
 def busiest(outcome: Outcome, seconds: float) -> list[tuple[float, str]]:
-    """The requests within the window of so many whole seconds that has the most, by their time in it."""
+    """The requests in the busiest window of `seconds` whole seconds: (time in the window, kind)."""
     times = np.concatenate(list(outcome.requests.values()))
     counts = np.bincount(times.astype(int))
     first = int(np.convolve(counts, np.ones(int(seconds), int), "valid").argmax())
     window = [
         (float(when) - first, kind)
-        for kind, when_all in outcome.requests.items()
-        for when in when_all[(when_all >= first) & (when_all < first + seconds)]
+        for kind, times in outcome.requests.items()
+        for when in times[(times >= first) & (times < first + seconds)]
     ]
     return sorted(window)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.store_load", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=int, default=3, help="of each measurement; default: %(default)s")
-    parser.add_argument("--processes", type=int, default=4, help="clients; default: %(default)s")
-    parser.add_argument("--threads", type=int, default=16, help="connections of each; default: %(default)s")
-    parser.add_argument("--replicas", type=int, nargs="*", default=[100, 1000, 10_000], help="default: %(default)s")
-    parser.add_argument("--per-replica", type=int, default=4, help="members of each; default: %(default)s")
-    parser.add_argument("--speeds", type=float, nargs="*", default=[1, 2, 4], help="default: %(default)s")
-    parser.add_argument("--idle", type=int, default=1000, help="connections beside; default: %(default)s")
-    parser.add_argument("--door", action="store_true", help="through the door, as replicas that joined")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    options = parser.parse_args(argv)
-    report = {"command": f"python -m benchmarks.store_load {' '.join(argv)}".strip(), "capacity": [], "load": []}
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.store_load", description=__doc__.splitlines()[0]
+    )
 
-    with Bench(options.processes, options.door) as bench:
+    def add_number(flag: str, default: int, unit: str) -> None:
+        parser.add_argument(flag, type=int, default=default, help=f"{unit}; default: %(default)s")
+
+    add_number("--seconds", 3, "per measurement")
+    add_number("--processes", 4, "clients")
+    add_number("--threads", 16, "connections per client")
+    add_number("--per-replica", 4, "members per replica")
+    add_number("--idle", 1000, "idle connections")
+    parser.add_argument(
+        "--replicas", type=int, nargs="*", default=[100, 1000, 10_000], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--speeds", type=float, nargs="*", default=[1, 2, 4], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--door",
+        dest="through_gateway",
+        action="store_true",
+        help="connect through the gateway, as replicas that joined do",
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    command = f"python -m benchmarks.store_load {' '.join(argv)}".strip()
+    report = {"command": command, "capacity": [], "load": []}
+    with Bench(options.processes, options.through_gateway) as bench:
         measure(bench, options, report)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -225,26 +294,30 @@ def main(argv: list[str]) -> int:
 
 
 def measure(bench: Bench, options: argparse.Namespace, report: dict) -> None:
-    cases = [(kind, 0, 0) for kind in KINDS[:-1]] + [("looks", 0, options.idle)]
+    cases = [(kind, 0, 0) for kind in KINDS] + [("polls", 0, options.idle)]
     cases += [("records", RECORD * options.per_replica * count, 0) for count in options.replicas]
     for kind, record, idle in cases:
         row = capacity(bench, kind, options.seconds, record, idle)
         report["capacity"].append(row)
         print(
-            f"{kind:<11} {record:>8} bytes, {idle} idle connections: {row['per_second']:.0f}/s, the store takes "
-            f"{row['store_cpu_us']:.1f} µs each, {100 * row['store_cpu_share']:.0f} % of a core", flush=True
-        )  # fmt: skip
+            f"{kind:<11} {record:>8} bytes, {idle} idle connections: {row['per_second']:.0f}/s, "
+            f"{row['store_cpu_us']:.1f} µs of the store's CPU each, "
+            f"{100 * row['store_cpu_share']:.0f} % of a core",
+            flush=True,
+        )
     for count in options.replicas:
-        at = setting(count, options.per_replica, iterations=2)
-        trace = busiest(claimed(at), options.seconds)
+        simulated = setting(count, options.per_replica, iterations=2)
+        trace = busiest(simulate(simulated), options.seconds)
         for speed in options.speeds:
             row = under_load(bench, trace, speed, options.threads, options.seconds)
-            report["load"].append({"replicas": count, "members": at.members} | row)
+            report["load"].append({"replicas": count, "members": simulated.members} | row)
             print(
-                f"{count} replicas × {speed:g}: {row['offered_per_second']:.0f}/s asked, "
-                f"{row['reached_per_second']:.0f} reached, {row['request']['median_ms']:.2f} ms, 99 %: "
-                f"{row['request']['p99_ms']:.1f} ms; store {100 * row['store_cpu_share']:.0f} % of a core", flush=True
-            )  # fmt: skip
+                f"{count} replicas × {speed:g}: {row['offered_per_second']:.0f}/s offered, "
+                f"{row['reached_per_second']:.0f} reached, {row['request']['median_ms']:.2f} ms, "
+                f"99 %: {row['request']['p99_ms']:.1f} ms; "
+                f"store {100 * row['store_cpu_share']:.0f} % of a core",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

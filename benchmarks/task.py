@@ -1,4 +1,4 @@
-"""A task for measuring: prompts that have nothing to do with each other, a reward that costs nothing."""
+"""A task for measurements, with independent prompts and a cheap reward."""
 
 import os
 

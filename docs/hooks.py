@@ -1,15 +1,19 @@
-"""What mkdocs makes of the pages: tables of settings, pages that lie elsewhere, and links that leave this directory."""
+"""Hooks of mkdocs: tables of settings, pages from outside docs/, and links that leave docs/."""
 
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from shardes import config
+from shardes.config import schema
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-ELSEWHERE = {"contribute.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
+ELSEWHERE = {
+    "contribute.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+    "changelog.md": "CHANGELOG.md",
+}
 KEYS = re.compile(r"<!-- keys(?: of (\w+))? -->")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]+)((?:#[^)]*)?)\)")
 
@@ -17,29 +21,32 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]+)((?:#[^)]*)?)\)")
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
     """Called by mkdocs with each page's text."""
     source = ELSEWHERE.get(page.file.src_uri)
-    return rendered((ROOT / source).read_text(encoding="utf-8"), ROOT) if source else rendered(markdown, DOCS)
+    return (
+        rendered((ROOT / source).read_text(encoding="utf-8"), ROOT)
+        if source
+        else rendered(markdown, DOCS)
+    )
 
 
-def rendered(markdown: str, home: Path) -> str:
-    """A page of the site from a text that lies in `home`."""
-    markdown = KEYS.sub(lambda found: table(found[1]), markdown)
-    return LINK.sub(lambda found: _link(found, home), markdown)
+def rendered(markdown: str, directory: Path) -> str:
+    """The text of a page of the site, from a file in `directory`."""
+    markdown = KEYS.sub(lambda match: table(match[1]), markdown)
+    return LINK.sub(lambda match: _link(match, directory), markdown)
 
 
 def table(section: str | None) -> str:
-    """The settings of a section, or those of none, with their defaults and meanings."""
-    prefix = f"{section}." if section else ""
+    """A table of a section's settings, or of those without a section: key, default, meaning."""
     rows = [
-        f"| `{key}` | {_default(default)} | {_escaped(meaning)} |"
-        for key, (default, meaning) in config.keys().items()
-        if key.rpartition(".")[0] == prefix.removesuffix(".")
+        f"| `{key}` | {_default(setting.default)} | {_escaped(setting.help)} |"
+        for key, setting in schema.SETTINGS.items()
+        if key.rpartition(".")[0] == (section or "")
     ]
     assert rows, f"there are no settings of {section}"
     return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
 
 
 def _default(value: Any) -> str:
-    shown = config.shown(value)
+    shown = schema.shown(value)
     return shown if shown == "required" else f"`{shown}`"
 
 
@@ -47,14 +54,14 @@ def _escaped(text: str) -> str:
     return re.sub(r"([|<>*_{}])", r"\\\1", text)
 
 
-def _link(found: re.Match[str], home: Path) -> str:
-    """A link to another page, from here; what lies outside this directory is named, for the site does not have it."""
-    image, text, target, anchor = found.groups()
-    path = (home / target).resolve()
+def _link(match: re.Match[str], directory: Path) -> str:
+    """A link to a page of the site; the name of a file that the site does not have."""
+    image, text, target, anchor = match.groups()
+    path = (directory / target).resolve()
     if path.is_relative_to(DOCS):
         return f"{image}[{text}]({os.path.relpath(path, DOCS)}{anchor})"
     pages = {ROOT / file: page for page, file in ELSEWHERE.items()}
     if path in pages:
         return f"[{text}]({pages[path]}{anchor})"
-    place = str(path.relative_to(ROOT))
-    return text if place in text else f"{text} (`{place}`)"
+    name = str(path.relative_to(ROOT))
+    return text if name in text else f"{text} (`{name}`)"

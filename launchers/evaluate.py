@@ -1,7 +1,7 @@
-"""Judge a model: deepspeed --num_gpus 2 launchers/evaluate.py CONFIG.yaml --model DIR; see --help."""
+"""Evaluate a model: deepspeed launchers/evaluate.py CONFIG.yaml --model DIR; see --help."""
 
-from shardes import environment
 from shardes.commands.evaluate import main, prepare
+from shardes.distributed import environment
 
 __all__ = ["main", "prepare"]
 

@@ -3,24 +3,29 @@
     python launchers/hostfile.py write HOSTFILE --slots N
     python launchers/hostfile.py check HOSTFILE [CONFIG.yaml [key=value ...]]
 
-deepspeed runs on one host alone, with a mere warning, where it finds no hostfile. Exit codes: 0 all is well, 2 your
-mistake.
+Without a hostfile, deepspeed only warns and runs on one host. Exit codes: 0 the hostfile is valid,
+2 it is not, or it cannot be read or written.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from shardes import settings
-from shardes.config import ConfigError
-from shardes.hosts import parse_hostfile, read_hostfile, slurm_hosts
+from shardes.commands.arguments import reports_errors
+from shardes.config import loading
+from shardes.distributed.hosts import parse_hostfile, read_hostfile, slurm_hosts
+from shardes.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write", help="the nodes of this SLURM job")
-    check = commands.add_parser("check", help="lines, slots, and whether the ranks divide into replicas")
+    check = commands.add_parser(
+        "check", help="lines, slots, and whether the ranks divide into replicas"
+    )
     for command in (write, check):
         command.add_argument("hostfile")
     write.add_argument("--slots", type=int, required=True, help="ranks on each node")
@@ -29,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
@@ -39,11 +45,12 @@ def main(argv: list[str]) -> int:
         else:
             hosts = read_hostfile(arguments.hostfile)
             if arguments.config:
-                settings.check_layout(settings.load(arguments.config, arguments.overrides), sum(hosts.values()))
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.hostfile}: {sum(hosts.values())} ranks on {len(hosts)} hosts: {', '.join(hosts)}")
+                config = loading.load(arguments.config, arguments.overrides)
+                loading.check_layout(config, sum(hosts.values()))
+    except OSError as error:
+        raise ConfigError(str(error)) from error
+    ranks = sum(hosts.values())
+    print(f"{arguments.hostfile}: {ranks} ranks on {len(hosts)} hosts: {', '.join(hosts)}")
     return 0
 
 

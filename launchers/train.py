@@ -1,7 +1,7 @@
-"""Fine-tune a model: deepspeed --num_gpus 2 launchers/train.py CONFIG.yaml [key=value ...]; see --help."""
+"""Fine-tune a model: deepspeed launchers/train.py CONFIG.yaml [key=value ...]; see --help."""
 
-from shardes import environment
 from shardes.commands.train import main, prepare, work
+from shardes.distributed import environment
 
 __all__ = ["main", "prepare", "work"]
 

@@ -1,4 +1,4 @@
-"""What the launchers share: cheap checks before heavy work, one message for a mistake, exit codes, leaving together."""
+"""From a launcher's process to a rank at work: cheap checks, agreement of all ranks, exit codes."""
 
 import argparse
 import os
@@ -12,62 +12,66 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shardes import loggers, settings
-from shardes.config import Config, ConfigError, RunError, help_text
+from shardes.clock import Clock
+from shardes.config import loading
+from shardes.config.schema import Config, TaskConfig
+from shardes.distributed.hosts import check_launcher
+from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model, reason
-from shardes.generation import Decoder, decoder
-from shardes.hosts import check_launcher
-from shardes.responses import Responder
-from shardes.stop import Stopped, StopWatch
+from shardes.errors import ConfigError, RunError
+from shardes.inference.generation import Decoder, decoder
+from shardes.inference.sampler import Sampler
+from shardes.reporting import loggers
+from shardes.sharding.weight_files import WeightFiles, model_directory
 from shardes.tasks import Task, configured_task
-from shardes.weights import WeightFiles, model_directory
-from shardes.world import Job, World, agree, form_replica, join_job, part
 
-MEETING = 300.0  # seconds for the launcher's processes to meet
+RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 
 
 @dataclass
-class Plan:
+class PreparedRun:
     """What the cheap checks leave ready."""
 
     config: Config
-    replicas: int
+    replicas: int  # of this job
     files: WeightFiles
-    module: PreTrainedModel
+    module: PreTrainedModel  # without storage
     tokenizer: PreTrainedTokenizerBase
     task: Task
     decoder: Decoder
 
 
-def check(config: Config, job: Job) -> Plan:
-    """Check everything that can be checked before heavy work; ConfigError for what cannot run."""
+Prepared = TypeVar("Prepared", bound=PreparedRun)
+
+
+def check(config: Config, job: Job) -> PreparedRun:
+    """Check all that can be checked before heavy work.
+
+    Raises:
+        ConfigError: the run cannot start.
+    """
     check_launcher()
-    replicas = settings.check_layout(config, job.size)
-    t = config.task
-    task = configured_task(t)
-    if t.prompts_per_iteration is not None and hasattr(task, "score"):
-        try:
-            signature(task.score).bind("train", [], [])
-        except TypeError:
-            raise ConfigError(
-                "task.prompts_per_iteration: the task's score must take the prompts that were asked as a third "
-                "argument: score(split, responses, which=None); see shardes.tasks.Task"
-            ) from None
+    replicas = loading.check_layout(config, job.size)
+    task = configured_task(config.task)
+    _check_score_takes_numbers(config.task, task)
     loggers.check(config.tracking.loggers)
     directory = model_directory(config.model.path)
     trusted = config.model.trust_remote_code
     if trusted and job.rank == 0:
         warn(
-            f"model.trust_remote_code=true: Python code that comes with {config.model.path} is run on every rank, "
-            "with all that you may do here"
+            f"model.trust_remote_code=true: Python code that comes with {config.model.path} "
+            "runs on every rank, with all permissions of this user"
         )
     files, module = open_model(directory, getattr(torch, config.model.dtype.value), trusted)
     check_model(config, module)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={directory}: no usable tokenizer: {reason(error)}") from error
-    decoding = decoder(
+        raise ConfigError(
+            f"model.path={directory}: no usable tokenizer: {reason(error)}"
+        ) from error
+    decode = decoder(
         tokenizer,
         GenerationConfig.from_pretrained(directory)
         if (directory / "generation_config.json").exists()
@@ -76,93 +80,97 @@ def check(config: Config, job: Job) -> Plan:
         stop=config.generation.stop,
         batch_tokens=config.generation.batch_tokens,
     )
-    return Plan(config, replicas, files, module, tokenizer, task, decoding)
+    return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
 
 
-Checked = TypeVar("Checked", bound=Plan)
+def _check_score_takes_numbers(settings: TaskConfig, task: Task) -> None:
+    if settings.prompts_per_iteration is None or not hasattr(task, "score"):
+        return
+    try:
+        signature(task.score).bind("train", [], [])
+    except TypeError:
+        raise ConfigError(
+            "task.prompts_per_iteration: the task's score must take the numbers of the prompts as "
+            "a third argument: score(split, responses, which=None); see shardes.tasks.Task"
+        ) from None
 
 
-def build_replica(job: Job, plan: Plan) -> tuple[World, Engine, Responder]:
-    """This rank's world and engine, its weights not yet loaded, and what answers prompts with them."""
-    sharding = plan.config.sharding
-    world = form_replica(job, plan.replicas, sharding.shard, sharding.tensor, plan.config.run.timeout)
-    engine = build(plan.config, plan.module, world)
-    return world, engine, Responder(world, engine, plan.decoder, plan.tokenizer)
+def build_replica(
+    job: Job,
+    prepared: PreparedRun,
+    clock: Clock | None = None,
+    joined: tuple[int, int] | None = None,
+) -> tuple[World, Engine, Sampler]:
+    """This rank's world, its engine with weights not yet loaded, and the replica's sampler.
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser of a launcher's arguments: CONFIG.yaml, key=value overrides, and what the launcher itself adds."""
-
-    def __init__(self, name: str, options: str, description: str, examples: str):
-        super().__init__(
-            usage=f"shardes {name} CONFIG.yaml {options} [key=value ...]\n"
-            f"       deepspeed --num_gpus N launchers/{name}.py CONFIG.yaml [options] [key=value ...]",
-            description=description,
-            epilog=f"{examples}\nkeys, with their defaults:\n{help_text()}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.add_argument("config", metavar="CONFIG.yaml", help="settings; see configs/")
-        self.add_argument("overrides", metavar="key=value", nargs="*", help="settings that override the file's")
-        self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
-
-    def read(self, argv: list[str]) -> tuple[argparse.Namespace, Config]:
-        """The arguments, and the settings that they make."""
-        arguments = self.parse_intermixed_args(argv)
-        return arguments, settings.load(arguments.config, arguments.overrides)
-
-    def error(self, message: str):
-        raise ConfigError(f"{message}; see --help")
+    Args:
+        joined: this replica's number in the run that the job joined, and the number of replicas of
+            the run's primary job.
+    """
+    sharding, timeout = prepared.config.sharding, prepared.config.run.timeout
+    number, replicas = joined or (None, prepared.replicas)
+    world = form_replica(job, replicas, sharding.shard, sharding.tensor, timeout, number)
+    engine = build(prepared.config, prepared.module, world)
+    return world, engine, Sampler(world, engine, prepared.decoder, prepared.tokenizer, clock)
 
 
 def launch(
     argv: list[str],
-    parser: Parser,
-    prepare: Callable[[list[str], Job], Checked],
-    work: Callable[[Job, Checked, StopWatch], None],
+    parser: argparse.ArgumentParser,
+    prepare: Callable[[list[str], Job], Prepared],
+    work: Callable[[Job, Prepared, ShutdownWatcher], None],
 ) -> int:
-    """Run this rank of a launcher to its end; returns the exit code.
+    """Run this rank from its start to its end; returns the exit code.
 
-    `prepare` makes the cheap checks. `work` follows once no rank has found a mistake and all have the same settings.
+    Args:
+        prepare: makes the cheap checks.
+        work: is called once no rank has reported a mistake and all have the same settings.
     """
     if {"-h", "--help"} & set(argv):
         if os.environ.get("RANK", "0") == "0":
             parser.print_help()
         return 0
     try:
-        job = join_job(MEETING)
+        job = join_job(RENDEZVOUS)
     except (ConfigError, RunError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # a host's ranks meet the same mistake
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a host have the same error
             complain(str(error))
-        return 2 if isinstance(error, ConfigError) else 1
-    plan, problem = None, None
+        return _exit_code(error)
+    prepared, problem = None, None
     try:
-        plan = prepare(argv, job)
+        prepared = prepare(argv, job)
     except ConfigError as error:
         problem = str(error)
-    if not agree(job, problem, settings.to_yaml(plan.config) if plan else "", say=complain) or plan is None:
+    settings = loading.to_yaml(prepared.config) if prepared else ""
+    if not agree(job, problem, settings, complain) or prepared is None:
         return 2
-    watch, code, timeout = StopWatch(job), 1, plan.config.run.timeout
+    code, timeout = 1, prepared.config.run.timeout
+    watcher = ShutdownWatcher(job)
     try:
-        work(job, plan, watch)
+        work(job, prepared, watcher)
         code = 0
     except Stopped as stopped:
         code = stopped.code
-        watch.end(code)
+        watcher.end(code)
     except (ConfigError, RunError) as error:
-        code = 2 if isinstance(error, ConfigError) else 1
-        if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks meet the same mistake
+        code = _exit_code(error)
+        if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks have the same one
             complain(str(error))
-        watch.end(code)
+        watcher.end(code)
     except BaseException:
-        watch.end(1)
+        watcher.end(1)
         raise
     finally:
-        watch.close()
-        missing = part(job, timeout if code == 0 else 10)
+        watcher.close()
+        missing = leave_job(job, timeout if code == 0 else 10)
     if missing and code == 0:
         complain(f"the run is done, but after {timeout:.0f} s ranks {missing} have not ended")
         return 1
     return code
+
+
+def _exit_code(error: ConfigError | RunError) -> int:
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def warn(message: str) -> None:

@@ -1,381 +1,236 @@
-"""The loop: Algorithm 2 of the paper."""
+"""The loop: Algorithm 2 of the paper, on one rank.
 
-import json
+Every rank of every replica runs this same code. What a rank does beyond it (own the journal, print,
+write snapshots) is a matter of the roles that it is given: coordinator, reporter, snapshots.
+"""
+
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch.profiler import profile
 
-from shardes.agreement import check_replicas
-from shardes.attempts import record_failure
-from shardes.center import Center, member
-from shardes.config import Config, Restore, RunError
-from shardes.journal import Finish, Journal, Record, Reward
-from shardes.meeting import Meeting
-from shardes.metrics import Clock, Reporter, peak_resident_bytes
-from shardes.population import Evaluation, Exchange, Population, idle_seconds, mean, std
-from shardes.responses import Responder
-from shardes.resume import Start
-from shardes.scoring import Scorer
-from shardes.snapshots import Snapshots
-from shardes.stop import Stopped, StopWatch
-from shardes.tasks import Split, Task
-from shardes.variants import chosen, coefficients, fitness, noise_seeds, perturbation, prompt_batch, scheduled
-from shardes.weights import WeightFiles
-from shardes.world import World
+from shardes.clock import Clock
+from shardes.config.schema import Config, Restore
+from shardes.distributed.world import World
+from shardes.es.center import Center
+from shardes.es.population import Iteration, select
+from shardes.es.statistics import mean, std
+from shardes.evaluator import Evaluator
+from shardes.inference.sampler import Sampler
+from shardes.replicas.consistency import ConsistencyCheck, check_digest
+from shardes.replicas.coordinator import Coordinator
+from shardes.replicas.member_queue import IterationResults, MemberQueue
+from shardes.replicas.protocol import MemberResult
+from shardes.reporting.reporter import Reporter, peak_resident_bytes
+from shardes.rewards.scoring import FAILURES, Scorer
+from shardes.storage.journal import Record
+from shardes.storage.resume import ResumePoint
+from shardes.storage.snapshots import Snapshots
+from shardes.tasks import Task
 
-SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and their metrics' names
-
-
-@dataclass
-class Examination:
-    """An evaluation of the center: prompts shared out between replicas, responses not yet collected."""
-
-    iteration: int
-    exchange: Exchange
-    work: list[tuple[Split, slice]]
-    distance: dict[str, float]
-    metrics: dict[str, float] | None = None  # once it has been judged
+# Parts of an iteration's seconds, as the clock names them.
+PARTS = ("perturb", "gather", "generate", "restore", "update", "exchange")
 
 
 class Trainer:
-    """Everything one rank needs for a run.
+    """One rank of a run.
 
-    `encoded` holds each split's prompts as token ids. `center` is that of `start.source`. `journal` is there on the
-    rank that speaks, which decides what an iteration comes to; the others hear of it at the `meeting`.
+    Args:
+        center: that of `resume.source`.
+        prompts: the token ids of each split's prompts.
+        clock: the one that center, sampler and coordinator use.
+        poll: raises Stopped when the run is to stop.
+        trace: where to write a torch.profiler trace of the second iteration.
     """
 
     def __init__(
         self,
         config: Config,
         world: World,
-        center: Center,
-        base: WeightFiles,
         task: Task,
-        responder: Responder,
-        encoded: dict[str, list[list[int]]],
-        watch: StopWatch,
-        meeting: Meeting,
-        start: Start,
-        journal: Journal | None,
+        prompts: dict[str, list[list[int]]],
+        center: Center,
+        sampler: Sampler,
+        scorer: Scorer,
+        evaluator: Evaluator,
+        coordinator: Coordinator,
+        consistency: ConsistencyCheck,
+        snapshots: Snapshots,
+        reporter: Reporter,
+        resume: ResumePoint,
+        clock: Clock,
+        poll: Callable[[], None],
+        trace: Path | None = None,
     ):
-        self.config = config
-        self.world = world
-        self.center = center
-        self.base = base
-        self.task = task
-        self.responder = responder
-        self.encoded = encoded
-        self.watch = watch
-        self.meeting = meeting
-        self.start = start
-        self.journal = journal
-        self.evaluated = 0  # members, by this replica
-        self.reporter: Reporter | None = None
-        directory = Path(config.run.dir)
-        self.scorer = Scorer(config.task, task, directory / "failed_scoring.json", watch.poll)
-        self.snapshots = Snapshots(directory, config.checkpoint, world, center, base, self.say, config.run.timeout)
-        if world.speaks:
-            self.reporter = Reporter(config, start.means, world.layout)
-            if config.es.restore is Restore.subtract and world.replicas > 1:
-                self.reporter.say(
-                    "warning: es.restore=subtract: each replica's center drifts by itself; only copy is exact"
-                )
+        self.config, self.world, self.task, self.prompts = config, world, task, prompts
+        self.center, self.sampler, self.scorer, self.evaluator = center, sampler, scorer, evaluator
+        self.coordinator, self.consistency, self.snapshots = coordinator, consistency, snapshots
+        self.reporter, self.resume, self.clock, self.poll = reporter, resume, clock, poll
+        self.trace = trace
+        self.digest = ""  # of the center
+        self.members_evaluated = 0  # by this replica
+        self.reward_means = list(resume.reward_means)
+        self.started = 0.0  # by the monotonic clock
 
-    def say(self, line: str) -> None:
-        if self.reporter:
-            self.reporter.say(line)
-        elif self.world.joined and self.world.leads:
-            print(line, flush=True)
-
-    def run(self) -> None:
-        """Train, from where the run stands to the last iteration.
+    def train(self) -> None:
+        """Algorithm 2, from the journal's end to the last iteration.
 
         Raises:
             Stopped: the run was asked to stop.
         """
-        try:
-            self.train()
-        except Stopped as stopped:
-            self.say(str(stopped))
-            raise
-        except Exception as error:
-            if not self.world.joined:  # the run's directory is its home's
-                record_failure(Path(self.config.run.dir), self.world.job.rank, error)
-            raise
+        self.started = time.monotonic()
+        self.replay_journal()
+        for t in range(self.resume.iteration, self.config.es.iterations):
+            iteration = self.iteration(t)
+            self.before_iteration(iteration)
+            with self.profiled(t):
+                self.train_iteration(iteration)
+        self.finish()
 
-    def train(self) -> None:
-        started = time.monotonic()
-        self.watch.wait_for_polls()
-        digest = self.rebuild()
-        means, evaluations = list(self.start.means), []
-        iterations, every, verify_every = (
-            self.config.es.iterations,
-            self.config.eval.every,
-            self.config.checkpoint.verify_every,
-        )
-        if self.journal:
-            self.meeting.begin(self.start.iteration, digest)
-        exact = self.config.es.restore is Restore.copy
-        comparable = self.world.replicas > 1 and exact and not self.world.joined
-        for iteration in range(self.start.iteration, iterations):
-            if comparable and verify_every and iteration % verify_every == 0:
-                check_replicas(self.world, self.center, iteration, digest, self.config.run.timeout)
-            due = iteration == 0 or (every > 0 and iteration % every == 0)
-            examination = self.examine(iteration) if due else None
-            best = examination is not None and self.is_best(examination)
-            if (best or self.snapshots.due(iteration)) and not self.from_snapshot(iteration):
-                self.snapshot(iteration, digest)
-            if best:
-                self.snapshots.keep_best(iteration)
-            with self.profiled(iteration):
-                metrics = self.iterate(iteration, digest, examination)
-            digest = self.center.digest()
-            means.append(metrics["reward_mean"])
-            if self.reporter:
-                evaluations += [self.judged(examination)] if examination else []
-                self.reporter.iteration(metrics | (evaluations[-1] if examination else {}))
-        if self.journal:
-            self.journal.append(Finish(iterations, digest))
-        if self.config.checkpoint.every and not self.from_snapshot(iterations):
-            self.snapshot(iterations, digest)
-        examination = self.examine(iterations)
-        self.complete(examination)
-        if self.is_best(examination):
+    def train_iteration(self, iteration: Iteration) -> None:
+        """Evaluate the population, journal it, update the center."""
+        started = time.perf_counter()
+        self.clock.take()
+        results = self.evaluate_members(iteration)  # R_1 .. R_N, from all replicas
+        self.evaluator.complete()  # θ has answered all prompts of its own evaluation
+        record = self.coordinator.commit(iteration, results)  # in the journal, then published
+        with self.clock("exchange"):
+            self.snapshots.wait_written()  # and is on its way to the disk: it may change
+        with self.clock("update"):
+            update_metrics = self.center.update(record.update)  # θ ← θ + (α/N)·Σ z_n·ε(s_n)
+        seconds = time.perf_counter() - started
+        self.digest = self.center.digest()
+        self.reward_means.append(mean(record.rewards))
+        metrics = iteration_metrics(record, results, seconds, self.clock.take()) | update_metrics
+        self.reporter.log_iteration(metrics | self.evaluator.take_metrics())
+
+    def evaluate_members(self, iteration: Iteration) -> IterationResults:
+        """Evaluate members for this replica until every member has a reward."""
+        queue = self.coordinator.member_queue(iteration)
+        for group in queue:  # this replica's claims, then the members of replicas that died
+            for number in group:  # one: with full noise a member needs all weights to itself
+                with self.center.perturbed(iteration.members[number]):  # θ + σ·ε(s_n)
+                    responses = self.sampler.generate(iteration.prompts, poll=queue.poll)
+                self.score_member(iteration, number, responses, queue)
+        return queue.results()
+
+    def score_member(
+        self, iteration: Iteration, number: int, responses: list[list[int]], queue: MemberQueue
+    ) -> None:
+        """Score a member's responses, given as token ids, and post its reward: their mean."""
+
+        def score() -> None:
+            texts = self.sampler.texts(responses)
+            rewards = self.scorer("train", texts, iteration.prompt_numbers)
+            result = MemberResult(
+                reward=mean(rewards),
+                tokens=sum(map(len, responses)),
+                replica=self.world.replica,
+                finished=time.time(),
+                scores=rewards if self.config.es.standardize_prompts else [],
+                failures=self.scorer.take_failures(),
+            )
+            prompts = select(self.task.prompts("train"), iteration.prompt_numbers)
+            self.reporter.responses(number, prompts, texts, rewards)
+            with self.clock("exchange"):
+                queue.post(number, result)
+
+        self.world.run_on_leader(score)
+        self.members_evaluated += 1
+
+    def before_iteration(self, iteration: Iteration) -> None:
+        """Compare, evaluate and save the center before members are made of it.
+
+        Nothing here moves θ.
+        """
+        t = iteration.index
+        self.consistency.check(t, self.digest)
+        if self.evaluator.due(t):
+            self.evaluator.start(iteration)
+        best = self.evaluator.is_best()
+        if best or self.snapshots.due(t):
+            self.save_snapshot(t)
+        if best:
+            self.snapshots.keep_best(t)
+
+    def finish(self) -> None:
+        """Save and evaluate the final center."""
+        iterations = self.config.es.iterations
+        self.coordinator.finish(iterations, self.digest)
+        if self.config.checkpoint.every:
+            self.save_snapshot(iterations)
+        self.evaluator.start(self.iteration(iterations))
+        self.evaluator.complete()
+        if self.evaluator.is_best():
             self.snapshots.keep_best(iterations)
         self.snapshots.finish()
-        if self.world.joined:
-            self.say(f"done: this replica evaluated {self.evaluated} members; center {digest}")
-        if self.reporter:
-            evaluations.append(self.judged(examination))
-            self.reporter.summary(means, evaluations, digest, time.monotonic() - started)
+        self.evaluator.take_metrics()
+        seconds = time.monotonic() - self.started
+        self.reporter.summary(self.reward_means, self.evaluator.history, self.digest, seconds)
 
-    def rebuild(self) -> str:
-        """Replay what the journal says since the center was saved; returns the center's digest.
+    def iteration(self, t: int) -> Iteration:
+        return Iteration.derive(self.config, t, self.digest, self.prompts["train"])
+
+    def replay_journal(self) -> None:
+        """Rebuild the center from the source and the journal's records since.
 
         Raises:
-            RunError: the center is not the one that the journal speaks of.
+            RunError: its digest is not the journal's.
         """
-        exact = self.config.es.restore is Restore.copy  # else rounding left something behind with every member
-        digest = self.center.digest()
-        known = [(f"the center of {self.start.source}", self.start.digest)] if self.start.source else []
-        for record in self.start.records:
+        resume = self.resume
+        # With es.restore=subtract members leave rounding errors behind, which no replay repeats.
+        exact = self.config.es.restore is Restore.copy
+        self.digest = self.center.digest()
+        if resume.source:
+            check_digest(f"the center of {resume.source}", self.digest, resume.digest)
+        for record in resume.records:
             if exact:
-                known.append((f"the center before iteration {record.iteration}", record.digest))
-            self._expect(known, digest)
-            self.watch.poll()
-            self.center.update(record.update)
-            digest, known = self.center.digest(), []
-        if exact:
-            known.append((f"the center before iteration {self.start.iteration}", self.start.target))
-        self._expect(known, digest)
-        return digest
-
-    def _expect(self, known: list[tuple[str, str | None]], digest: str) -> None:
-        for what, expected in known:
-            if expected not in (None, digest):
-                raise RunError(
-                    f"{what} is rebuilt with digest {digest}, where the journal has {expected}; "
-                    f"see shardes journal {self.config.run.dir} verify"
+                check_digest(
+                    f"the center before iteration {record.iteration}", self.digest, record.digest
                 )
+            self.poll()
+            self.center.update(record.update)
+            self.digest = self.center.digest()
+        if exact:
+            check_digest(
+                f"the center before iteration {resume.iteration}", self.digest, resume.target
+            )
+        self.coordinator.start(resume.iteration, self.digest)
 
-    def from_snapshot(self, iteration: int) -> bool:
-        """Whether the center before `iteration` is just what this start has read from a snapshot."""
-        return iteration == self.start.iteration and self.start.source is not None and not self.start.records
-
-    def snapshot(self, iteration: int, digest: str) -> None:
-        """Start writing the center; it may change again after `snapshots.wait_written`."""
-        self.snapshots.begin(iteration, digest)
+    def save_snapshot(self, t: int) -> None:
+        """Start to save the center before iteration t, unless it was read from that snapshot."""
+        resume = self.resume
+        if t == resume.iteration and resume.source is not None and not resume.records:
+            return
+        self.snapshots.begin(t, self.digest)
         if self.config.es.restore is Restore.subtract:
             self.snapshots.wait_written()  # the live weights are about to be perturbed
 
-    def iterate(self, iteration: int, digest: str, examination: Examination | None) -> dict[str, float]:
-        """One iteration: evaluate the population, journal it, update the center. Returns its metrics.
-
-        `digest` is the center's, which must have answered all of its `examination` before it moves.
-        """
-        es, clock = self.config.es, Clock()
-        self.responder.clock, started = clock, time.perf_counter()
-        sigma, _ = scheduled(es, iteration)
-        asked = self.batch(iteration)
-        prompts, questions = self.prompts("train", asked), chosen(self.task.prompts("train"), asked)
-        seeds = noise_seeds(es, iteration)
-        members = [perturbation(es, seeds, number, sigma) for number in range(es.population_size)]
-        known = self.start.rewards if iteration == self.start.iteration else {}
-        width = len(prompts) if es.standardize_prompts else 0
-        population = Population(
-            self.world, iteration, [seed for seed, _ in members], self.config.run.timeout, known, width
-        )
-        looked = time.monotonic()
-
-        def record_rewards():
-            if self.journal and self.reporter:  # the same rank has both
-                for number, reward, tokens, scores in population.new_rewards():
-                    self.journal.append(Reward(iteration, number, reward, tokens, digest, scores))
-                    self.reporter.member(tokens)
-
-        def poll():
-            nonlocal looked
-            self.watch.poll()
-            if self.reporter and time.monotonic() - looked > 0.5:
-                looked = time.monotonic()
-                record_rewards()
-                self.reporter.members(iteration, population.done())
-
-        def evaluate(number: int):
-            with member(self.center, *members[number], clock):
-                tokens = self.responder.respond(prompts, poll=poll)
-            texts = self.responder.texts(tokens)
-            scores = self.world.led(lambda: self.scorer("train", texts, asked), len(prompts))
-            self.scorer.post_failures(self.world.store, iteration)
-            population.post_reward(number, mean(scores), sum(map(len, tokens)), scores[:width])
-            if self.reporter:
-                self.reporter.responses(number, questions, texts, scores)
-            self.evaluated += 1
-            with clock("exchange"):
-                record_rewards()
-
-        for number in population.claim():
-            evaluate(number)
-        with clock("exchange"):
-            for number in population.take_over(self.meeting, poll):
-                evaluate(number)
-            if examination:
-                self.complete(examination)
-            evaluations = population.evaluations() if self.journal else []
-            if self.journal:
-                record_rewards()
-                record = self.decide(iteration, digest, seeds, asked, evaluations)
-                self.journal.append(record)
-                self.meeting.publish(record)
-            else:
-                record = self.meeting.await_record(iteration, poll)
-        if self.world.joined:
-            self._expect([(f"the center before iteration {iteration}", record.digest)], digest)
-        with clock("exchange"):
-            self.snapshots.wait_written()
-        with clock("update"):
-            updated = self.center.update(record.update)
-
-        parts = ("perturb", "gather", "generate", "restore", "update", "exchange")
-        return {
-            "iteration": iteration,
-            "reward_mean": mean(record.rewards),
-            "reward_std": std(record.rewards),
-            "reward_min": min(record.rewards),
-            "reward_max": max(record.rewards),
-            "seconds": time.perf_counter() - started,
-            **{f"seconds_{part}": clock.seconds[part] for part in parts},
-            "seconds_idle": idle_seconds(evaluations) if evaluations else 0.0,
-            "exchanged_bytes": population.bytes,
-            "peak_resident_bytes": peak_resident_bytes(),
-            "generated_tokens": sum(evaluation.tokens for evaluation in evaluations),
-            **self.scorer.failures(self.world.store, iteration),
-            **updated,
-        }
-
-    def decide(
-        self, iteration: int, digest: str, seeds: list[int], asked: list[int] | None, evaluations: list[Evaluation]
-    ) -> Record:
-        """What the members' rewards make of an iteration: which step the center takes."""
-        es = self.config.es
-        sigma, alpha = scheduled(es, iteration)
-        rewards = [evaluation.reward for evaluation in evaluations]
-        weights = fitness(es, [evaluation.scores or [evaluation.reward] for evaluation in evaluations])
-        record = Record(
-            iteration, seeds, rewards, coefficients(es, alpha, weights), sigma, alpha, digest,
-            es.weight_decay, es.decay_to.value, es.evolve, asked,
-        )  # fmt: skip
-        if not any(record.coefficients) and alpha:
-            self.say(
-                f"warning: iteration {iteration}: all {len(rewards)} rewards are {rewards[0]}, so nothing is learned; "
-                "a larger es.sigma or a finer reward would tell the members apart"
-            )
-        return record
-
-    def examine(self, iteration: int) -> Examination:
-        """Let the center answer both splits' prompts, a part per replica; nobody waits for the others' parts."""
-        work, prompts = [], {"train": self.prompts("train", self.batch(iteration)), "test": self.encoded["test"]}
-        for split in SPLITS:
-            parts = min(self.world.replicas, len(prompts[split]))
-            work += [(split, slice(part, None, parts)) for part in range(parts)]
-        exchange = Exchange(self.world, f"evaluation {iteration}", len(work), self.config.run.timeout)
-        examination = Examination(iteration, exchange, work, self.center.distance() if self.world.replica == 0 else {})
-        self.answer(examination, exchange.claim())
-        return examination
-
-    def complete(self, examination: Examination) -> None:
-        """Wait until the center has answered all, and answer what replicas that died have left."""
-        self.answer(examination, examination.exchange.take_over(self.meeting, self.watch.poll))
-
-    def answer(self, examination: Examination, numbers: Iterable[int]) -> None:
-        """Let the center answer some pieces of an examination."""
-        for number in numbers:
-            split, where = examination.work[number]
-            prompts = self.prompts(split, self.batch(examination.iteration) if split == "train" else None)
-            self.center.show()
-            tokens = self.responder.respond(prompts[where], poll=self.watch.poll)
-            examination.exchange.post(number, json.dumps(tokens))
-
-    def is_best(self, examination: Examination) -> bool:
-        """Whether this center has the best held-out reward so far, where that one is kept. For replica 0."""
-        if not self.config.checkpoint.best:
-            return False
-        self.complete(examination)
-        if self.world.replica != 0:
-            return False
-        (reward,) = self.world.led(lambda: [self.judged(examination)["held_out_reward"]], 1)
-        (before,) = self.world.led(lambda: [self.reporter.best_held_out] if self.reporter else [], 1)
-        if self.reporter:
-            self.reporter.best_held_out = max(before, reward)
-        return reward > before
-
-    def judged(self, examination: Examination) -> dict[str, float]:
-        """What `judge` says, which looks only once."""
-        if examination.metrics is None:
-            examination.metrics = self.judge(examination)
-        return examination.metrics
-
-    def judge(self, examination: Examination) -> dict[str, float]:
-        """The center's rewards on both splits and its distance from the base; its responses become samples."""
-        found = list(map(json.loads, examination.exchange.collect(self.watch.poll)))
-        metrics = {}
-        for split, name in SPLITS.items():
-            asked = self.batch(examination.iteration) if split == "train" else None
-            tokens: list[list[int]] = [[] for _ in self.prompts(split, asked)]
-            for (of, where), part in zip(examination.work, found, strict=True):
-                if of == split:
-                    tokens[where] = part
-            texts = self.responder.texts(tokens)
-            rewards = self.scorer(split, texts, asked)
-            metrics[name] = mean(rewards)
-            if split == "test" and hasattr(self.task, "correct"):
-                metrics["held_out_accuracy"] = mean(self.task.correct(split, texts))
-            assert self.reporter
-            self.reporter.samples(examination.iteration, split, chosen(self.task.prompts(split), asked), texts, rewards)
-        failed = {f"evaluation_{name}": count for name, count in self.scorer.take_failures().items()}
-        return metrics | failed | examination.distance
-
-    def batch(self, iteration: int) -> list[int] | None:
-        """The training prompts of an iteration, by number; None: all."""
-        size = self.config.task.prompts_per_iteration
-        return prompt_batch(self.config.es.seed, iteration, size, len(self.encoded["train"]))
-
-    def prompts(self, split: Split, asked: list[int] | None) -> Sequence[list[int]]:
-        """The token ids of the prompts `asked`."""
-        return chosen(self.encoded[split], asked)
-
-    def profiled(self, iteration: int) -> AbstractContextManager:
-        """A context that writes a torch.profiler trace of the second iteration (the only one, if there is one)."""
-        if not self.config.profile or self.world.replica != 0 or iteration != min(1, self.config.es.iterations - 1):
+    def profiled(self, t: int) -> AbstractContextManager:
+        """A context that writes a trace of the second iteration, or of the only one."""
+        if self.trace is None or t != min(1, self.config.es.iterations - 1):
             return nullcontext()
-        file = Path(self.config.run.dir) / f"trace_rank{self.world.job.rank}.json.gz"
-        return profile(on_trace_ready=lambda trace: trace.export_chrome_trace(str(file)))
+        file = str(self.trace)
+        return profile(on_trace_ready=lambda trace: trace.export_chrome_trace(file))
 
-    def close(self) -> None:
-        self.scorer.close()
-        if self.reporter:
-            self.reporter.close()
+
+def iteration_metrics(
+    record: Record, results: IterationResults, seconds: float, clock: dict[str, float]
+) -> dict[str, float]:
+    """An iteration's row of metrics.jsonl, as the primary rank sees it."""
+    return {
+        "iteration": record.iteration,
+        "reward_mean": mean(record.rewards),
+        "reward_std": std(record.rewards),
+        "reward_min": min(record.rewards),
+        "reward_max": max(record.rewards),
+        "seconds": seconds,
+        **{f"seconds_{part}": clock[part] for part in PARTS},
+        "seconds_idle": results.idle_seconds,
+        "exchanged_bytes": results.exchanged_bytes,
+        "peak_resident_bytes": peak_resident_bytes(),
+        "generated_tokens": sum(member.tokens for member in results.members),
+        **{name: sum(m.failures.get(name, 0) for m in results.members) for name in FAILURES},
+    }

@@ -1,4 +1,4 @@
-"""Starting several ranks, with a time limit, leaving no process behind."""
+"""Starts commands and ranks, with a time limit, and leaves no process behind."""
 
 import contextlib
 import importlib.util
@@ -20,14 +20,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
-    from shardes import world  # not before the environment has been prepared
+    from shardes.distributed import world  # imports torch, after environment.prepare()
 
     return world.free_port()
 
 
-def run(command: list[str], seconds: float = 240, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess:
-    """Run a command, in the repository or in `cwd`, in a session of its own; no process of it outlives this call."""
-    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+def run(
+    command: list[str], seconds: float = 240, cwd: Path = ROOT, **environ: str
+) -> subprocess.CompletedProcess:
+    """Run a command in its own session; none of its processes outlives this call."""
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+    }
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -50,7 +56,7 @@ def run(command: list[str], seconds: float = 240, cwd: Path = ROOT, **environ: s
 
 
 def skip_without(programs: tuple[str, ...], packages: str) -> None:
-    """Skip the test where programs are missing; says how to install them."""
+    """Skip the test if programs are missing, and say how to install them."""
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
     missing = [program for program in programs if not shutil.which(program, path=path)]
     if missing:
@@ -58,7 +64,7 @@ def skip_without(programs: tuple[str, ...], packages: str) -> None:
 
 
 def script(path: str) -> ModuleType:
-    """The module that a script of the repository is, imported."""
+    """Import a script of the repository as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -66,8 +72,11 @@ def script(path: str) -> ModuleType:
 
 
 def call(main: Callable[[list[str]], int], *arguments: object) -> subprocess.CompletedProcess:
-    """What a script's `main` does and prints, within this process."""
-    with contextlib.redirect_stdout(StringIO()) as out, contextlib.redirect_stderr(StringIO()) as err:
+    """Call a command's `main` in this process; returns its exit code and output."""
+    with (
+        contextlib.redirect_stdout(StringIO()) as out,
+        contextlib.redirect_stderr(StringIO()) as err,
+    ):
         try:
             code = main(list(map(str, arguments)))
         except SystemExit as error:
@@ -78,12 +87,22 @@ def call(main: Callable[[list[str]], int], *arguments: object) -> subprocess.Com
 def deepspeed(ranks: int, *arguments: str, seconds: float = 240) -> subprocess.CompletedProcess:
     """`deepspeed --num_gpus RANKS ARGUMENTS`, on a free port."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return run([*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments], seconds)
+    return run(
+        [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments],
+        seconds,
+    )
 
 
 def torchrun(ranks: int, worker: str, *arguments: str, seconds: float = 240) -> list[dict]:
-    """Run tests/workers/WORKER on some ranks; returns what each handed to `report`, by rank."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--no-python"]
+    """Run tests/workers/WORKER on several ranks; returns each rank's `report`, by rank."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "--no-python",
+    ]
     command = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     script = str(ROOT / "tests" / "workers" / worker)
     with tempfile.TemporaryDirectory() as directory:
@@ -93,5 +112,5 @@ def torchrun(ranks: int, worker: str, *arguments: str, seconds: float = 240) -> 
 
 
 def report(result: dict) -> None:
-    """For workers: hand this rank's result to the test. It has the key "rank"."""
+    """For workers: pass this rank's result to the test. It has the key "rank"."""
     (Path(os.environ["RESULTS"]) / f"{result['rank']}.json").write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""What the documentation names is there: pages, anchors, files, settings, markers, tests."""
+"""Everything that the documentation names exists: pages, anchors, files, settings, tests."""
 
 import ast
 import re
@@ -7,22 +7,27 @@ from itertools import chain
 import pytest
 
 from launch import ROOT, script
-from shardes import config
+from shardes.config.schema import SETTINGS, shown
 
 FOLDERS = ("docs", "benchmarks", "launchers", "examples", "results")
 PAGES = sorted(chain(ROOT.glob("*.md"), *((ROOT / folder).rglob("*.md") for folder in FOLDERS)))
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-FILE = re.compile(r"(?<![\w./-])((?:\.ci|benchmarks|configs|docs|examples|launchers|shardes|tests|tools)/[\w./-]*\w/?)")
+FILE = re.compile(
+    r"(?<![\w./-])((?:\.ci|benchmarks|configs|docs|examples|launchers|shardes|tests|tools)"
+    r"/[\w./-]*\w/?)"
+)
 TESTS = ROOT / "tests"
 TEST = re.compile(r"`(?:([\w/]+\.py))?::(\w+)`")
-MADE_UP = {"configs/mine.yaml"}  # what a reader would write
+MADE_UP = {"configs/mine.yaml"}  # written by the reader
 
 
 def slugs(text: str) -> set[str]:
-    """The anchors of a page's headings, as mkdocs and the forges make them."""
+    """The anchors of a page's headings, as mkdocs and GitHub generate them."""
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -41,35 +46,42 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
     named = {name.rstrip("/.") for name in FILE.findall(page.read_text(encoding="utf-8"))} - MADE_UP
-    assert [name for name in sorted(named) if not (ROOT / name).exists() and not (TESTS / name).exists()] == []
+    assert [
+        name for name in sorted(named) if not (ROOT / name).exists() and not (TESTS / name).exists()
+    ] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_that_are_named_exist(page):
-    keys = set(config.keys())
+    keys = set(SETTINGS)
     sections = {key.partition(".")[0] for key in keys if "." in key}
     key = re.compile(rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z_]+)(?=[=`\]:, ])(?!\()")
     named = set(key.findall(page.read_text(encoding="utf-8")))
-    files = {name for name in named if name.rpartition(".")[2] in ("md", "py", "safetensors", "sbatch")}
+    files = {
+        name for name in named if name.rpartition(".")[2] in ("md", "py", "safetensors", "sbatch")
+    }
     assert sorted(named - keys - files) == []
 
 
 def test_the_configuration_page_has_every_key():
-    page = script("docs/hooks.py").rendered((ROOT / "docs/configuration.md").read_text(encoding="utf-8"), ROOT / "docs")
+    page = script("docs/hooks.py").rendered(
+        (ROOT / "docs/configuration.md").read_text(encoding="utf-8"), ROOT / "docs"
+    )
     rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+) \|$", page, re.MULTILINE)
-    assert sorted(key for key, _, _ in rows) == sorted(config.keys())
+    assert sorted(key for key, _, _ in rows) == sorted(SETTINGS)
     for key, default, meaning in rows:
-        assert config.shown(config.keys()[key][0]) in default, key
-        assert meaning.replace("\\", "") == config.keys()[key][1].replace("\\", ""), key
+        assert shown(SETTINGS[key].default) in default, key
+        assert meaning.replace("\\", "") == SETTINGS[key].help.replace("\\", ""), key
 
 
 def test_links_that_leave_the_site_become_names():
     rendered = script("docs/hooks.py").rendered
     text = (
-        "[loop](../shardes/trainer.py) [`tools/plan.py`](../tools/plan.py) [here](start.md#install) ![p](regions.svg)"
+        "[loop](../shardes/trainer.py) [`tools/sweep.py`](../tools/sweep.py) "
+        "[here](start.md#install) ![p](regions.svg)"
     )
     assert rendered(text, ROOT / "docs") == (
-        "loop (`shardes/trainer.py`) `tools/plan.py` [here](start.md#install) ![p](regions.svg)"
+        "loop (`shardes/trainer.py`) `tools/sweep.py` [here](start.md#install) ![p](regions.svg)"
     )
     assert rendered("[s](SECURITY.md) [t](docs/tasks.md)", ROOT) == "[s](security.md) [t](tasks.md)"
 
@@ -86,17 +98,19 @@ def test_every_marker_is_explained():
 def test_tests_that_are_named_exist():
     text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
     named, file = [], ""
-    for given, name in TEST.findall(text):
-        file = given or file
+    for path, name in TEST.findall(text):
+        file = path or file
         named.append((file, name))
     assert len(named) > 15
     for file, name in named:
         tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
-        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, name)
+        assert name in {
+            node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+        }, (file, name)
 
 
 def test_every_page_is_in_the_sites_contents():
-    # Not a YAML reader, which would stumble over mkdocs' own tags elsewhere.
+    # Not by a YAML reader: mkdocs.yml has tags that only mkdocs knows.
     contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     pages = re.findall(r"- ([\w-]+\.md)$", contents, re.MULTILINE)
     assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").rglob("*.md"))

@@ -1,4 +1,4 @@
-"""A run survives whatever happens to it, and arrives where an undisturbed one does, to the bit."""
+"""Runs that are killed, stopped or short of disk reach the undisturbed run's center, to the bit."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models import SIZES, save_model
-from shardes import journal, snapshots
-from shardes.checkpoint import verify
+from shardes.storage import journal, snapshots
+from shardes.storage.checkpoint import verify
 
 pytestmark = pytest.mark.faults
 
@@ -32,7 +32,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Four key-value heads; large enough that writing it takes many writes, in several files."""
+    """Four key-value heads; large enough for snapshots of several files and many writes."""
     torch.manual_seed(6)
     sizes = SIZES | dict(hidden_size=64, intermediate_size=300)
     return save_model(tmp_path_factory.mktemp("model"), LlamaForCausalLM(LlamaConfig(**sizes)))
@@ -63,7 +63,7 @@ def configure(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(zygote, configure, tmp_path_factory):
-    """What a run that nothing happens to records, and the seconds that it takes."""
+    """The history of an undisturbed run, and the seconds that it takes."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     started = time.monotonic()
     run = zygote.start(configure(directory), ranks=2, log=directory.with_suffix(".log"))
@@ -75,29 +75,38 @@ def undisturbed(zygote, configure, tmp_path_factory):
 
 @pytest.fixture
 def arrived(undisturbed):
-    """A check that a run has arrived where the undisturbed one has."""
+    """A check that a run has reached the undisturbed run's center and has written all its files."""
     expected, _ = undisturbed
 
     def check(directory: Path) -> None:
         history = journal.read(directory / "journal.jsonl")
-        assert [record.digest for record in history.records] == [record.digest for record in expected.records]
-        assert [record.rewards for record in history.records] == [record.rewards for record in expected.records]
+        for key in ("digest", "rewards"):
+            assert [getattr(record, key) for record in history.records] == [
+                getattr(record, key) for record in expected.records
+            ]
         assert history.finish == expected.finish
         summary = json.loads((directory / "summary.json").read_text())
         assert summary["digest"] == expected.finish.digest and summary["iterations"] == 5
-        metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        metrics = rows(directory / "metrics.jsonl")
         assert [row["iteration"] for row in metrics] == list(range(5))
-        samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
-        assert len({(row["iteration"], row["split"], row["prompt"]) for row in samples}) == len(samples)
-        for iteration, path in snapshots.found(directory).items():
+        samples = [
+            (row["iteration"], row["split"], row["prompt"])
+            for row in rows(directory / "samples.jsonl")
+        ]
+        assert len(set(samples)) == len(samples)
+        for iteration, path in snapshots.by_iteration(directory).items():
             assert verify(path).digest == history.digest(iteration)
         assert not list((directory / "snapshots").glob("*.partial"))
 
     return check
 
 
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def finish(zygote, config: str, directory: Path, *keys: str, ranks: int = 2) -> str:
-    """Go on to the end; returns what the run printed."""
+    """Resume the run to its end; returns its output."""
     run = zygote.start(config, *keys, ranks=ranks, log=directory.with_suffix(".log"))
     assert run.wait() == [0] * ranks, run.text()
     return run.text()
@@ -113,12 +122,13 @@ def killed_often(zygote, configure, arrived, tmp_path, seconds: float, kills: in
         while done < kills:
             fresh, started = not directory.exists(), time.monotonic()
             run = zygote.start(config, ranks=2, log=directory.with_suffix(".log"))
-            codes = run.look(random.uniform(0.1 * seconds, seconds))
+            codes = run.poll(random.uniform(0.1 * seconds, seconds))
             if codes == [0, 0]:
-                if fresh:  # a whole run takes less than was thought
+                if fresh:  # a whole run takes less time than expected
                     seconds = time.monotonic() - started
                 break
-            assert set(codes) <= {0, None}, (codes, run.text())  # one may be a moment behind the other
+            # One rank may end a moment after the other.
+            assert set(codes) <= {0, None}, (codes, run.text())
             run.kill()
             run.wait()
             done += 1
@@ -137,7 +147,10 @@ def test_killed_at_a_few_instants(zygote, configure, undisturbed, arrived, tmp_p
 
 @pytest.mark.parametrize(
     "fault",
-    [{"kill_in_append": [kind, n]} for kind, n in (("header", 1), ("reward", 2), ("iteration", 1), ("iteration", 4))]
+    [
+        {"kill_in_append": [kind, n]}
+        for kind, n in (("header", 1), ("reward", 2), ("iteration", 1), ("iteration", 4))
+    ]
     + [{"kill_in_write": n} for n in (1, 20)],
     ids=lambda fault: " ".join(map(str, *fault.items())),
 )
@@ -147,10 +160,11 @@ def test_killed_within_a_write(zygote, configure, arrived, tmp_path, fault):
     run = zygote.start(config, ranks=2, log=tmp_path / "killed.log", **fault)
     assert run.wait() == [-signal.SIGKILL] * 2, run.text()
     if "kill_in_write" in fault:
-        assert list((directory / "snapshots").glob("*.partial")) and not snapshots.found(directory)
-    said = finish(zygote, config, directory)
+        assert list((directory / "snapshots").glob("*.partial"))
+        assert not snapshots.by_iteration(directory)
+    output = finish(zygote, config, directory)
     if fault != {"kill_in_append": ["header", 1]}:
-        assert "resuming at iteration" in said
+        assert "resuming at iteration" in output
     arrived(directory)
 
 
@@ -173,13 +187,15 @@ def test_another_layout_goes_on(zygote, configure, undisturbed, tmp_path, layout
     expected, _ = undisturbed
     directory = tmp_path / "run"
     config = configure(directory)
-    run = zygote.start(config, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 3])
+    run = zygote.start(
+        config, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 3]
+    )
     assert run.wait() == [-signal.SIGKILL] * 2, run.text()
-    # From the journal alone, from the base model on.
+    # Without snapshots it resumes from the journal and the base model.
     shutil.rmtree(directory / "snapshots")
     keys = [f"engine={engine}", f"sharding.shard={shard}", f"sharding.tensor={tensor}"]
-    said = finish(zygote, config, directory, *keys, ranks=ranks)
-    assert "the base model and 2 iterations replayed" in said
+    output = finish(zygote, config, directory, *keys, ranks=ranks)
+    assert "the base model and 2 iterations replayed" in output
     history = journal.read(directory / "journal.jsonl")
     assert history.finish == expected.finish
 
@@ -189,22 +205,30 @@ def test_members_that_were_evaluated_are_not_evaluated_again(zygote, configure, 
     config = configure(directory)
     run = zygote.start(config, log=tmp_path / "killed.log", kill_in_append=["reward", 8])
     assert run.wait() == [-signal.SIGKILL], run.text()
-    assert "iteration 1, of which 3 members are evaluated" in finish(zygote, config, directory, ranks=1)
-    entries = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    assert "iteration 1, of which 3 members are evaluated" in finish(
+        zygote, config, directory, ranks=1
+    )
+    entries = rows(directory / "journal.jsonl")
     for iteration in range(5):
-        members = [row["member"] for row in entries if row["kind"] == "reward" and row["iteration"] == iteration]
+        members = [
+            row["member"]
+            for row in entries
+            if row["kind"] == "reward" and row["iteration"] == iteration
+        ]
         assert sorted(members) == [0, 1, 2, 3]
     arrived(directory)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 kB, where the rights to mount one are there."""
+    """A file system of 400 kB; skips the test if it cannot be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True
+    )
     if done.returncode:
-        pytest.skip(f"no right to mount a tmpfs: {done.stderr.decode().strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
@@ -217,32 +241,41 @@ def test_a_full_disk_costs_a_snapshot_and_nothing_else(zygote, configure, arrive
     run = zygote.start(config, ranks=2, log=small_disk.with_suffix(".log"))
     assert run.wait() == [0, 0], run.text()
     for iteration in (2, 4, 5):
-        assert f"WARNING: no snapshot of iteration {iteration}: rank 0: [Errno 28] No space left" in run.text()
+        assert (
+            f"WARNING: no snapshot of iteration {iteration}: rank 0: [Errno 28] No space left"
+            in run.text()
+        )
     assert not list((directory / "snapshots").iterdir())
     arrived(directory)
 
 
 def test_a_disk_too_full_for_the_journal_stops_the_run(zygote, configure, tmp_path, small_disk):
     directory, filler, log = small_disk / "run", small_disk / "filler", tmp_path / "log"
-    es = {"population_size": 40, "iterations": 1}  # a journal of several pages before any other file grows
+    # The journal grows to several pages before any other file grows.
+    es = {"population_size": 40, "iterations": 1}
     config = configure(directory, **es)
     run = zygote.start(config, ranks=2, log=log, fill_in_append=str(filler))
     assert run.wait() == [1, 1]
     assert "journal.jsonl: cannot be written ([Errno 28] No space left on device)" in run.text()
     assert "Traceback" not in run.text()
     history = journal.read(directory / "journal.jsonl")
-    assert not history.torn and not history.records and history.rewards
+    assert not history.incomplete_line and not history.records and history.rewards
     filler.unlink()
     finish(zygote, config, directory, "checkpoint.every=0")
     finish(zygote, configure(tmp_path / "other", **es), tmp_path / "other")
-    assert journal.read(directory / "journal.jsonl").finish == journal.read(tmp_path / "other/journal.jsonl").finish
+    assert (
+        journal.read(directory / "journal.jsonl").finish
+        == journal.read(tmp_path / "other/journal.jsonl").finish
+    )
 
 
 def stopped_run(zygote, configure, tmp_path) -> tuple[str, Path]:
-    """A run that was killed in its last iteration, with snapshots of iterations 2 and 4."""
+    """The config and directory of a run killed in its last iteration, with snapshots 2 and 4."""
     directory = tmp_path / "run"
     config = configure(directory)
-    run = zygote.start(config, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5])
+    run = zygote.start(
+        config, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5]
+    )
     assert run.wait() == [-signal.SIGKILL] * 2, run.text()
     assert len(journal.read(directory / "journal.jsonl").records) == 4
     return config, directory
@@ -250,16 +283,16 @@ def stopped_run(zygote, configure, tmp_path) -> tuple[str, Path]:
 
 def test_a_damaged_snapshot_is_named_and_not_used(zygote, configure, arrived, tmp_path):
     config, directory = stopped_run(zygote, configure, tmp_path)
-    newest = max(snapshots.found(directory))
-    path = snapshots.found(directory)[newest]
+    newest = max(snapshots.by_iteration(directory))
+    path = snapshots.by_iteration(directory)[newest]
     file = sorted(path.glob("*.safetensors"))[-1]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    said = finish(zygote, config, directory)
-    assert f"WARNING: a snapshot is not used: {file}: damaged" in said
+    output = finish(zygote, config, directory)
+    assert f"WARNING: a snapshot is not used: {file}: damaged" in output
     assert journal.read(directory / "journal.jsonl").finish
-    assert "resuming at iteration 4" in said
+    assert "resuming at iteration 4" in output
 
 
 def test_a_base_model_that_changed_is_refused_by_name(zygote, configure, model, tmp_path):
@@ -271,7 +304,7 @@ def test_a_base_model_that_changed_is_refused_by_name(zygote, configure, model, 
     run = zygote.start(config, f"model.path={changed}", ranks=2, log=tmp_path / "refused.log")
     assert run.wait() == [2, 2]
     assert "model.safetensors is not what the run began with" in run.text()
-    # Allowed, it is still found out where the center is rebuilt from it.
+    # If it is allowed, rebuilding the center from it still fails.
     shutil.rmtree(directory / "snapshots")
     keys = [f"model.path={changed}", "resume.allow_changes=[model.path]"]
     run = zygote.start(config, *keys, ranks=2, log=tmp_path / "refused.log")
@@ -284,19 +317,21 @@ def test_changed_settings_are_refused_unless_allowed(zygote, configure, tmp_path
     run = zygote.start(config, "es.sigma=0.04", ranks=2, log=tmp_path / "refused.log")
     assert run.wait() == [2, 2]
     assert "es.sigma=0.04: the run in" in run.text() and "has 0.05" in run.text()
-    said = finish(zygote, config, directory, "es.sigma=0.04", "resume.allow_changes=[es.sigma]")
-    assert "es.sigma: changed from 0.05 to 0.04" in said
+    output = finish(zygote, config, directory, "es.sigma=0.04", "resume.allow_changes=[es.sigma]")
+    assert "es.sigma: changed from 0.05 to 0.04" in output
     history = journal.read(directory / "journal.jsonl")
     assert history.resumptions[-1].changes == {"es.sigma": [0.05, 0.04]}
     assert [record.sigma for record in history.records] == [0.05] * 4 + [0.04]
 
 
-def test_a_directory_in_use_is_refused_and_that_of_a_dead_process_is_not(zygote, configure, arrived, tmp_path):
+def test_a_directory_in_use_is_refused_and_that_of_a_dead_process_is_not(
+    zygote, configure, arrived, tmp_path
+):
     directory = tmp_path / "run"
     config = configure(directory)
     first = zygote.start(config, ranks=2, log=tmp_path / "first.log", stop_in_append=8)
     while not first.text() or "iteration 0" not in first.text():
-        assert first.look(0.05) == [None, None], first.text()
+        assert first.poll(0.05) == [None, None], first.text()
     second = zygote.start(config, ranks=2, log=tmp_path / "second.log")
     assert second.wait() == [2, 2]
     assert f"in use by process {first.group} on {os.uname().nodename}" in second.text()
@@ -306,21 +341,28 @@ def test_a_directory_in_use_is_refused_and_that_of_a_dead_process_is_not(zygote,
     arrived(directory)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGUSR1, 75)])
-def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(zygote, configure, arrived, tmp_path, number, code):
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(
+    zygote, configure, arrived, tmp_path, number, code
+):
     directory = tmp_path / "run"
     config = configure(directory)
     keys = ["sharding.shard=2", "sharding.gather=layer"] if number == signal.SIGINT else []
     run = zygote.start(config, *keys, ranks=2, log=tmp_path / "stopped.log", slow=0.02)
-    while not (directory / "journal.jsonl").exists() or '"reward"' not in (directory / "journal.jsonl").read_text():
-        assert run.look(0.05) == [None, None], run.text()
+    while (
+        not (directory / "journal.jsonl").exists()
+        or '"reward"' not in (directory / "journal.jsonl").read_text()
+    ):
+        assert run.poll(0.05) == [None, None], run.text()
     started = time.monotonic()
     os.kill(run.group if number == signal.SIGTERM else run.pids[1], number)
     assert run.wait(10) == [code, code], run.text()
     assert time.monotonic() - started < 10
     assert "start the same command again" in run.text() and "Traceback" not in run.text()
     history = journal.read(directory / "journal.jsonl")
-    assert not history.torn and not history.finish
+    assert not history.incomplete_line and not history.finish
     finish(zygote, config, directory, *keys)
     if not keys:
         arrived(directory)
@@ -332,19 +374,26 @@ def test_a_center_that_went_wrong_stops_the_run(zygote, configure, undisturbed, 
     run = zygote.start(config, ranks=2, log=tmp_path / "flipped.log", flip=[1, 2])
     assert run.wait() == [1, 1]
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert f"iteration 2: the centers differ from that of replica 0 in replica 1, rank 1, {name}." in run.text()
+    assert (
+        f"iteration 2: the centers differ from that of replica 0 in replica 1, rank 1, {name}."
+        in run.text()
+    )
     assert "Traceback" not in run.text()
     finish(zygote, config, directory)
     assert journal.read(directory / "journal.jsonl").finish == undisturbed[0].finish
 
 
-def test_centers_that_drift_are_not_compared_and_go_on_from_their_snapshot(zygote, configure, tmp_path):
+def test_centers_that_drift_are_not_compared_and_go_on_from_their_snapshot(
+    zygote, configure, tmp_path
+):
     directory = tmp_path / "run"
     config = configure(directory)
     keys = ["es.restore=subtract", "model.dtype=bfloat16"]
-    run = zygote.start(config, *keys, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5])
+    run = zygote.start(
+        config, *keys, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5]
+    )
     assert run.wait() == [-signal.SIGKILL] * 2, run.text()
-    manifest = verify(snapshots.found(directory)[4])
+    manifest = verify(snapshots.by_iteration(directory)[4])
     assert "iteration_4 and 0 iterations replayed" in finish(zygote, config, directory, *keys)
     history = journal.read(directory / "journal.jsonl")
     assert len(history.records) == 5 and history.records[4].digest == manifest.digest

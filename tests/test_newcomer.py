@@ -17,15 +17,19 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEWER = "es.population_size=4 es.iterations=2 generation.max_new_tokens=12"
 LOAD = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("tuned"), AutoTokenizer.from_pretrained("tuned")
+model = AutoModelForCausalLM.from_pretrained("tuned")
+tokenizer = AutoTokenizer.from_pretrained("tuned")
 words = tokenizer("Good morning", return_tensors="pt")
-print(model.dtype, len(tokenizer.decode(model.generate(**words, max_new_tokens=4)[0])) > len("Good morning"))
+text = tokenizer.decode(model.generate(**words, max_new_tokens=4)[0])
+print(model.dtype, len(text) > len("Good morning"))
 """
 
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory):
-    """Runs a line in a clone, in an environment that holds nothing but torch; returns what it printed."""
+    """Runs a line in a clone, in an environment that holds nothing but torch; returns what it
+    printed.
+    """
     folder = tmp_path_factory.mktemp("newcomer")
     clone, environment = folder / "shardes", folder / "venv"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
@@ -44,12 +48,18 @@ def shell(tmp_path_factory):
 
 def block(language: str, holding: str) -> str:
     """The README's code of a language that has some text in it."""
-    (found,) = (text for text in re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S) if holding in text)
+    (found,) = (
+        text
+        for text in re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+        if holding in text
+    )
     return found
 
 
 def test_from_installation_to_a_tuned_model_in_transformers(shell):
-    (quickstart,) = re.findall(r"^    (pip install .*configs/quickstart\.yaml)$", README, re.MULTILINE)
+    (quickstart,) = re.findall(
+        r"^    (pip install .*configs/quickstart\.yaml)$", README, re.MULTILINE
+    )
     told = shell(f"{quickstart} {FEWER}", 1800)
     assert "done: member reward" in told
 

@@ -1,4 +1,4 @@
-"""What is released: a source distribution that is the checkout, and a wheel that works without it."""
+"""The release: a source distribution equal to the checkout, and a wheel that works alone."""
 
 import json
 import shutil
@@ -30,7 +30,9 @@ run: {{dir: run, timeout: 60}}
 def released(tmp_path_factory) -> Path:
     """A directory with the source distribution and, built from that, the wheel."""
     source, out = tmp_path_factory.mktemp("source") / "shardes", tmp_path_factory.mktemp("released")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, tracked.split("\0")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
@@ -41,12 +43,24 @@ def released(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(released, tmp_path_factory) -> str:
-    """The Python of a new virtual environment that has the wheel, and sees the packages of this one."""
+    """The Python of a new virtual environment that has the wheel, and sees the packages of this
+    one.
+    """
     home = tmp_path_factory.mktemp("venv")
     venv.create(home)
     python = str(home / "bin" / "python")
     (wheel,) = released.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-index",
+        "--no-deps",
+        str(wheel),
+    ]
     done = run(pip, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     (packages,) = home.glob("lib/python*/site-packages")
@@ -65,22 +79,33 @@ def test_the_source_distribution_is_the_checkout(released):
     (archive,) = released.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {name for name in tracked.split("\0") if name} - held == {".gitignore"}
 
 
 def test_the_wheel_is_the_package_and_its_data(released):
     (wheel,) = released.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    tracked = subprocess.run(["git", "ls-files", "shardes"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "shardes"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert held == set(tracked.stdout.split())
 
 
 def test_the_wheel_trains_without_the_checkout(python, tied_llama, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG.format(model=tied_llama))
-    done = run([str(Path(python).with_name("shardes")), "train", "config.yaml"], cwd=tmp_path, PYTHONPATH="")
+    done = run(
+        [str(Path(python).with_name("shardes")), "train", "config.yaml"],
+        cwd=tmp_path,
+        PYTHONPATH="",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2
-    code = "from shardes import tasks; print(tasks.__file__, len(tasks.load_task('countdown', None).prompts('test')))"
+    code = (
+        "from shardes import tasks; "
+        "print(tasks.__file__, len(tasks.load_task('countdown', None).prompts('test')))"
+    )
     file, count = run([python, "-c", code], cwd=tmp_path, PYTHONPATH="").stdout.split()
     assert Path(file).is_relative_to(Path(python).parent.parent) and count == "500"

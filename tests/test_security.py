@@ -1,4 +1,6 @@
-"""Nothing that is read is run: no pickle, no eval, no shell; a model's own code only where the user asks for it."""
+"""Nothing that is read is run: no pickle, no eval, no shell; a model's own code only where the user
+asks for it.
+"""
 
 import ast
 import json
@@ -10,18 +12,33 @@ from transformers import dynamic_module_utils
 
 from launch import ROOT
 from shardes import launch
-from shardes.config import Config, ConfigError
+from shardes.config.schema import Config
+from shardes.distributed.world import Job
 from shardes.engines import empty_model
-from shardes.weights import WeightFiles
-from shardes.world import Job
+from shardes.errors import ConfigError
+from shardes.sharding.weight_files import WeightFiles
+from shardes.storage.files import fingerprint
 
-SOURCES = sorted(file for folder in ("shardes", "launchers", "tools") for file in (ROOT / folder).rglob("*.py"))
-MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "pty"}
+SOURCES = sorted(
+    file for folder in ("shardes", "launchers", "tools") for file in (ROOT / folder).rglob("*.py")
+)
+MODULES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "pty",
+}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {
     "os.system", "os.popen", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load", "torch.save",
-    "torch.hub.load", "subprocess.getoutput", "subprocess.getstatusoutput", "pd.read_pickle", "dist.send_object_list",
-    "dist.broadcast_object_list", "dist.all_gather_object", "dist.gather_object", "dist.scatter_object_list",
+    "torch.hub.load", "subprocess.getoutput", "subprocess.getstatusoutput", "pd.read_pickle",
+    "dist.send_object_list", "dist.broadcast_object_list", "dist.all_gather_object",
+    "dist.gather_object", "dist.scatter_object_list",
 }  # fmt: skip
 
 
@@ -35,8 +52,12 @@ def findings(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
             if node.module == "os":
-                found += [f"{node.lineno}: os.{a.name}" for a in node.names if f"os.{a.name}" in CALLS]
-        found += [f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in MODULES]
+                found += [
+                    f"{node.lineno}: os.{a.name}" for a in node.names if f"os.{a.name}" in CALLS
+                ]
+        found += [
+            f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in MODULES
+        ]
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
@@ -79,7 +100,9 @@ def test_what_is_looked_for_is_found(source):
     assert findings(source)
 
 
-@pytest.mark.parametrize("source", ["spec.loader.exec_module(module)", "torch.load(file, weights_only=True)"])
+@pytest.mark.parametrize(
+    "source", ["spec.loader.exec_module(module)", "torch.load(file, weights_only=True)"]
+)
 def test_what_is_harmless_is_not(source):
     assert findings(source) == []
 
@@ -156,8 +179,8 @@ def test_no_code_runs_by_default(theirs, witness):
 
 
 def test_code_is_part_of_what_a_model_is(theirs):
-    before = WeightFiles(theirs).fingerprint()
+    before = fingerprint(WeightFiles(theirs))
     with open(theirs / "theirs.py", "a") as opened:
         opened.write("# changed\n")
-    after = WeightFiles(theirs).fingerprint()
+    after = fingerprint(WeightFiles(theirs))
     assert [name for name in after if after[name] != before[name]] == ["theirs.py"]

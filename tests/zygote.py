@@ -1,4 +1,4 @@
-"""Runs that start at once, for tests that kill them: see workers/zygote.py."""
+"""Runs that start quickly, for tests that kill them; see workers/zygote.py."""
 
 import contextlib
 import json
@@ -12,21 +12,21 @@ from launch import ROOT, free_port
 
 
 class Run:
-    """A training run, or another tool, that has been started."""
+    """A running training run or other tool."""
 
     def __init__(self, zygote: "Zygote", pids: list[int], log: Path):
         self._zygote, self.pids, self.group, self.log = zygote, pids, pids[0], log
 
     def wait(self, seconds: float = 60) -> list[int]:
-        """The ranks' exit codes; fails where one still runs after so many seconds."""
-        codes = self.look(seconds)
+        """The ranks' exit codes; fails if one still runs after `seconds`."""
+        codes = self.poll(seconds)
         if None in codes:
             self.kill()
             raise AssertionError(f"after {seconds} s: exit codes {codes}\n{self.text()}")
         return codes
 
-    def look(self, seconds: float) -> list[int | None]:
-        return self._zygote.ask({"wait": self.group, "seconds": seconds})["codes"]
+    def poll(self, seconds: float) -> list[int | None]:
+        return self._zygote.send({"wait": self.group, "seconds": seconds})["codes"]
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -37,7 +37,7 @@ class Run:
 
 
 class Zygote:
-    """A process that forks runs; a context in which it lives."""
+    """A process that forks runs, as a context."""
 
     def __enter__(self) -> "Zygote":
         self._process = subprocess.Popen(
@@ -61,15 +61,32 @@ class Zygote:
     def _read(self) -> dict:
         return json.loads(self._process.stdout.readline())
 
-    def ask(self, command: dict) -> dict:
+    def send(self, command: dict) -> dict:
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         return self._read()
 
-    def start(self, *arguments: str, ranks: int = 1, log: Path, tool: str = "train", **faults) -> Run:
-        """Start ranks of `launchers/train.py ARGUMENTS`, or of another tool that workers/zygote.py knows."""
+    def start(
+        self,
+        *arguments: str,
+        ranks: int = 1,
+        log: Path,
+        tool: str = "train",
+        cwd: Path = ROOT,
+        **faults,
+    ) -> Run:
+        """Start ranks of `shardes train ARGUMENTS`, or of another tool of workers/zygote.py."""
         log.unlink(missing_ok=True)
-        command = {"start": list(arguments), "ranks": ranks, "port": free_port(), "log": str(log), "tool": tool}
-        pids = self.ask(command | {"faults": {key.replace("_", " "): value for key, value in faults.items()}})["pids"]
+        command = {
+            "start": list(arguments),
+            "ranks": ranks,
+            "port": free_port(),
+            "log": str(log),
+            "tool": tool,
+            "directory": str(cwd),
+        }
+        pids = self.send(
+            command | {"faults": {key.replace("_", " "): value for key, value in faults.items()}}
+        )["pids"]
         self._groups.append(pids[0])
         return Run(self, pids, log)

@@ -1,7 +1,7 @@
-"""Write a run's center as a Hugging Face checkpoint: python tools/export_safetensors.py RUN_DIR OUT_DIR; see --help."""
+"""Write a run's center as a Hugging Face checkpoint: the same as `shardes export`; see --help."""
 
-from shardes import environment
 from shardes.commands.export import main
+from shardes.distributed import environment
 
 if __name__ == "__main__":
     environment.run(main)

@@ -2,10 +2,10 @@
 
     python tools/make_countdown_base.py [models/countdown-base] [--steps 1200] [--seed 0]
 
-Writes a Llama of a million parameters with a sentencepiece tokenizer as an ordinary model directory, and in it
-`train.json` and `test.json`: 200 and 500 problems of three numbers that it has never seen. It has read worked answers
-of which many are wrong, so it knows the form and finds a part of the answers: something for evolution strategies to
-take up.
+Writes a Llama of a million parameters with a sentencepiece tokenizer as an ordinary model
+directory. `train.json` and `test.json` in it hold 200 and 500 problems of three numbers that the
+model was not trained on. Many of its training responses are wrong, so it knows their form but
+solves only some problems, which leaves room for evolution strategies.
 """
 
 import argparse
@@ -22,21 +22,26 @@ from pathlib import Path
 import sentencepiece
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    get_cosine_schedule_with_warmup,
+)
 
 from make_countdown import problems, solution, write
 from shardes.tasks.countdown import evaluate
 
 NUMBERS, LARGEST = [3], 20
-TRAIN, TEST, READ = 200, 500, 8000  # problems: for ES, for testing, and those whose worked answers are read
-RIGHT, HASTY = 0.5, 0.35  # of the worked answers
+TRAIN, TEST, PRETRAIN = 200, 500, 8000  # problems for ES, for testing, for this training
+RIGHT, HASTY = 0.5, 0.35  # shares of the training responses
 BATCH = 128
 LEARNING_RATE = 2e-3
-IGNORED = -100  # a label that counts for nothing
+IGNORED = -100  # a label without a loss
 
 
 def worked(rng: random.Random, problem: dict) -> str:
-    """A response in steps. A wrong one takes the sum of the numbers, or anything, and claims that it is the target."""
+    """A response in steps. A wrong one claims that another expression equals the target."""
     a, b, c = problem["numbers"]
     others = [f"({a} + {b}) + {c}", solution(rng, problem["numbers"])]
     (expression,) = rng.choices([problem["solution"], *others], [RIGHT, HASTY, 1 - RIGHT - HASTY])
@@ -46,12 +51,13 @@ def worked(rng: random.Random, problem: dict) -> str:
         inner = evaluate(first[0], [int(first[1]), int(first[2])])
     except ZeroDivisionError:
         return worked(rng, problem)
-    steps = f"{first[0][1:-1]} = {inner}, {expression.replace(first[0], str(inner))} = {problem['target']}"
+    second = expression.replace(first[0], str(inner))
+    steps = f"{first[0][1:-1]} = {inner}, {second} = {problem['target']}"
     return f"{steps}</think>\n<answer>{expression}</answer>"
 
 
 def make_tokenizer(texts: Iterable[str]) -> LlamaTokenizer:
-    """A sentencepiece model of texts; pieces may span words, so that the prompt's fixed phrases are few tokens."""
+    """A sentencepiece model. Pieces may span words: the prompt's phrases become few tokens."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -72,10 +78,17 @@ def make_tokenizer(texts: Iterable[str]) -> LlamaTokenizer:
         return LlamaTokenizer.from_pretrained(folder, add_bos_token=False)
 
 
-def batch(tokenizer: LlamaTokenizer, texts: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of (prompt, response) pairs, int64 [pairs, longest]; only responses and their end count."""
+def batch(
+    tokenizer: LlamaTokenizer, texts: Sequence[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels of (prompt, response) pairs, int64 [pairs, longest].
+
+    Prompts and padding have the label IGNORED.
+    """
     prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
-    whole = [[*ids, tokenizer.eos_token_id] for ids in tokenizer([a + b for a, b in texts])["input_ids"]]
+    whole = [
+        [*ids, tokenizer.eos_token_id] for ids in tokenizer([a + b for a, b in texts])["input_ids"]
+    ]
     ids = torch.full((len(whole), max(map(len, whole))), tokenizer.eos_token_id)
     labels = torch.full_like(ids, IGNORED)
     for row, (before, tokens) in enumerate(zip(prompts, whole, strict=True)):
@@ -84,8 +97,10 @@ def batch(tokenizer: LlamaTokenizer, texts: Sequence[tuple[str, str]]) -> tuple[
     return ids, labels
 
 
-def train(tokenizer: LlamaTokenizer, read: Sequence[dict], steps: int, seed: int) -> LlamaForCausalLM:
-    """A model trained by AdamW for `steps` batches of freshly worked problems."""
+def train(
+    tokenizer: LlamaTokenizer, pretrain: Sequence[dict], steps: int, seed: int
+) -> LlamaForCausalLM:
+    """Train a model with AdamW on `steps` batches of problems with new responses."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = LlamaForCausalLM(LlamaConfig(
@@ -103,7 +118,9 @@ def train(tokenizer: LlamaTokenizer, read: Sequence[dict], steps: int, seed: int
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, steps)
     started, recent = time.monotonic(), 0.0
     for step in range(1, steps + 1):
-        texts = [(problem["context"], worked(rng, problem)) for problem in rng.choices(read, k=BATCH)]
+        texts = [
+            (problem["context"], worked(rng, problem)) for problem in rng.choices(pretrain, k=BATCH)
+        ]
         ids, labels = batch(tokenizer, texts)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
@@ -113,30 +130,44 @@ def train(tokenizer: LlamaTokenizer, read: Sequence[dict], steps: int, seed: int
         optimizer.zero_grad()
         recent += loss.item() / 100
         if step % 100 == 0:
-            print(f"step {step} of {steps}: loss {recent:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step} of {steps}: loss {recent:.3f}, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
             recent = 0.0
     return model
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="tools/make_countdown_base.py"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="tools/make_countdown_base.py",
     )
-    parser.add_argument("out", metavar="DIR", type=Path, nargs="?", default=Path("models/countdown-base"))
-    parser.add_argument("--steps", type=int, default=1200, help="training steps; default: %(default)s")
+    parser.add_argument(
+        "out", metavar="DIR", type=Path, nargs="?", default=Path("models/countdown-base")
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1200, help="training steps; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(argv)
     made = problems(options.seed, NUMBERS, LARGEST)
     options.out.mkdir(parents=True, exist_ok=True)
     write(options.out / "train.json", islice(made, TRAIN))
     write(options.out / "test.json", islice(made, TEST))
-    read = list(islice(made, READ))
+    pretrain = list(islice(made, PRETRAIN))
     rng = random.Random(options.seed)
-    tokenizer = make_tokenizer(problem["context"] + worked(rng, problem) for problem in read[:2000])
-    model = train(tokenizer, read, options.steps, options.seed)
+    tokenizer = make_tokenizer(
+        problem["context"] + worked(rng, problem) for problem in pretrain[:2000]
+    )
+    model = train(tokenizer, pretrain, options.steps, options.seed)
     tokenizer.save_pretrained(options.out)
     model.save_pretrained(options.out)
-    print(f"{options.out}: {model.num_parameters():,} parameters, {TRAIN} problems for training, {TEST} for testing")
+    print(
+        f"{options.out}: {model.num_parameters():,} parameters, "
+        f"{TRAIN} problems for training, {TEST} for testing"
+    )
     return 0
 
 

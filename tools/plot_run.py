@@ -1,10 +1,11 @@
-"""Draw the rewards of runs, with a band over run seeds.
+"""Plot the rewards of runs, with a band over run seeds.
 
     python tools/plot_run.py RUN... [--out plot] [--title TEXT]
 
-A RUN is a run directory; one written LABEL=RUN,RUN,... is several run seeds of one setting, drawn as their mean and
-the range from the lowest to the highest. Writes OUT.png and OUT.svg: members' mean reward by iteration, and the
-center's on held-out prompts (its accuracy, where the task tells right from wrong).
+RUN is a run directory. LABEL=RUN,RUN,... are runs with one setting and several run seeds, drawn as
+their mean and the range from the lowest to the highest. Writes OUT.png and OUT.svg: the members'
+mean reward by iteration, and the center's reward on held-out prompts (or its accuracy, if the task
+defines correct responses).
 """
 
 import argparse
@@ -16,38 +17,48 @@ import numpy as np
 
 
 def curve(directory: Path, key: str) -> dict[int, float]:
-    """A metric of a run by iteration, where it has it; the last evaluation is in summary.json."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = {row["iteration"]: row[key] for row in rows if key in row}
+    """A run's metric by iteration. The last evaluation is in summary.json."""
+    rows = [
+        json.loads(line)
+        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    values = {row["iteration"]: row[key] for row in rows if key in row}
     summary = directory / "summary.json"
     if summary.exists():
         last = json.loads(summary.read_text(encoding="utf-8"))
         if f"{key}_last" in last:
-            found[last["iterations"]] = last[f"{key}_last"]
-    return found
+            values[last["iterations"]] = last[f"{key}_last"]
+    return values
 
 
 def band(curves: list[dict[int, float]]) -> tuple[list[int], np.ndarray]:
-    """The iterations that all curves have, and their values there: [curves, iterations]."""
+    """The iterations that all curves have, and the values there: [curves, iterations]."""
     shared = sorted(set.intersection(*map(set, curves)))
     return shared, np.array([[values[i] for i in shared] for values in curves])
 
 
 def draw(groups: dict[str, list[Path]], title: str, out: Path) -> None:
-    """Two panels side by side: what the members earned, and the center on held-out prompts."""
+    """Plot two panels: the members' mean reward, and the center on held-out prompts."""
     import matplotlib.pyplot as plt
 
     accuracy = all(curve(run, "held_out_accuracy") for runs in groups.values() for run in runs)
     held_out = ("held_out_accuracy", "accuracy") if accuracy else ("held_out_reward", "reward")
-    panels = [("reward_mean", "members' mean reward"), (held_out[0], f"the center's {held_out[1]}, held-out prompts")]
+    panels = [
+        ("reward_mean", "members' mean reward"),
+        (held_out[0], f"the center's {held_out[1]}, held-out prompts"),
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for panel, (key, label) in zip(axes, panels, strict=True):
         for name, runs in groups.items():
             iterations, values = band([curve(run, key) for run in runs])
             marker = "o" if key != "reward_mean" else None
-            (line,) = panel.plot(iterations, values.mean(0), label=name, marker=marker, markersize=3)
+            (line,) = panel.plot(
+                iterations, values.mean(0), label=name, marker=marker, markersize=3
+            )
             if len(runs) > 1:
-                panel.fill_between(iterations, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+                panel.fill_between(
+                    iterations, values.min(0), values.max(0), color=line.get_color(), alpha=0.2
+                )
         panel.set(xlabel="iteration", ylabel=label)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
@@ -59,16 +70,20 @@ def draw(groups: dict[str, list[Path]], title: str, out: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="tools/plot_run.py"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="tools/plot_run.py",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, or LABEL=RUN,RUN,...")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run directory, or LABEL=RUN,RUN,..."
+    )
     parser.add_argument("--out", type=Path, default=Path("plot"), help="default: %(default)s")
-    parser.add_argument("--title", default="", help="above the panels")
+    parser.add_argument("--title", default="", help="title above the panels")
     options = parser.parse_args(argv)
     groups = {}
-    for given in options.runs:
-        label, several, runs = given.partition("=")
-        groups[label] = [Path(run) for run in runs.split(",")] if several else [Path(given)]
+    for argument in options.runs:
+        label, labelled, runs = argument.partition("=")
+        groups[label] = [Path(run) for run in runs.split(",")] if labelled else [Path(argument)]
     for run in (run for runs in groups.values() for run in runs):
         if not (run / "metrics.jsonl").is_file():
             parser.error(f"{run}: no run directory: it has no metrics.jsonl")

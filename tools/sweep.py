@@ -1,12 +1,14 @@
-"""Train with every (σ, α) and several run seeds, judge each tuned model, and draw reward against KL.
+"""Train with every (σ, α) and several run seeds, evaluate the models, and plot reward against KL.
 
-    python tools/sweep.py configs/conciseness_small.yaml runs/sweep --setting 0.002 0.003 --setting 0.001 0.0015 \\
+    python tools/sweep.py configs/conciseness_small.yaml runs/sweep \\
+        --setting 0.002 0.003 --setting 0.001 0.0015 \\
         [--seeds 0 1 2 3] [--samples 20] [--ranks 2] [key=value ...]
 
-As in section 4.2 of the paper: every setting is run with every seed; the tuned model answers the held-out prompts
-by `--samples` responses each, whose mean reward and KL to the base are a run's figures. Writes table.md (Table 2's
-columns: mean ± standard deviation over the seeds), pareto.png and pareto.svg (Figure 1) and sweep.json. Started again,
-it goes on where it was. Snapshots are removed once judged; the journals are enough to rebuild them.
+As in section 4.2 of the paper, every setting is run with every seed. The tuned model gives
+`--samples` responses to each held-out prompt; a run's results are their mean reward and KL to the
+base. Writes table.md (Table 2's columns: mean ± standard deviation over the seeds), pareto.png and
+pareto.svg (Figure 1) and sweep.json. An interrupted sweep resumes when it is started again.
+Snapshots are removed after their evaluation; the journals suffice to rebuild them.
 """
 
 import argparse
@@ -16,58 +18,66 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shardes import settings
-from shardes.config import ConfigError
-from shardes.population import mean, std
-from shardes.world import free_port
+from shardes.config.loading import load
+from shardes.distributed.world import free_port
+from shardes.errors import ConfigError
+from shardes.es.statistics import mean, std
 
 ROOT = Path(__file__).parent.parent
 
 
 def launch(ranks: int, script: str, *arguments: object) -> None:
-    """Run a launcher on some ranks of this host.
+    """Run a launcher on several ranks of this host.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: a rank failed.
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     port = ["--master_port", str(free_port())]
-    subprocess.run([*command, *port, str(ROOT / "launchers" / script), *map(str, arguments)], check=True)
+    subprocess.run(
+        [*command, *port, str(ROOT / "launchers" / script), *map(str, arguments)], check=True
+    )
 
 
-def judged(options: argparse.Namespace, sigma: float, alpha: float, seed: int) -> dict:
-    """One run's figures: trained and judged, unless that was done before."""
+def run_results(options: argparse.Namespace, sigma: float, alpha: float, seed: int) -> dict:
+    """Train and evaluate one run, unless that is done already; returns its results."""
     run = options.out / f"sigma{sigma:g}_alpha{alpha:g}_seed{seed}"
-    found = run / "evaluation.json"
-    if not found.exists():
-        keys = [f"es.sigma={sigma}", f"es.alpha={alpha}", f"es.seed={seed}", f"run.dir={run}", *options.overrides]
+    evaluation = run / "evaluation.json"
+    if not evaluation.exists():
+        keys = [
+            f"es.sigma={sigma}",
+            f"es.alpha={alpha}",
+            f"es.seed={seed}",
+            f"run.dir={run}",
+            *options.overrides,
+        ]
         launch(options.ranks, "train.py", options.config, *keys)
-        iterations = settings.load(options.config, keys).es.iterations
+        iterations = load(options.config, keys).es.iterations
         tuned = run / "snapshots" / f"iteration_{iterations}"
-        judge = ["--model", tuned, "--samples", options.samples, "--out", found]
-        launch(options.ranks, "evaluate.py", options.config, *keys, *judge)
+        flags = ["--model", tuned, "--samples", options.samples, "--out", evaluation]
+        launch(options.ranks, "evaluate.py", options.config, *keys, *flags)
         shutil.rmtree(run / "snapshots")
-    report = json.loads(found.read_text(encoding="utf-8"))["splits"]["test"]
+    report = json.loads(evaluation.read_text(encoding="utf-8"))["splits"]["test"]
     figures = {key: report["sampled"][key] for key in ("reward", "kl")}
     return dict(sigma=sigma, alpha=alpha, seed=seed, **figures, greedy=report["greedy"]["reward"])
 
 
 def rows_of(runs: list[dict]) -> list[dict]:
     """One row per (σ, α): mean and standard deviation (ddof 0) over its seeds."""
-    settings_in_order = dict.fromkeys((run["sigma"], run["alpha"]) for run in runs)
+    in_order = dict.fromkeys((run["sigma"], run["alpha"]) for run in runs)
     rows = []
-    for sigma, alpha in settings_in_order:
-        mine = [run for run in runs if (run["sigma"], run["alpha"]) == (sigma, alpha)]
-        row = dict(sigma=sigma, alpha=alpha, seeds=len(mine))
+    for sigma, alpha in in_order:
+        group = [run for run in runs if (run["sigma"], run["alpha"]) == (sigma, alpha)]
+        row = dict(sigma=sigma, alpha=alpha, seeds=len(group))
         for key in ("reward", "kl"):
-            values = [run[key] for run in mine]
+            values = [run[key] for run in group]
             row |= {key: mean(values), f"{key}_std": std(values)}
         rows.append(row)
     return rows
 
 
 def front(rows: list[dict]) -> list[dict]:
-    """The rows that no other beats in both reward and KL, by KL."""
+    """The Pareto front: the rows that no other row beats in both reward and KL, by KL."""
     best: list[dict] = []
     for row in sorted(rows, key=lambda row: (row["kl"], -row["reward"])):
         if not best or row["reward"] > best[-1]["reward"]:
@@ -78,26 +88,34 @@ def front(rows: list[dict]) -> list[dict]:
 def table(rows: list[dict]) -> str:
     lines = ["| σ | α | run seeds | reward | KL |", "| --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {row['sigma']:g} | {row['alpha']:g} | {row['seeds']} | {row['reward']:.1f} ± {row['reward_std']:.1f} | "
-        f"{row['kl']:.4f} ± {row['kl_std']:.4f} |"
+        f"| {row['sigma']:g} | {row['alpha']:g} | {row['seeds']} | "
+        f"{row['reward']:.1f} ± {row['reward_std']:.1f} | {row['kl']:.4f} ± {row['kl_std']:.4f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[dict], runs: list[dict], base_reward: float, out: Path) -> None:
-    """Reward against KL: runs small, settings large, the Pareto front as a line from the base on."""
+    """Plot reward against KL: runs small, settings large, the Pareto front as a line."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for color, row in enumerate(rows):
-        mine = [run for run in runs if (run["sigma"], run["alpha"]) == (row["sigma"], row["alpha"])]
-        axes.scatter([run["kl"] for run in mine], [run["reward"] for run in mine], s=14, alpha=0.5, color=f"C{color}")
+        group = [run for run in runs if all(run[key] == row[key] for key in ("sigma", "alpha"))]
+        axes.scatter(
+            [run["kl"] for run in group],
+            [run["reward"] for run in group],
+            s=14,
+            alpha=0.5,
+            color=f"C{color}",
+        )
         label = f"σ = {row['sigma']:g}, α = {row['alpha']:g}"
         axes.scatter(row["kl"], row["reward"], s=70, color=f"C{color}", label=label, zorder=3)
     base = dict(kl=0.0, reward=base_reward)
     line = front([base, *rows])
-    axes.plot([row["kl"] for row in line], [row["reward"] for row in line], color="gray", lw=1, zorder=1)
+    axes.plot(
+        [row["kl"] for row in line], [row["reward"] for row in line], color="gray", lw=1, zorder=1
+    )
     axes.scatter(0, base_reward, marker="*", s=120, color="black", label="base", zorder=3)
     axes.set(xlabel="KL to the base, nats per token", ylabel="mean reward, held-out prompts")
     axes.legend(frameon=False, fontsize="small")
@@ -107,39 +125,77 @@ def draw(rows: list[dict], runs: list[dict], base_reward: float, out: Path) -> N
 
 
 def base_reward(options: argparse.Namespace) -> float:
-    """The untouched base's mean reward, sampled like the others."""
-    found = options.out / "base.json"
-    if not found.exists():
+    """The base model's mean reward, sampled like that of the tuned models."""
+    evaluation = options.out / "base.json"
+    if not evaluation.exists():
         keys = [f"run.dir={options.out}", *options.overrides]
-        launch(options.ranks, "evaluate.py", options.config, *keys, "--samples", options.samples, "--out", found)
-    return json.loads(found.read_text(encoding="utf-8"))["splits"]["test"]["sampled"]["reward"]
+        launch(
+            options.ranks,
+            "evaluate.py",
+            options.config,
+            *keys,
+            "--samples",
+            options.samples,
+            "--out",
+            evaluation,
+        )
+    report = json.loads(evaluation.read_text(encoding="utf-8"))
+    return report["splits"]["test"]["sampled"]["reward"]
 
 
-def main(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="tools/sweep.py"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="tools/sweep.py",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument(
-        "--setting", nargs=2, type=float, action="append", required=True, metavar=("σ", "α"), help="may be repeated"
+        "--setting",
+        nargs=2,
+        type=float,
+        action="append",
+        required=True,
+        metavar=("σ", "α"),
+        help="may be repeated",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3], help="run seeds; default: 0 1 2 3")
-    parser.add_argument("--samples", type=int, default=20, help="responses per held-out prompt; default: %(default)s")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks on this host; default: %(default)s")
-    options = parser.parse_intermixed_args(argv)
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2, 3], help="run seeds; default: 0 1 2 3"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=20,
+        help="responses per held-out prompt; default: %(default)s",
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="ranks on this host; default: %(default)s"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_intermixed_args(argv)
     if options.samples < 1:
-        parser.error("--samples must be at least 1")
+        parser().error("--samples must be at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         base = base_reward(options)
-        runs = [judged(options, sigma, alpha, seed) for sigma, alpha in options.setting for seed in options.seeds]
+        runs = [
+            run_results(options, sigma, alpha, seed)
+            for sigma, alpha in options.setting
+            for seed in options.seeds
+        ]
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"error: {error.cmd[5:]} ended with {error.returncode}; start again to go on", file=sys.stderr)
+        print(
+            f"error: {error.cmd[5:]} ended with {error.returncode}; start again to resume",
+            file=sys.stderr,
+        )
         return 1
     rows = rows_of(runs)
     (options.out / "sweep.json").write_text(json.dumps(dict(base=base, runs=runs), indent=1) + "\n")

@@ -4,6 +4,6 @@ import re
 
 
 def one_word(response: str, example: dict) -> float:
-    """1 where the answer is among the response's words, less 0.02 for every further character."""
+    """1 if the response contains the answer as a word, minus 0.02 per further character."""
     right = re.search(rf"\b{re.escape(example['answer'])}\b", response, re.IGNORECASE) is not None
     return float(right) - 0.02 * max(len(response) - len(example["answer"]), 0)

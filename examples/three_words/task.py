@@ -20,15 +20,16 @@ QUESTIONS = {
 
 class ThreeWords:
     def prompts(self, split):
-        """A list of messages goes through the model's chat template; a plain string would go to the model raw."""
+        """Lists of messages go through the model's chat template; strings are used as raw text."""
         return [
-            [{"role": "user", "content": f"{question} Answer in exactly three words."}] for question in QUESTIONS[split]
+            [{"role": "user", "content": f"{question} Answer in exactly three words."}]
+            for question in QUESTIONS[split]
         ]
 
     def score(self, split, responses):
-        """Higher is better: the number of words that are missing or too many, negated."""
+        """Higher is better: minus the number of missing or surplus words."""
         return [-float(abs(len(response.split()) - 3)) for response in responses]
 
     def correct(self, split, responses):
-        """Optional: what counts as right, for held_out_accuracy."""
+        """Optional: whether each response is right, for held_out_accuracy."""
         return [len(response.split()) == 3 for response in responses]

@@ -1,1 +1,5 @@
-"""What the command `shardes` and the scripts in launchers/ and tools/ do."""
+"""The subcommands of `shardes`, one module each; launchers/ and tools/ start them too."""
+
+from shardes.distributed import environment
+
+environment.prepare()

@@ -1,31 +1,25 @@
-"""Print what a report of a bug needs: versions, host, devices, environment variables. Secrets are hidden.
+"""Print versions, host, devices and environment variables for a bug report. Secrets are hidden.
 
 shardes env
 """
 
-import sys
-
-from shardes import environment
-
-environment.prepare()
-
-from shardes.about import about  # noqa: E402
-from shardes.commands.arguments import Parser  # noqa: E402
-from shardes.config import ConfigError  # noqa: E402
+from shardes.commands.arguments import CommandParser, reports_errors
+from shardes.distributed import environment
+from shardes.reporting.system_info import system_info
 
 
+@reports_errors
 def main(argv: list[str]) -> int:
-    try:
-        Parser("env", __doc__).parse_args(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    found = about()
-    lines = {name: version for name, version in found["versions"].items()}
-    lines |= {"CUDA of torch": found["cuda"] or "none", "GPUs": ", ".join(found["devices"]) or "none"}
-    lines |= {"host": found["host"], "system": found["system"], "cores": found["cores"]}
-    lines["memory"] = f"{found['memory_bytes'] / 1e9:.1f} GB"
-    for name, value in (lines | found["environment"]).items():
+    CommandParser("env", __doc__).parse_args(argv)
+    info = system_info()
+    lines = {name: version for name, version in info["versions"].items()}
+    lines |= {
+        "CUDA of torch": info["cuda"] or "none",
+        "GPUs": ", ".join(info["devices"]) or "none",
+    }
+    lines |= {"host": info["host"], "system": info["system"], "cores": info["cores"]}
+    lines["memory"] = f"{info['memory_bytes'] / 1e9:.1f} GB"
+    for name, value in (lines | info["environment"]).items():
         print(f"{name:<28} {value}")
     return 0
 

@@ -1,196 +1,270 @@
-"""Judge a model on a task's prompts: rewards, accuracy, and how far it has moved from its base.
+"""Evaluate a model on a task's prompts: rewards, accuracy, and divergence from its base model.
 
     shardes evaluate CONFIG.yaml --gpus 2 --model DIR [--split test ...] [--samples 4] [--out FILE]
-    deepspeed --num_gpus 2 launchers/evaluate.py CONFIG.yaml --model DIR [--split test ...] [--samples 4] [--out FILE]
+    deepspeed --num_gpus 2 launchers/evaluate.py CONFIG.yaml --model DIR [options]
 
-CONFIG.yaml is that of the training run; its model.path is the base. DIR is the tuned model: a snapshot or an export.
-Every prompt gets the greedy response and, with --samples n, n responses sampled at temperature 1, each a function of
-es.seed, prompt and number. On these the base and the tuned model are compared: KL by the k3 estimator (the paper's
-equation 1), in nats per token. FILE (default: evaluation.json in the working directory) holds the figures with 95 %
-intervals, and every response.
+CONFIG.yaml is the training run's; its model.path is the base model. DIR is the tuned model: a
+snapshot or an export. Every prompt gets the greedy response and, with --samples n, n responses
+sampled at temperature 1, each a function of es.seed, prompt and sample number. On the sampled
+responses the tuned model is compared with the base: KL by the k3 estimator (the paper's equation
+1), in nats per token. FILE (default: evaluation.json in the working directory) holds the figures
+with 95 % confidence intervals, and every response.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from shardes import environment
+from shardes.distributed import environment
 
-environment.prepare()
 with environment.quiet():
     import deepspeed  # noqa: F401
 
-import torch.distributed as dist  # noqa: E402
+import torch.distributed as dist
 
-from shardes import launch  # noqa: E402
-from shardes.config import ConfigError, RunError  # noqa: E402
-from shardes.generation import encode  # noqa: E402
-from shardes.judging import interval, proportion_interval  # noqa: E402
-from shardes.launch import Parser, Plan  # noqa: E402
-from shardes.likelihood import k3  # noqa: E402
-from shardes.population import Exchange, mean  # noqa: E402
-from shardes.scoring import Scorer  # noqa: E402
-from shardes.stop import StopWatch  # noqa: E402
-from shardes.weights import WeightFiles, load, model_directory  # noqa: E402
-from shardes.world import Job  # noqa: E402
+from shardes import launch
+from shardes.commands.arguments import LaunchParser
+from shardes.distributed.signals import ShutdownWatcher
+from shardes.distributed.world import Job
+from shardes.errors import ConfigError, RunError
+from shardes.es.statistics import interval, mean, proportion_interval
+from shardes.inference.log_probs import k3
+from shardes.inference.prompts import encode
+from shardes.inference.sampler import Sampler
+from shardes.launch import PreparedRun
+from shardes.replicas.protocol import RunStore
+from shardes.replicas.work_queue import WorkQueue
+from shardes.rewards.scoring import Scorer
+from shardes.sharding.weight_files import WeightFiles, load, model_directory
 
 EXAMPLES = """examples:
   shardes evaluate configs/quickstart.yaml --model exported
-  shardes evaluate configs/quickstart.yaml --model exported --gpus 2 --split train test --samples 4 --out both.json
+  shardes evaluate configs/quickstart.yaml --model exported --gpus 2 --split train test --samples 4
   deepspeed --num_gpus 2 launchers/evaluate.py configs/quickstart.yaml --model exported
 """
 PIECE = 64  # prompts that a replica claims at a time
 
 
 @dataclass
-class Evaluation(Plan):
-    """`encoded` holds each split's prompts as token ids. `base` is None where there is nothing to compare with."""
+class PreparedEvaluation(PreparedRun):
+    """`prompts` are the token ids of each split's.
 
-    encoded: dict[str, list[list[int]]]
+    `base` is None if the model is not compared with one.
+    """
+
+    prompts: dict[str, list[list[int]]]
     samples: int
     base: WeightFiles | None
     out: Path
 
 
-@dataclass
+@dataclass(frozen=True)
 class Piece:
-    """A part of the work: the `sample`-th responses (0: the greedy ones) to some prompts of a split."""
+    """A part of the work: sample number `sample` (0: the greedy response) of some prompts of a
+    split.
+    """
 
     split: str
     sample: int
     rows: range
 
 
-def parser() -> Parser:
-    parser = Parser("evaluate", "[--gpus N] --model DIR [options]", __doc__.splitlines()[0], EXAMPLES)
-    parser.add_argument("--model", metavar="DIR", help="the model to judge; default: model.path itself")
-    parser.add_argument(
+@dataclass
+class PieceResult:
+    """Responses as token ids; their log-probabilities under the tuned and the base model."""
+
+    tokens: list[list[int]]
+    tuned: list[list[float]] = field(default_factory=list)
+    base: list[list[float]] = field(default_factory=list)
+
+
+def parser() -> LaunchParser:
+    summary = __doc__.splitlines()[0]
+    parser = LaunchParser("evaluate", "[--gpus N] --model DIR [options]", summary, EXAMPLES)
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="the model to evaluate; default: model.path itself")
+    add(
         "--split",
         nargs="+",
         default=["test"],
         help="the task's prompts: train, test, names of task.tests; default: test",
     )
-    parser.add_argument("--samples", type=int, default=0, help="sampled responses per prompt; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
+    add("--samples", type=int, default=0, help="sampled responses per prompt; default: %(default)s")
+    add("--out", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
     return parser
 
 
-def prepare(argv: list[str], job: Job) -> Evaluation:
+def prepare(argv: list[str], job: Job) -> PreparedEvaluation:
     arguments, config = parser().read(argv)
     if arguments.samples < 0:
         raise ConfigError(f"--samples {arguments.samples}: must not be negative")
-    base = config.model.path
-    config.model.path = arguments.model or base
-    plan = launch.check(config, job)
-    origin = None
+    base_path = config.model.path
+    config.model.path = arguments.model or base_path
+    prepared = launch.check(config, job)
+    base = None
     if arguments.model and arguments.samples:
-        origin = WeightFiles(model_directory(base))
-        origin.stack(plan.module)
-        origin.check({name: param.shape for name, param in plan.module.named_parameters()})
+        base = WeightFiles(model_directory(base_path))
+        base.stack(prepared.module)
+        base.check({name: param.shape for name, param in prepared.module.named_parameters()})
     if not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
-    encoded = {}
-    for split in arguments.split:
-        if "=" in split:
-            raise ConfigError(f"--split {split}: taken for a split's name; write settings (key=value) before --split")
-        try:
-            encoded[split] = encode(plan.tokenizer, plan.task.prompts(split))
-        except KeyError:
-            known = ", ".join(["train", "test", *config.task.tests])
-            raise ConfigError(f"--split {split}: the task has no such prompts; there are {known}") from None
-    return Evaluation(**vars(plan), encoded=encoded, samples=arguments.samples, base=origin, out=arguments.out)
+    prompts = {split: _encode_split(prepared, split) for split in arguments.split}
+    return PreparedEvaluation(
+        **vars(prepared), prompts=prompts, samples=arguments.samples, base=base, out=arguments.out
+    )
 
 
-def work(job: Job, plan: Evaluation, watch: StopWatch) -> None:
-    """Answer, score, and compare with the base; rank 0 writes what was found."""
+def _encode_split(prepared: PreparedRun, split: str) -> list[list[int]]:
+    if "=" in split:
+        raise ConfigError(
+            f"--split {split}: taken for a split's name; write settings (key=value) before --split"
+        )
+    try:
+        return encode(prepared.tokenizer, prepared.task.prompts(split))
+    except KeyError:
+        known = ", ".join(["train", "test", *prepared.config.task.tests])
+        raise ConfigError(
+            f"--split {split}: the task has no such prompts; there are {known}"
+        ) from None
+
+
+def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> None:
+    """Generate, score, and compare with the base model; the primary rank writes the report."""
     started = time.monotonic()
-    world, engine, responder = launch.build_replica(job, plan)
-    load(plan.files, engine.shards)
-    watch.wait_for_polls()
-    # Of each split all greedy responses, then the first sample of every prompt, and so on.
+    world, engine, sampler = launch.build_replica(job, prepared)
+    load(prepared.files, engine.shards)
+    watcher.expect_polls()
+    # First all greedy responses of a split, then the first sample of every prompt, and so on.
     pieces = [
         Piece(split, sample, range(begin, min(begin + PIECE, len(prompts))))
-        for split, prompts in plan.encoded.items()
-        for sample in range(1 + plan.samples)
+        for split, prompts in prepared.prompts.items()
+        for sample in range(1 + prepared.samples)
         for begin in range(0, len(prompts), PIECE)
     ]
-    exchange = Exchange(world, "evaluation", len(pieces), plan.config.run.timeout)
-    mine: dict[int, dict] = {}
-    for number in exchange.claim():
-        piece = pieces[number]
-        prompts = [plan.encoded[piece.split][row] for row in piece.rows]
-        seeds = [_seed(plan.config.es.seed, row, piece.sample) for row in piece.rows] if piece.sample else None
-        tokens = responder.respond(prompts, seeds, watch.poll)
-        tuned = responder.log_probs(prompts, tokens, watch.poll) if piece.sample and plan.base else []
-        mine[number] = dict(tokens=tokens, tuned=tuned)
-    if plan.base:
-        load(plan.base, engine.shards)
-    for number, found in mine.items():
-        if found["tuned"]:
-            prompts = [plan.encoded[pieces[number].split][row] for row in pieces[number].rows]
-            found["base"] = responder.log_probs(prompts, found["tokens"], watch.poll)
-        exchange.post(number, json.dumps(found))
-    if world.speaks:
-        answered = list(map(json.loads, exchange.collect(watch.poll)))
-        with closing(Scorer(plan.config.task, plan.task, plan.out.with_suffix(".failed.json"), watch.poll)) as scorer:
-            splits = {split: judge(plan, scorer, split, responder.texts, pieces, answered) for split in plan.encoded}
-        report = dict(
-            model=str(plan.files.directory),
-            base=str(plan.base.directory) if plan.base else None,
-            seconds=round(time.monotonic() - started, 1),
-            splits=splits,
-        )
-        try:
-            plan.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"--out {plan.out}: cannot be written: {error}") from error
-        print(summary(splits), f"every response: {plan.out}", sep="\n", flush=True)
+    queue = WorkQueue(
+        world,
+        RunStore.of_job(job).queue("evaluation"),
+        "evaluation",
+        len(pieces),
+        prepared.config.run.timeout,
+        poll=watcher.poll,
+    )
+    results = {
+        number: _generate(prepared, pieces[number], sampler, watcher.poll)
+        for number in queue.claims()
+    }
+    if prepared.base:
+        load(prepared.base, engine.shards)
+    for number, result in results.items():
+        if result.tuned:
+            prompts = _piece_prompts(prepared, pieces[number])
+            result.base = sampler.log_probs(prompts, result.tokens, watcher.poll)
+        queue.post(number, json.dumps(asdict(result)))
+    if world.is_primary:
+        texts = queue.collect()
+        all_results = [PieceResult(**json.loads(text)) for text in texts]
+        failed = prepared.out.with_suffix(".failed.json")
+        with closing(Scorer(prepared.config.task, prepared.task, failed, watcher.poll)) as scorer:
+            splits = {
+                split: _split_report(prepared, scorer, split, sampler, pieces, all_results)
+                for split in prepared.prompts
+            }
+        _write(prepared, splits, time.monotonic() - started)
+        print(summary(splits), f"every response: {prepared.out}", sep="\n", flush=True)
     dist.barrier()
+
+
+def _piece_prompts(prepared: PreparedEvaluation, piece: Piece) -> list[list[int]]:
+    return [prepared.prompts[piece.split][row] for row in piece.rows]
+
+
+def _generate(
+    prepared: PreparedEvaluation, piece: Piece, sampler: Sampler, poll: Callable[[], None]
+) -> PieceResult:
+    """The responses of a piece, and of sampled ones the tuned model's log-probabilities."""
+    prompts, seeds = _piece_prompts(prepared, piece), None
+    if piece.sample:
+        seeds = [_seed(prepared.config.es.seed, row, piece.sample) for row in piece.rows]
+    result = PieceResult(sampler.generate(prompts, seeds, poll))
+    if piece.sample and prepared.base:
+        result.tuned = sampler.log_probs(prompts, result.tokens, poll)
+    return result
 
 
 def _seed(run_seed: int, prompt: int, sample: int) -> int:
     return int(np.random.SeedSequence([run_seed, prompt, sample]).generate_state(1, np.uint64)[0])
 
 
-def judge(
-    plan: Evaluation,
+def _split_report(
+    prepared: PreparedEvaluation,
     scorer: Scorer,
     split: str,
-    texts: Callable[[list[list[int]]], list[str]],
-    pieces: list[Piece],
-    found: list[dict],
+    sampler: Sampler,
+    pieces: Sequence[Piece],
+    results: Sequence[PieceResult],
 ) -> dict:
     """A split's report: figures of greedy and sampled responses, and all responses."""
+    task = prepared.task
     responses = []
-    for sample in range(1 + plan.samples):
-        mine = [
-            part for piece, part in zip(pieces, found, strict=True) if (piece.split, piece.sample) == (split, sample)
+    for sample in range(1 + prepared.samples):
+        parts = [
+            result
+            for piece, result in zip(pieces, results, strict=True)
+            if (piece.split, piece.sample) == (split, sample)
         ]
-        tokens = [row for part in mine for row in part["tokens"]]
-        apart = [k3(t, b) for part in mine for t, b in zip(part["tuned"], part.get("base", []), strict=True)]
-        written = texts(tokens)
-        rewards = scorer(split, written)
-        right = plan.task.correct(split, written) if hasattr(plan.task, "correct") else None
-        for row, text in enumerate(written):
+        tokens = [row for part in parts for row in part.tokens]
+        divergences = [
+            k3(tuned, base)
+            for part in parts
+            for tuned, base in zip(part.tuned, part.base, strict=True)
+        ]
+        texts = sampler.texts(tokens)
+        rewards = scorer(split, texts)
+        correct = task.correct(split, texts) if hasattr(task, "correct") else None
+        for row, text in enumerate(texts):
             responses.append(
-                dict(prompt=row, sample=sample, reward=rewards[row], tokens=len(tokens[row]), response=text)
-                | ({"correct": right[row]} if right else {})
-                | ({"kl": apart[row]} if apart else {})
+                dict(
+                    prompt=row,
+                    sample=sample,
+                    reward=rewards[row],
+                    tokens=len(tokens[row]),
+                    response=text,
+                )
+                | ({"correct": correct[row]} if correct else {})
+                | ({"kl": divergences[row]} if divergences else {})
             )
     report = dict(greedy=figures([row for row in responses if row["sample"] == 0]))
-    if plan.samples:
+    if prepared.samples:
         report["sampled"] = figures([row for row in responses if row["sample"]])
-    return report | scorer.take_failures() | dict(prompts=plan.task.prompts(split), responses=responses)
+    return report | scorer.take_failures() | dict(prompts=task.prompts(split), responses=responses)
+
+
+def _write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float) -> None:
+    report = dict(
+        model=str(prepared.files.directory),
+        base=str(prepared.base.directory) if prepared.base else None,
+        seconds=round(seconds, 1),
+        splits=splits,
+    )
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    try:
+        prepared.out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--out {prepared.out}: cannot be written: {error}") from error
 
 
 def figures(rows: list[dict]) -> dict[str, float | tuple[float, float]]:
-    """Means with 95 % intervals: of reward and KL over prompts (each its samples' mean), of accuracy over responses."""
-    found: dict[str, float | tuple[float, float]] = {
+    """Means with 95 % confidence intervals.
+
+    Reward and KL are averaged over prompts, each prompt by its samples' mean; accuracy over
+    responses.
+    """
+    report: dict[str, float | tuple[float, float]] = {
         "responses": len(rows),
         "tokens": mean([row["tokens"] for row in rows]),
     }
@@ -200,26 +274,31 @@ def figures(rows: list[dict]) -> dict[str, float | tuple[float, float]]:
             for row in rows:
                 by_prompt.setdefault(row["prompt"], []).append(row[key])
             means = [mean(values) for values in by_prompt.values()]
-            found |= {key: mean(means), f"{key}_interval": interval(means)}
+            report |= {key: mean(means), f"{key}_interval": interval(means)}
     if "correct" in rows[0]:
-        right = sum(row["correct"] for row in rows)
-        found |= {"accuracy": right / len(rows), "accuracy_interval": proportion_interval(right, len(rows))}
-    return found
+        correct = sum(row["correct"] for row in rows)
+        report |= {
+            "accuracy": correct / len(rows),
+            "accuracy_interval": proportion_interval(correct, len(rows)),
+        }
+    return report
 
 
 def summary(splits: dict[str, dict]) -> str:
-    """The figures, a line each for the greedy and the sampled responses of a split."""
+    """A line of figures each for the greedy and the sampled responses of a split."""
     lines = []
     for split, report in splits.items():
         for kind in ("greedy", "sampled"):
-            found = report.get(kind, {})
+            values = report.get(kind, {})
             parts = [
-                f"{key} {found[key]:.4g} [{found[key + '_interval'][0]:.4g}, {found[key + '_interval'][1]:.4g}]"
+                f"{key} {values[key]:.4g} "
+                f"[{values[f'{key}_interval'][0]:.4g}, {values[f'{key}_interval'][1]:.4g}]"
                 for key in ("reward", "accuracy", "kl")
-                if key in found
+                if key in values
             ]
             if parts:
-                lines.append(f"{split}, {kind}: {', '.join(parts)} ({found['responses']} responses)")
+                count = values["responses"]
+                lines.append(f"{split}, {kind}: {', '.join(parts)} ({count} responses)")
     return "\n".join(lines)
 
 

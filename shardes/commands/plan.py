@@ -1,41 +1,47 @@
-"""Does a run fit, and what will it take: from the config and the model's config.json, before a GPU hour is spent.
+"""Estimate whether a run fits in memory, and its time, from its config and the model's config.json.
 
     shardes plan CONFIG.yaml --gpus 8 --gpu-memory 80GB [--nodes 2] [key=value ...]
 
-`python tools/plan.py` is the same.
-
-Exit codes: 0 it fits, 1 it does not (the suggestion is shown, if there is one), 2 the user's mistake.
+Exit codes: 0 the configured layout fits, 1 it does not (a layout that fits is suggested, if there
+is one), 2 a user error.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
-from shardes import environment
+from shardes.distributed import environment
 
-environment.prepare()
 with environment.quiet():
     import deepspeed  # noqa: F401
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.table import Table
 
-from shardes import estimate, settings  # noqa: E402
-from shardes.commands.arguments import Parser  # noqa: E402
-from shardes.config import Config, ConfigError  # noqa: E402
-from shardes.engines import check_model  # noqa: E402
-from shardes.estimate import DEVICES, Device  # noqa: E402
-from shardes.generation import Prompt, encode  # noqa: E402
-from shardes.plan import Layout, Machine, Work, config_file, layouts, memory, read_model  # noqa: E402
-from shardes.tasks import configured_task  # noqa: E402
+from shardes.commands.arguments import CommandParser, reports_errors
+from shardes.config import loading as settings
+from shardes.errors import ConfigError
+from shardes.planning.layouts import Layout, Machine
+from shardes.planning.planner import Planner
+from shardes.planning.shapes import config_file
+from shardes.planning.time import DEVICES, Device
+from shardes.planning.workload import CHARACTERS_PER_TOKEN, read_workload
 
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-CHARACTERS = 3  # of a prompt per token, where there is no tokenizer; SmolLM2's has 3.4 in Countdown's prompts
-FIGURES = {
+UNITS = {
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "TB": 1e12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+RATES = {  # the fields of Device that have a flag
     "memory": "bytes per second from the GPU's memory",
     "flops": "dense bfloat16 operations per second",
     "link": "bytes per second between GPUs of a node, each way",
@@ -44,235 +50,181 @@ FIGURES = {
     "normals": "values of ε per second from the noise kernel",
     "latency": "seconds that a sum over ranks takes at least",
 }
-WORDS = "a model from data-sheet figures, not measured on GPUs: read the times as “at least”"
+NOTE = "a model from data-sheet figures, not measured on GPUs: read the times as “at least”"
+
+Assessment = dict[str, Any]  # what Planner.assess returns
+Assessments = dict[str, tuple[Layout, Assessment]]  # by title
+
+
+@reports_errors
+def main(argv: list[str]) -> int:
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 150)
+    return run(parse(argv), console)
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    planner = _planner(options)
+    configured = planner.configured()
+    assessments: Assessments = {"configured": (configured, planner.assess(configured))}
+    fits = assessments["configured"][1]["fits"]
+    suggested = planner.suggest()
+    if suggested and suggested != configured:
+        assessments["suggested"] = suggested, planner.assess(suggested)
+    if options.json:
+        report = {title: assessment for title, (_, assessment) in assessments.items()}
+        print(json.dumps({"note": NOTE} | report, indent=2))
+        return 0 if fits else 1
+    print_assessments(console, planner, assessments)
+    if suggested is None:
+        nodes = planner.nodes_needed()
+        sufficient = f"; {nodes} such nodes would be enough" if nodes else ""
+        console.print(f"no layout fits{sufficient}")
+    elif suggested != configured:
+        console.print(
+            f"suggested: sharding.shard={suggested.shard} sharding.tensor={suggested.tensor} "
+            f"sharding.gather={suggested.gather.value} sharding.offload=none"
+        )
+    return 0 if fits else 1
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = CommandParser("plan", __doc__)
+    add = parser.add_argument
+    add("config", metavar="CONFIG.yaml", nargs="?", help="settings; see configs/")
+    add("overrides", metavar="key=value", nargs="*", help="settings that override the file's")
+    gpus = "GPUs per node (default 8); with --device cpu: ranks per node"
+    add("--gpus", type=int, default=8, help=gpus)
+    add("--nodes", type=int, default=1, help="nodes (default 1)")
+    gpu_memory = "memory of one GPU; required unless --device is cpu"
+    add("--gpu-memory", metavar="80GB", help=gpu_memory)
+    host_memory = "host memory of one node (default 2TB, as in a DGX H100)"
+    add("--host-memory", metavar="2TB", default="2TB", help=host_memory)
+    device = (
+        "the GPU whose rates are used (default h100), from vendors' data sheets for SXM GPUs and "
+        "DGX networks; normals per second and latency are assumptions"
+    )
+    add("--device", choices=[*DEVICES, "cpu"], default="h100", help=device)
+    for rate, meaning in RATES.items():
+        default = getattr(DEVICES["h100"], rate)
+        add(f"--{rate}", type=float, metavar="X", help=f"{meaning} (h100: {default:.4g})")
+    add("--prompts", type=int, help="training prompts per iteration (default: the task's)")
+    prompt_tokens = (
+        "tokens of a prompt (default: counted by the model's tokenizer, or estimated from "
+        f"{CHARACTERS_PER_TOKEN} characters per token if it has none); with --prompts too, the "
+        "task is not loaded"
+    )
+    add("--prompt-tokens", type=int, help=prompt_tokens)
+    response_tokens = "tokens of a response (default: generation.max_new_tokens, the longest)"
+    add("--response-tokens", type=int, help=response_tokens)
+    add("--json", action="store_true", help="print JSON")
+    return parser.parse_intermixed_args(argv)
+
+
+def _planner(options: argparse.Namespace) -> Planner:
+    if options.config is None:
+        raise ConfigError("CONFIG.yaml is missing; see --help")
+    for flag in ("gpus", "nodes", "prompts", "prompt_tokens", "response_tokens"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    on_cpu = options.device == "cpu"
+    if options.gpu_memory is None and not on_cpu:
+        raise ConfigError("--gpu-memory is missing: one GPU's memory, such as 80GB")
+    config = settings.load(options.config, options.overrides)
+    gpu_memory = None if on_cpu else size(options.gpu_memory, "--gpu-memory")
+    host_memory = size(options.host_memory, "--host-memory")
+    machine = Machine(options.nodes, options.gpus, gpu_memory, host_memory)
+    device = None if on_cpu else _device(options)
+    config_file(config.model.path)  # a wrong path is reported before the task is loaded
+    workload = read_workload(config, options.prompts, options.prompt_tokens)
+    response = min(options.response_tokens or workload.max_new_tokens, workload.max_new_tokens)
+    return Planner(config, workload, machine, device, response)
+
+
+def _device(options: argparse.Namespace) -> Device:
+    rates = {name: getattr(options, name) for name in RATES}
+    for name, value in rates.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name} {value}: must be positive")
+    return replace(
+        DEVICES[options.device], **{name: value for name, value in rates.items() if value}
+    )
 
 
 def size(text: str, flag: str) -> int:
     """A number of bytes written as 80GB or 2TiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
-    if not found or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
+    if not match or not float(match[1]):
         raise ConfigError(f"{flag} {text}: must be a size such as 80GB, 500MB or 2TB")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(match[1]) * UNITS[match[2]])
 
 
-def work_of(config: Config, prompts: int | None, prompt_tokens: int | None) -> Work:
-    """What the config's task asks; lengths by the model's tokenizer where there is one, or as they are given."""
-    generation = config.generation
-    if prompts is not None and prompt_tokens is not None:
-        lengths = {"train": [prompt_tokens] * prompts, "test": []}
-    else:
-        loaded = configured_task(config.task)
-        asked = {split: loaded.prompts(split) for split in ("train", "test")}
-        lengths = {split: _lengths(config.model.path, found) for split, found in asked.items()}
-        if prompt_tokens is not None:
-            lengths = {split: [prompt_tokens] * len(found) for split, found in lengths.items()}
-        if prompts is not None:
-            lengths["train"] = [max(lengths["train"])] * prompts
-    size = config.task.prompts_per_iteration
-    if size is not None:
-        lengths["train"] = sorted(lengths["train"])[-size:]  # the longest that a batch may draw
-    train, test = tuple(lengths["train"]), tuple(lengths["test"])
-    return Work(train, test, generation.max_new_tokens, generation.batch_tokens)
-
-
-def _lengths(path: str, prompts: Sequence[Prompt]) -> list[int]:
-    directory = Path(path)
-    if directory.is_dir() and any(directory.glob("tokenizer*")):
-        from transformers import AutoTokenizer
-
-        return list(map(len, encode(AutoTokenizer.from_pretrained(directory, trust_remote_code=False), prompts)))
-    texts = (p if isinstance(p, str) else "".join(message["content"] for message in p) for p in prompts)
-    return [-(-len(text) // CHARACTERS) for text in texts]
-
-
-class Planner:
-    """Judges layouts of one config on one machine. `device` is None where no times are known."""
-
-    def __init__(self, config: Config, work: Work, machine: Machine, device: Device | None, response: int):
-        self.config, self.work, self.machine, self.device, self.response = config, work, machine, device, response
-        self.model, self.module = read_model(config)
-
-    def judge(self, layout: Layout) -> dict:
-        """Everything about a layout, as JSON has it; on CPUs and GPUs of unknown speed "seconds" is None."""
-        es = self.config.es
-        need = memory(self.model, layout, self.work, es.restore, self.machine.gpu_memory)
-        found = {
-            "layout": {key: getattr(value, "value", value) for key, value in asdict(layout).items()},
-            "fits": need.fits(self.machine),
-            "gpu": need.gpu,
-            "host": need.host,
-            "gpu_total": sum(need.gpu.values()),
-            "host_total_per_node": need.node(self.machine),
-            "members_per_replica": estimate.members(layout, es.population_size),
-            "network": asdict(estimate.traffic(self.model, layout, self.work, es.population_size, self.response)),
-            "seconds": None,
-        }
-        if self.device:
-            parts = estimate.seconds(
-                self.model, layout, self.work, es.restore, es.population_size, self.response, self.device, self.machine
-            )
-            found["seconds"] = asdict(parts) | {"total": parts.total}
-        return found
-
-    def suggest(self) -> Layout | None:
-        """The layout to take, of those that fit: the preferred one, unless another is a tenth faster."""
-        best: tuple[Layout, float] | None = None
-        for layout in layouts(self.config, self.module, self.machine):
-            judged = self.judge(layout)
-            if not judged["fits"]:
-                continue
-            took = judged["seconds"]["total"] if judged["seconds"] else 0.0
-            gathers = layout.shard > 1
-            if best is None or (took < 0.9 * best[1] and gathers == (best[0].shard > 1)
-                                and layout.gather is best[0].gather):  # fmt: skip
-                best = layout, took
-        return best[0] if best else None
-
-    def nodes_needed(self) -> int | None:
-        """The fewest nodes, by doubling, on which anything fits."""
-        machine = self.machine
-        try:
-            for _ in range(7):
-                self.machine = replace(self.machine, nodes=2 * self.machine.nodes)
-                if self.suggest():
-                    return self.machine.nodes
-            return None
-        finally:
-            self.machine = machine
-
-
-def configured(config: Config, planner: Planner) -> Layout:
-    """The config's own layout; ConfigError where it does not divide the machine, or the engine cannot take it."""
-    try:
-        replicas = settings.check_layout(config, planner.machine.ranks)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("ranks that were started", "GPUs")) from None
-    check_model(config, planner.module)
-    sharding = config.sharding
-    return Layout(replicas, sharding.shard, sharding.tensor, sharding.gather, sharding.offload)
-
-
-def show(console: Console, planner: Planner, plans: dict[str, tuple[Layout, dict]]) -> None:
-    model, machine, work = planner.model, planner.machine, planner.work
-    where = "ranks on CPUs" if machine.gpu_memory is None else f"GPUs of {machine.gpu_memory / 1e9:.0f} GB"
+def print_assessments(console: Console, planner: Planner, assessments: Assessments) -> None:
+    model, machine, workload = planner.model, planner.machine, planner.workload
+    ranks = (
+        "ranks on CPUs"
+        if machine.gpu_memory is None
+        else f"GPUs of {machine.gpu_memory / 1e9:.0f} GB"
+    )
     table = Table(
-        "", *(f"{title}\n{layout}" for title, (layout, _) in plans.items()), caption=WORDS if planner.device else None
+        "",
+        *(f"{title}\n{layout}" for title, (layout, _) in assessments.items()),
+        title=f"{planner.config.model.path}: {model.numel / 1e9:.2f} billion parameters, "
+        f"{machine.nodes} × {machine.per_node} {ranks}; replicas × shard × tensor",
+        caption=NOTE if planner.device else None,
     )
-    table.title = (
-        f"{planner.config.model.path}: {model.numel / 1e9:.2f} billion parameters, {machine.nodes} × "
-        f"{machine.per_node} {where}; replicas × shard × tensor"
-    )
-    found = [judged for _, judged in plans.values()]
-    for place, name in (("gpu", "GPU"), ("host", "host")):
-        for part in found[0][place] | found[-1][place]:
-            table.add_row(f"{name}: {part}", *(shown_bytes(judged[place].get(part, 0)) for judged in found))
-    if machine.gpu_memory is not None:
-        table.add_row(
-            "GPU in all", *(f"{shown_bytes(j['gpu_total'])} of {shown_bytes(machine.gpu_memory)}" for j in found)
-        )
-    limit = shown_bytes(machine.host_memory)
-    table.add_row("host in all, per node", *(f"{shown_bytes(j['host_total_per_node'])} of {limit}" for j in found))
-    table.add_row("fits", *("yes" if judged["fits"] else "NO" for judged in found), end_section=True)
-    table.add_row("replicas ↔ store, per iteration", *(shown_bytes(judged["network"]["replicas"]) for judged in found))
-    for key, name in (
-        ("reduced_per_token", "sums within a replica, per token"),
-        ("reduced", "the same, per iteration"),
-        ("gathered_per_member", "gathers within a replica, per member"),
-        ("gathered", "the same, per iteration"),
-    ):
-        table.add_row(f"{name} (sent by a rank)", *(shown_bytes(judged["network"][key]) for judged in found))
+    columns = [assessment for _, assessment in assessments.values()]
+    for name, cells in _memory_rows(columns, machine):
+        table.add_row(name, *cells, end_section=name == "fits")
+    for name, cells in _network_rows(columns):
+        table.add_row(name, *cells)
     table.columns[0].no_wrap = True
     if planner.device:
         table.add_section()
-        for part in found[0]["seconds"]:
+        for part in columns[0]["seconds"]:
             name = "an iteration, at least" if part == "total" else part
-            table.add_row(name, *(f"{judged['seconds'][part]:.1f} s" for judged in found))
+            table.add_row(name, *(f"{column['seconds'][part]:.1f} s" for column in columns))
     console.print(table)
     console.print(
-        f"{planner.config.es.population_size} members, {len(work.train)} prompts of up to {max(work.train)} tokens, "
-        f"responses of {planner.response} tokens; evaluations of the center are not counted."
+        f"{planner.config.es.population_size} members, {len(workload.train)} prompts of up to "
+        f"{max(workload.train)} tokens, responses of {planner.response} tokens; evaluations of the "
+        "center are not included."
     )
 
 
+def _memory_rows(columns: list[Assessment], machine: Machine) -> Iterator[tuple[str, list[str]]]:
+    for place, name in (("gpu", "GPU"), ("host", "host")):
+        for part in columns[0][place] | columns[-1][place]:
+            sizes = [shown_bytes(column[place].get(part, 0)) for column in columns]
+            yield f"{name}: {part}", sizes
+    if machine.gpu_memory is not None:
+        limit = shown_bytes(machine.gpu_memory)
+        sizes = [f"{shown_bytes(column['gpu_total'])} of {limit}" for column in columns]
+        yield "GPU in all", sizes
+    limit = shown_bytes(machine.host_memory)
+    sizes = [f"{shown_bytes(column['host_total_per_node'])} of {limit}" for column in columns]
+    yield "host in all, per node", sizes
+    yield "fits", ["yes" if column["fits"] else "NO" for column in columns]
+
+
+def _network_rows(columns: list[Assessment]) -> Iterator[tuple[str, list[str]]]:
+    for key, name in (
+        ("replicas", "replicas ↔ store, per iteration"),
+        ("reduced_per_token", "sums within a replica, per token (sent by a rank)"),
+        ("reduced", "the same, per iteration (sent by a rank)"),
+        ("gathered_per_member", "gathers within a replica, per member (sent by a rank)"),
+        ("gathered", "the same, per iteration (sent by a rank)"),
+    ):
+        yield name, [shown_bytes(column["network"][key]) for column in columns]
+
+
 def shown_bytes(count: float) -> str:
+    """A number of bytes with three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("plan", __doc__)
-    add = parser.add_argument
-    add("config", metavar="CONFIG.yaml", nargs="?", help="settings; see configs/")
-    add("overrides", metavar="key=value", nargs="*", help="settings that override the file's")
-    add("--gpus", type=int, default=8, help="GPUs per node (default 8); with --device cpu: ranks per node")
-    add("--nodes", type=int, default=1, help="nodes (default 1)")
-    add("--gpu-memory", metavar="80GB", help="memory of one GPU; needed but for --device cpu")
-    add("--host-memory", metavar="2TB", default="2TB", help="memory of one node's host (default 2TB, as a DGX H100's)")
-    add("--device", choices=[*DEVICES, "cpu"], default="h100", help="whose figures to take (default h100): those "
-        "of vendors' data sheets for SXM GPUs, DGX networks; normals per second and latency are assumed")  # fmt: skip
-    for figure, meaning in FIGURES.items():
-        default = getattr(DEVICES["h100"], figure)
-        add(f"--{figure}", type=float, metavar="X", help=f"{meaning} (h100: {default:.4g})")
-    add("--prompts", type=int, help="training prompts per iteration (default: the task's)")
-    add("--prompt-tokens", type=int, help="tokens of a prompt (default: by the model's tokenizer; where there is none, "
-        f"{CHARACTERS} characters make one); with --prompts too, the task is not opened")  # fmt: skip
-    add("--response-tokens", type=int, help="tokens of a response (default: generation.max_new_tokens, the longest)")
-    add("--json", action="store_true", help="print JSON")
-    return parser.parse_intermixed_args(argv)
-
-
-def plan(options: argparse.Namespace, console: Console) -> int:
-    if options.config is None:
-        raise ConfigError("CONFIG.yaml is missing; see --help")
-    on_cpu = options.device == "cpu"
-    for flag in ("gpus", "nodes", "prompts", "prompt_tokens", "response_tokens"):
-        if getattr(options, flag) is not None and getattr(options, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1")
-    if options.gpu_memory is None and not on_cpu:
-        raise ConfigError("--gpu-memory is missing: one GPU's memory, such as 80GB")
-    config = settings.load(options.config, options.overrides)
-    gpu = None if on_cpu else size(options.gpu_memory, "--gpu-memory")
-    machine = Machine(options.nodes, options.gpus, gpu, size(options.host_memory, "--host-memory"))
-    device = None
-    if not on_cpu:
-        given = {name: getattr(options, name) for name in FIGURES}
-        for name, value in given.items():
-            if value is not None and value <= 0:
-                raise ConfigError(f"--{name} {value}: must be positive")
-        device = replace(DEVICES[options.device], **{name: value for name, value in given.items() if value})
-    config_file(config.model.path)
-    work = work_of(config, options.prompts, options.prompt_tokens)
-    response = min(options.response_tokens or work.max_new_tokens, work.max_new_tokens)
-    planner = Planner(config, work, machine, device, response)
-    own = configured(config, planner)
-    plans = {"configured": (own, planner.judge(own))}
-    fits = plans["configured"][1]["fits"]
-    suggestion = planner.suggest()
-    if suggestion and suggestion != own:
-        plans["suggested"] = suggestion, planner.judge(suggestion)
-    if options.json:
-        print(json.dumps({"note": WORDS} | {title: judged for title, (_, judged) in plans.items()}, indent=2))
-        return 0 if fits else 1
-    show(console, planner, plans)
-    if suggestion and suggestion != own:
-        keys = f"sharding.shard={suggestion.shard} sharding.tensor={suggestion.tensor}"
-        console.print(f"suggested: {keys} sharding.gather={suggestion.gather.value} sharding.offload=none")
-    elif suggestion is None:
-        nodes = planner.nodes_needed()
-        console.print(f"no layout fits; {nodes} such nodes would do" if nodes else "no layout fits")
-    return 0 if fits else 1
-
-
-def main(argv: list[str]) -> int:
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 150)
-    try:
-        return plan(parse(argv), console)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

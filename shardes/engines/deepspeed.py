@@ -1,8 +1,9 @@
-"""ZeRO-3 × AutoTP, without optimizer.
+"""DeepSpeed's ZeRO-3 × AutoTP, without an optimizer.
 
-The way to a model that no rank ever holds whole: build it without storage (meta tensors), let AutoTP replace
-its layers by their tensor-parallel slices, still without storage, then let ZeRO-3 partition one parameter at
-a time. The shards' values are left unset; `weights.load` or a center fills them.
+No rank ever holds the whole model. It is built without storage (on the meta device), AutoTP
+replaces its layers by their tensor-parallel slices, still without storage, and then ZeRO-3
+partitions one parameter at a time. The values of the shards are not set:
+`sharding.weight_files.load` or a center fills them.
 """
 
 import logging
@@ -19,38 +20,45 @@ import torch.distributed as dist
 from deepspeed.module_inject import set_autotp_mode
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine as Engine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger
 from torch import nn
 from transformers import PreTrainedModel
 
-from shardes.config import ConfigError, Gather, Offload, ShardingConfig
+from shardes.config.schema import Gather, Offload, ShardingConfig
+from shardes.distributed.world import World, all_gather
 from shardes.engines import cpu
-from shardes.engines.vocabulary import VocabularyPart
-from shardes.shards import Region, Shard, cut, run, strided_regions
-from shardes.world import World, all_gather
+from shardes.engines.vocabulary import VocabularySlice
+from shardes.errors import ConfigError
+from shardes.sharding.regions import ParameterShard, Region, cut, strided_regions
 
 logger.setLevel(logging.WARNING)
 
 
-class _Engine(Engine):
-    """DeepSpeed's engine for a model that has no values yet."""
+class _EmptyModelEngine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's own engine, for a model without values."""
 
     def _broadcast_model(self) -> None:
-        # Called between AutoTP and ZeRO-3. There are no values to broadcast. ZeRO-3 wants memory to
-        # partition: untouched pages of an empty CPU tensor cost none.
-        fresh: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+        # DeepSpeed calls this between AutoTP and ZeRO-3. There are no values to broadcast, but
+        # ZeRO-3 partitions only parameters with storage. Pages of an empty CPU tensor that nobody
+        # touches take no memory.
+        allocated: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
         for module in self.module.modules():
             for key, param in module._parameters.items():
-                if param is not None and param not in fresh:
-                    fresh[param] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
-                    fresh[param].__dict__.update(param.__dict__)  # AutoTP's notes on its cut
-                module._parameters[key] = fresh.get(param)
+                if param is not None and param not in allocated:
+                    allocated[param] = nn.Parameter(
+                        torch.empty(param.shape, dtype=param.dtype), requires_grad=False
+                    )
+                    allocated[param].__dict__.update(param.__dict__)  # how AutoTP split it
+                module._parameters[key] = allocated.get(param)
 
 
 class ZeroParameter(nn.Parameter):
-    """What ZeRO-3 adds to a parameter: this rank's flat part, padded, and size and shape of the whole."""
+    """A parameter with the attributes that ZeRO-3 adds.
+
+    `ds_tensor` is this rank's partition, flat and padded. `ds_numel` and `ds_shape` describe the
+    tensor-parallel slice.
+    """
 
     ds_tensor: torch.Tensor
     ds_numel: int
@@ -64,31 +72,17 @@ class DeepSpeedEngine:
     Args:
         module: the unsharded model on the meta device (buffers real), in its dtype.
         world: this rank's replica.
-        sharding: says when weights are gathered, and whether shards wait on the host. Without a shard axis, and
-            not offloaded, nothing is gathered at all.
+        sharding: when weights are gathered, and whether shards are offloaded to the host. With
+            `shard` = 1 and no offloading, nothing is gathered.
     """
 
     def __init__(self, module: PreTrainedModel, world: World, sharding: ShardingConfig):
-        shards, tensors = world.mesh.shape
+        shards = world.mesh.shape[0]
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         module.requires_grad_(False).eval()
-        on_cpu = world.device.type == "cpu"
-        shared_memory = cpu.shared_memory(world.replica) if on_cpu else nullcontext(False)
-        with redirect_stdout(StringIO()), shared_memory as shared:  # every rank prints what it builds for the CPU
-            deepspeed.init_distributed(dist_init_required=False)
-        set_autotp_mode(training=True)
-        engine = _Engine(
-            args=None,
-            model=module,
-            config_class=DeepSpeedConfig(_settings(module, tensors, sharding.offload)),
-            dont_change_device=True,
-        )
-        if tensors > 1:
-            # DeepSpeed's check of the first batch across ranks: broadcasts pickled inputs, caches included.
-            engine.first_dataloader_check.remove()
-        if on_cpu:
-            # Shared memory sums over the whole replica, which is the tensor axis where there is no other.
-            _speed_up(module, deepspeed.comm.inference_all_reduce if shared and shards == 1 else dist.all_reduce)
+        self._runtime, shm_all_reduce = _initialize(module, world, sharding)
+        if world.device.type == "cpu":
+            _use_fast_linear(module, shm_all_reduce or dist.all_reduce)
         for buffer in module.buffers():
             buffer.data = buffer.data.to(world.device)
 
@@ -96,36 +90,42 @@ class DeepSpeedEngine:
         self.vocabulary = None
         head = getattr(module, "lm_head", None)
         if isinstance(head, VocabParallelLinear):
-            self.vocabulary = VocabularyPart(head.vocab_start_index, world.mesh.get_group("tensor"))
+            group = world.mesh.get_group("tensor")
+            self.vocabulary = VocabularySlice(head.vocab_start_index, group)
         self._module = module
-        self._params = {name: cast(ZeroParameter, param) for name, param in module.named_parameters()}
+        self._params = {
+            name: cast(ZeroParameter, param) for name, param in module.named_parameters()
+        }
         assert list(self._params) == list(shapes)
-        self.shards = [_shard(name, shapes[name], param, world) for name, param in self._params.items()]
+        self.shards = [
+            _shard(name, shapes[name], param, world) for name, param in self._params.items()
+        ]
         self._group = world.mesh.get_group("shard")
         self._buffers: dict[str, torch.Tensor] = {}
         self._gather = sharding.gather if shards > 1 or sharding.offload is Offload.cpu else None
-        self.lockstep = self._gather is Gather.layer
-        if not self.lockstep:
-            engine.optimizer.destroy()  # the per-layer hooks
+        self.sync_forwards = self._gather is Gather.layer
+        if not self.sync_forwards:
+            self._runtime.optimizer.destroy()  # removes the hooks that gather layer by layer
         if self._gather is None:
             for param in self._params.values():
-                _show(param, param.ds_tensor)
+                _set_available(param, param.ds_tensor)
         elif self._gather is Gather.member:
             self._buffers = {
-                name: torch.empty(param.ds_tensor.numel() * shards, dtype=param.dtype, device=self.device)
+                name: torch.empty(
+                    param.ds_tensor.numel() * shards, dtype=param.dtype, device=self.device
+                )
                 for name, param in self._params.items()
             }
-        self._engine = engine
 
     @contextmanager
-    def ready(self) -> Iterator[PreTrainedModel]:
-        """The module, ready to generate with the shards' present weights."""
+    def gathered(self) -> Iterator[PreTrainedModel]:
+        """The module, with the weights that the shards have on entry."""
         if self._gather is not Gather.member:
             yield self._module
             return
         for name, param in self._params.items():
             all_gather(self._buffers[name], param.ds_tensor.to(self.device), group=self._group)
-            _show(param, self._buffers[name])
+            _set_available(param, self._buffers[name])
         try:
             yield self._module
         finally:
@@ -134,57 +134,87 @@ class DeepSpeedEngine:
                 param.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
-def _speed_up(module: nn.Module, all_reduce: Callable[..., object]) -> None:
-    """Let linear layers on a CPU, whole or cut by AutoTP, use the faster product and sum."""
+def _initialize(
+    module: PreTrainedModel, world: World, sharding: ShardingConfig
+) -> tuple[_EmptyModelEngine, Callable[..., object] | None]:
+    """DeepSpeed's engine around the module, and its all-reduce through shared memory.
 
-    def row(layer: LinearAllreduce, x: torch.Tensor) -> torch.Tensor:
+    The latter is None where it cannot serve the tensor axis: on GPUs and across hosts, and beside a
+    shard axis, because it sums over all ranks of the replica.
+    """
+    shards, tensors = world.mesh.shape
+    on_cpu = world.device.type == "cpu"
+    shared_memory = cpu.shared_memory(world.replica) if on_cpu else nullcontext(False)
+    # Every rank prints what it builds for the CPU.
+    with redirect_stdout(StringIO()), shared_memory as has_shared_memory:
+        deepspeed.init_distributed(dist_init_required=False)
+    set_autotp_mode(training=True)
+    runtime = _EmptyModelEngine(
+        args=None,
+        model=module,
+        config_class=DeepSpeedConfig(_deepspeed_config(module, tensors, sharding.offload)),
+        dont_change_device=True,
+    )
+    if tensors > 1:
+        # Removes DeepSpeed's check that all ranks have the same first batch: it broadcasts the
+        # pickled inputs, key-value caches included.
+        runtime.first_dataloader_check.remove()
+    usable = has_shared_memory and shards == 1
+    return runtime, deepspeed.comm.inference_all_reduce if usable else None
+
+
+def _use_fast_linear(module: nn.Module, all_reduce: Callable[..., object]) -> None:
+    """Let linear layers on a CPU, whole or split by AutoTP, use oneDNN and this all-reduce."""
+
+    def forward_row_parallel(layer: LinearAllreduce, x: torch.Tensor) -> torch.Tensor:
         out = cpu.linear(x, layer.weight)
         all_reduce(out, group=layer.mp_group)
         return out if layer.bias is None else out + layer.bias
 
-    cpu.speed_up(module)
-    for part in module.modules():
-        if type(part) is LinearAllreduce:
-            part.forward = partial(row, part)
-        elif type(part) in (LinearLayer, VocabParallelLinear) and not part.gather_output:
-            part.forward = partial(cpu.forward, part)
+    cpu.use_onednn(module)
+    for layer in module.modules():
+        if type(layer) is LinearAllreduce:
+            layer.forward = partial(forward_row_parallel, layer)
+        elif type(layer) in (LinearLayer, VocabParallelLinear) and not layer.gather_output:
+            layer.forward = partial(cpu.linear_forward, layer)
 
 
-def _settings(module: nn.Module, tensors: int, offload: Offload) -> dict:
-    settings: dict[str, Any] = {
+def _deepspeed_config(module: nn.Module, tensors: int, offload: Offload) -> dict:
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
-            "memory_efficient_linear": False,  # an autograd function in place of F.linear: nothing to save here
+            # It replaces F.linear by an autograd function to save memory in training.
+            "memory_efficient_linear": False,
         },
     }
     if offload is Offload.cpu:
         pinned = torch.cuda.is_available()
-        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     if tensors > 1:
         head = type(getattr(module, "lm_head", None)) is nn.Linear
-        settings["tensor_parallel"] = {"autotp_size": tensors, "vocab_parallel_lm_head": head}
-    return settings
+        config["tensor_parallel"] = {"autotp_size": tensors, "vocab_parallel_lm_head": head}
+    return config
 
 
-def _show(param: ZeroParameter, flat: torch.Tensor) -> None:
-    """Let the module compute with `flat`, which holds the parameter's tensor-parallel slice and padding."""
+def _set_available(param: ZeroParameter, flat: torch.Tensor) -> None:
+    """Let the module compute with `flat`, the parameter's tensor-parallel slice and padding."""
     param.data = flat[: param.ds_numel].view(param.ds_shape)
     param.ds_status = ZeroParamStatus.AVAILABLE
 
 
-def _shard(name: str, shape: tuple[int, ...], param: ZeroParameter, world: World) -> Shard:
-    """This rank's ZeRO slice of its tensor-parallel slice of a parameter."""
+def _shard(name: str, shape: tuple[int, ...], param: ZeroParameter, world: World) -> ParameterShard:
+    """This rank's ZeRO partition of its tensor-parallel slice of a parameter."""
     shard_rank, tensor_rank = (world.mesh.get_local_rank(axis) for axis in ("shard", "tensor"))
-    regions, owned = slice_regions(name, shape, param, tensor_rank)
+    regions, counted = slice_regions(name, shape, param, tensor_rank)
     assert sum(region.numel for region in regions) == param.ds_numel, name
-    part = zero_part(regions, world.mesh.shape[0], shard_rank)
-    return Shard(name, shape, param.ds_tensor, part, owned)
+    partition = zero_partition(regions, world.mesh.shape[0], shard_rank)
+    return ParameterShard(name, shape, param.ds_tensor, partition, counted)
 
 
-def zero_part(regions: tuple[Region, ...], shards: int, rank: int) -> tuple[Region, ...]:
-    """What ZeRO-3 gives a rank of a slice: one of `shards` equal flat stretches, the last ones padded."""
+def zero_partition(regions: tuple[Region, ...], shards: int, rank: int) -> tuple[Region, ...]:
+    """The regions of a rank's ZeRO-3 partition of a slice: one of `shards` equal, padded pieces."""
     size = -(-sum(region.numel for region in regions) // shards)
     return cut(regions, rank * size, (rank + 1) * size)
 
@@ -192,28 +222,42 @@ def zero_part(regions: tuple[Region, ...], shards: int, rank: int) -> tuple[Regi
 def slice_regions(
     name: str, shape: tuple[int, ...], param: ZeroParameter, tensor_rank: int
 ) -> tuple[tuple[Region, ...], bool]:
-    """The regions of a parameter's tensor-parallel slice, and whether this rank counts its elements."""
+    """The regions of a parameter's tensor-parallel slice, and whether this rank counts them."""
     meta = getattr(param, "ds_autotp_universal_checkpoint_meta", None)
     if meta is None:
         if tuple(param.ds_shape) != shape:
-            raise ConfigError(f"engine=deepspeed: AutoTP cut {name} without saying how; use sharding.tensor=1")
-        return (run(0, prod(shape)),), tensor_rank == 0
+            raise ConfigError(
+                f"engine=deepspeed: AutoTP does not record how it split {name}; "
+                "use sharding.tensor=1"
+            )
+        return (Region.contiguous(0, prod(shape)),), tensor_rank == 0
     layout = meta["conversion"].get("affine_map")
     if layout is None:
-        raise ConfigError(f"engine=deepspeed: AutoTP does not say how it cut {name}; use sharding.tensor=1")
+        raise ConfigError(
+            f"engine=deepspeed: AutoTP does not record how it split {name}; use sharding.tensor=1"
+        )
     regions: list[Region] = []
     filled = 0
     for piece in sorted(layout["ranks"][tensor_rank]["pieces"], key=lambda piece: piece["dest"][0]):
         (source, source_strides), (dest, dest_strides) = piece["source"], piece["dest"]
-        if "scale" in piece or dest != filled or not _dense(piece["shape"], dest_strides):
-            raise ConfigError(f"engine=deepspeed: AutoTP's cut of {name} is none of regions; use sharding.tensor=1")
+        if "scale" in piece or dest != filled or not _is_contiguous(piece["shape"], dest_strides):
+            raise ConfigError(
+                f"engine=deepspeed: AutoTP's split of {name} cannot be described by regions; "
+                "use sharding.tensor=1"
+            )
         regions += strided_regions(piece["shape"], source, source_strides)
         filled += prod(piece["shape"])
-    owners = {min(piece["locations"]) == tensor_rank for piece in layout["ranks"][tensor_rank]["pieces"]}
-    assert len(owners) <= 1, name
-    return tuple(regions), owners != {False}
+    # Of the ranks that hold a piece, the first counts it.
+    counted = {
+        min(piece["locations"]) == tensor_rank for piece in layout["ranks"][tensor_rank]["pieces"]
+    }
+    assert len(counted) <= 1, name
+    return tuple(regions), counted != {False}
 
 
-def _dense(shape: list[int], strides: list[int]) -> bool:
-    """Whether a view of these strides is contiguous."""
-    return all(n == 1 or s == prod(shape[d + 1 :]) for d, (n, s) in enumerate(zip(shape, strides, strict=True)))
+def _is_contiguous(shape: list[int], strides: list[int]) -> bool:
+    """Whether a view with these strides is contiguous."""
+    return all(
+        size == 1 or stride == prod(shape[d + 1 :])
+        for d, (size, stride) in enumerate(zip(shape, strides, strict=True))
+    )

@@ -1,7 +1,7 @@
 """FSDP2 × tensor parallel, through transformers' `DistributedConfig`.
 
-transformers cuts the model up while it has no storage (meta tensors); then each rank allocates its own part.
-The shards' values are left unset; `weights.load` or a center fills them.
+transformers shards the model while it has no storage (on the meta device); then each rank allocates
+its own shards. Their values are not set: `sharding.weight_files.load` or a center fills them.
 """
 
 from collections.abc import Iterator
@@ -11,18 +11,17 @@ from math import prod
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement, Replicate
-from torch.distributed.tensor import Shard as Cut
-from torch.distributed.tensor.placement_types import _StridedShard as StridedCut
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import DistributedConfig, PreTrainedModel
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-from shardes.config import Gather, Offload, ShardingConfig
+from shardes.config.schema import Gather, Offload, ShardingConfig
+from shardes.distributed.world import World
 from shardes.engines import cpu
-from shardes.engines.vocabulary import VocabularyPart
-from shardes.shards import Region, Shard, box_regions, cut
-from shardes.world import World
+from shardes.engines.vocabulary import VocabularySlice
+from shardes.sharding.regions import ParameterShard, Region, box_regions, cut
 
 
 class FSDPEngine:
@@ -31,8 +30,8 @@ class FSDPEngine:
     Args:
         module: the unsharded model on the meta device (buffers real), in its dtype.
         world: this rank's replica.
-        sharding: says when weights are gathered, and whether shards wait on the host. Without a shard axis nothing
-            is gathered at all.
+        sharding: when weights are gathered, and whether shards are offloaded to the host. With
+            `shard` = 1 nothing is gathered.
     """
 
     def __init__(self, module: PreTrainedModel, world: World, sharding: ShardingConfig):
@@ -40,12 +39,13 @@ class FSDPEngine:
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
         module.requires_grad_(False).eval()
         buffers = {name: buffer.to(world.device) for name, buffer in module.named_buffers()}
-        # On a CPU the shards are on the host as it is, and FSDP's policy would want to pin them.
+        # On a CPU the shards are on the host anyway, and FSDP's policy would pin their memory.
         offload = sharding.offload is Offload.cpu and world.device.type != "cpu"
-        in_parts = False
+        vocab_parallel = False
         if shards * tensors > 1:
-            in_parts = distribute(
-                module, DistributedConfig(tp_size=tensors, fsdp_size=shards, fsdp_cpu_offload=offload)
+            vocab_parallel = distribute(
+                module,
+                DistributedConfig(tp_size=tensors, fsdp_size=shards, fsdp_cpu_offload=offload),
             )
         module.to_empty(device="cpu" if offload else world.device)
         _tie(module)
@@ -53,63 +53,71 @@ class FSDPEngine:
             buffer.data = buffers[name]
 
         if world.device.type == "cpu":
-            cpu.speed_up(module)
+            cpu.use_onednn(module)
 
         self.device = world.device
         self.vocabulary = None
-        if in_parts:
+        if vocab_parallel:
             first, _ = _chunk(module.config.vocab_size, *_axis(world, "tensor"))
-            self.vocabulary = VocabularyPart(first, world.mesh.get_group("tensor"))
+            self.vocabulary = VocabularySlice(first, world.mesh.get_group("tensor"))
         self._module = module
-        self.shards = [_shard(name, shapes[name], param, world) for name, param in module.named_parameters()]
+        self.shards = [
+            _shard(name, shapes[name], param, world) for name, param in module.named_parameters()
+        ]
         assert [shard.name for shard in self.shards] == list(shapes)
-        self.lockstep = shards > 1 and sharding.gather is Gather.layer
-        self._groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        self.sync_forwards = shards > 1 and sharding.gather is Gather.layer
+        self._groups = [child for child in module.modules() if isinstance(child, FSDPModule)]
         if shards > 1 and sharding.gather is Gather.member:
             assert isinstance(module, FSDPModule)
             module.set_reshard_after_forward(False)
 
     @contextmanager
-    def ready(self) -> Iterator[PreTrainedModel]:
-        """The module, ready to generate with the shards' present weights."""
-        if not self.lockstep:
+    def gathered(self) -> Iterator[PreTrainedModel]:
+        """The module, with the weights that the shards have on entry."""
+        if not self.sync_forwards:
             for group in self._groups:
                 group.unshard()
         try:
             yield self._module
         finally:
-            for group in self._groups:  # the root's stays gathered after a pass, in either mode
+            # Without this the root's parameters would stay gathered, in either mode.
+            for group in self._groups:
                 group.reshard()
 
 
 def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> bool:
-    """What `from_pretrained(distributed_config=...)` does before it loads, for tied embeddings too.
+    """Shard the module as `from_pretrained(distributed_config=...)` does, tied embeddings included.
 
-    Tensor parallel wants tied parameters apart, and FSDP cannot share one between groups: so they are untied, tied
-    again in between, and left to the root's group. Where transformers would gather the logits of a head that is cut
-    along the vocabulary, each rank keeps its own part of them: returns whether that is so.
+    Tensor parallelism needs tied parameters to be separate tensors, and FSDP cannot share one
+    between groups. So they are untied for tensor parallelism, tied again, and left to FSDP's root
+    group. transformers would gather the logits of a head that is sharded along the vocabulary; here
+    each rank keeps its slice of them. Returns whether the head is sharded so.
     """
     _, _, mesh = module.prepare_distribute_model(distributed)
     assert mesh is not None
     tensors, shards = distributed.tp_size or 1, distributed.fsdp_size or 1
     module.config.distributed_config = distributed
-    tied = {name.rpartition(".")[0] for pair in module.all_tied_weights_keys.items() for name in pair}
-    kept = {name: style for name, style in module.fsdp_plan.items() if name not in tied}
-    module.fsdp_plan = kept  # type: ignore[misc]  # it has a setter, apart from its getter
+    tied = {
+        name.rpartition(".")[0] for pair in module.all_tied_weights_keys.items() for name in pair
+    }
+    untied_plan = {name: style for name, style in module.fsdp_plan.items() if name not in tied}
+    module.fsdp_plan = untied_plan  # type: ignore[misc]  # a property with a setter
     tp_plan, ep_plan, fsdp_plan = module._resolve_parallel_plans(distributed)
-    in_parts = tensors > 1 and tp_plan.get("lm_head") == "colwise_gather_output"
-    if in_parts:
+    vocab_parallel = tensors > 1 and tp_plan.get("lm_head") == "colwise_gather_output"
+    if vocab_parallel:
         tp_plan = tp_plan | {"lm_head": "colwise"}
     if tensors > 1:
         for target in module.all_tied_weights_keys:
             owner, _, key = target.rpartition(".")
             weights = module.get_submodule(owner)._parameters
-            weights[key] = nn.Parameter(torch.empty_like(module.get_parameter(target)), requires_grad=False)
+            weights[key] = nn.Parameter(
+                torch.empty_like(module.get_parameter(target)), requires_grad=False
+            )
         apply_tensor_parallelism(module, mesh.get_mesh("tp"), tp_plan)
         _tie(module)
     if shards > 1:
         apply_fully_sharded_data_parallelism(module, mesh, fsdp_plan, ep_plan)
-    return in_parts
+    return vocab_parallel
 
 
 def _tie(module: PreTrainedModel) -> None:
@@ -118,27 +126,29 @@ def _tie(module: PreTrainedModel) -> None:
         module.get_submodule(owner)._parameters[key] = module.get_parameter(source)
 
 
-def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> Shard:
-    """This rank's part of a parameter."""
-    held = param.detach()
-    local = held.to_local() if isinstance(held, DTensor) else held
-    regions, owned = regions_of(shape, *placements(param), _axis(world, "tensor"), _axis(world, "shard"))
-    shard = Shard(name, shape, local.view(-1), regions, owned)
+def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World) -> ParameterShard:
+    """This rank's shard of a parameter."""
+    tensor = param.detach()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    regions, counted = regions_of(
+        shape, *placements(param), _axis(world, "tensor"), _axis(world, "shard")
+    )
+    shard = ParameterShard(name, shape, local.view(-1), regions, counted)
     assert shard.numel == local.numel(), name
     return shard
 
 
 def _axis(world: World, name: str) -> tuple[int, int]:
-    """The ranks along an axis of the mesh, and this one's place among them."""
+    """The number of ranks along an axis of the mesh, and this rank's position."""
     return world.mesh[name].size(), world.mesh[name].get_local_rank()
 
 
 def placements(param: nn.Parameter) -> tuple[Placement, Placement]:
-    """How tensor parallel and FSDP cut a parameter."""
-    found: dict[str, Placement] = {}
+    """How tensor parallelism and FSDP shard a parameter."""
+    by_axis: dict[str, Placement] = {}
     if isinstance(param, DTensor):
-        found = dict(zip(param.device_mesh.mesh_dim_names or (), param.placements, strict=True))
-    return found.get("tp", Replicate()), found.get("fsdp", Replicate())
+        by_axis = dict(zip(param.device_mesh.mesh_dim_names or (), param.placements, strict=True))
+    return by_axis.get("tp", Replicate()), by_axis.get("fsdp", Replicate())
 
 
 def regions_of(
@@ -148,19 +158,22 @@ def regions_of(
     tensor: tuple[int, int],
     shard: tuple[int, int],
 ) -> tuple[tuple[Region, ...], bool]:
-    """The regions of a parameter that one rank holds, and whether the rank counts them in sums.
+    """The regions of a parameter that one rank holds, and whether the rank counts their elements.
 
-    Tensor parallel cuts a slice, FSDP cuts rows of what that leaves. `tensor` and `shard` are (ranks, rank) of
-    the two axes.
+    Tensor parallelism shards one dimension, FSDP the rows of the resulting slice.
+
+    Args:
+        tensor, shard: (number of ranks, rank) of the two axes.
     """
-    sizes, owned = list(shape), True
+    sizes, counted = list(shape), True
     regions = box_regions(shape, [0] * len(shape), shape)
     if by_tensor.is_replicate():
-        owned = tensor[1] == 0
+        counted = tensor[1] == 0
     else:
-        assert isinstance(by_tensor, Cut | StridedCut)
+        assert isinstance(by_tensor, Shard | _StridedShard)
         dim = by_tensor.dim % len(shape)
-        parts = getattr(by_tensor, "split_factor", 1)  # a packed projection: each of its parts is cut
+        # A packed projection consists of several parts, and each is sharded.
+        parts = getattr(by_tensor, "split_factor", 1)
         first, count = _chunk(shape[dim] // parts, *tensor)
         sizes[dim] = parts * count
         packed = (*shape[:dim], parts, shape[dim] // parts, *shape[dim + 1 :])
@@ -168,17 +181,17 @@ def regions_of(
         lows[dim + 1], counts[dim + 1] = first, count
         regions = box_regions(packed, lows, counts)
     if by_shard.is_replicate():
-        owned = owned and shard[1] == 0
+        counted = counted and shard[1] == 0
     else:
-        assert isinstance(by_shard, Cut | StridedCut) and by_shard.dim == 0
+        assert isinstance(by_shard, Shard | _StridedShard) and by_shard.dim == 0
         row_size = prod(sizes[1:])
         first, rows = _chunk(sizes[0], *shard)
         regions = cut(regions, first * row_size, (first + rows) * row_size)
-    return regions, owned
+    return regions, counted
 
 
 def _chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Where a rank's part of a dimension begins, and its size, as torch.chunk cuts."""
+    """The start and size of a rank's chunk of a dimension, as `torch.chunk` computes them."""
     step = -(-size // ranks)
     first = min(step * rank, size)
     return first, min(step, size - first)

@@ -1,7 +1,8 @@
-"""The noise on NVIDIA GPUs, in Triton: bit for bit what reference.py computes.
+"""The noise on NVIDIA GPUs, in Triton: the same bits as reference.py.
 
-A program takes one stretch of counters of one row of a region, makes each counter's eight elements at once, and
-adds all terms before it touches memory. Compiled without fused multiply-add.
+A program processes one stretch of counters in one row of a region. It computes the eight elements
+of each counter together, and adds all terms before it writes to memory. The kernel is compiled
+without fused multiply-add.
 """
 
 from functools import cache
@@ -19,24 +20,26 @@ OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False}
 
 
 def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: torch.Tensor) -> None:
-    """`noise.add_noise` with its arguments made regular: coefficients are exact float32 values."""
+    """`noise.add_noise` with checked arguments; the coefficients are exact float32 values."""
     members = torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)).to(x.device)
     weights = torch.tensor(coefficients, dtype=torch.float32, device=x.device)
     key = name_key(name)
     offset = 0
     for region in regions:
-        # A row that starts within a counter touches one more of them.
+        # A row that starts in the middle of a counter needs one more counter.
         stretches = triton.cdiv(triton.cdiv(region.cols, LANES) + 1, COUNTERS)
-        where = slice(offset, offset + region.rows * region.cols)
+        part = slice(offset, offset + region.rows * region.cols)
         _add[(region.rows * stretches,)](
-            x[where], out[where], region.start, region.cols, region.stride, stretches,
+            x[part], out[part], region.start, region.cols, region.stride, stretches,
             key & 0xFFFFFFFF, key >> 32, members, weights, len(seeds), _table(x.device),
             COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
         )  # fmt: skip
-        offset = where.stop
+        offset = part.stop
 
 
-@triton.jit(do_not_specialize=["start", "cols", "stride", "stretches", "name_low", "name_high", "terms"])
+@triton.jit(
+    do_not_specialize=["start", "cols", "stride", "stretches", "name_low", "name_high", "terms"]
+)
 def _add(
     x, out, start, cols, stride, stretches, name_low, name_high, seeds, coefficients, terms, table,
     COUNTERS: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
@@ -69,7 +72,7 @@ def _add(
 
 @triton.jit
 def _nearest_bfloat16(value):
-    """Rounded to nearest even, by its bits: Triton's interpreter truncates where its compiler rounds."""
+    """The value rounded to nearest even, from its bits: Triton's interpreter would truncate it."""
     bits = value.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(value == value, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,8 +1,8 @@
-"""The paper's conciseness task (arXiv 2509.24372, section 4.2): answer in as few characters as it takes."""
+"""The paper's conciseness task (arXiv 2509.24372, section 4.2): answer as briefly as possible."""
 
 from collections.abc import Sequence
 
-# Tables 4 and 5 of the paper: question and shortest right answer.
+# Tables 4 and 5 of the paper: questions with their shortest right answers.
 QUESTIONS = {
     "train": [
         ("Solve: 3 + 5 =", "8"),
@@ -22,21 +22,28 @@ QUESTIONS = {
 
 
 class Conciseness:
-    """Short questions put as chat; a response should be as long as the shortest right answer."""
+    """Short questions, put as chat. A response should be as long as the shortest right answer."""
 
     def prompts(self, split: str) -> list[str | list[dict[str, str]]]:
-        """One chat of one user message per question."""
+        """A chat of one user message for each question."""
         return [[{"role": "user", "content": question}] for question, _ in QUESTIONS[split]]
 
-    def score(self, split: str, responses: list[str], which: Sequence[int] | None = None) -> list[float]:
-        """−|len(response) − len(solution)|, in characters.
+    def score(
+        self, split: str, responses: list[str], which: Sequence[int] | None = None
+    ) -> list[float]:
+        """−|len(response) − len(answer)|, in characters.
 
         Raises:
-            ValueError: not as many responses as there were questions.
+            ValueError: the number of responses is not that of the questions.
         """
-        asked = QUESTIONS[split] if which is None else [QUESTIONS[split][number] for number in which]
-        if len(responses) != len(asked):
-            raise ValueError(f"{len(responses)} responses for the {len(asked)} prompts of {split}")
+        questions = (
+            QUESTIONS[split] if which is None else [QUESTIONS[split][number] for number in which]
+        )
+        if len(responses) != len(questions):
+            raise ValueError(
+                f"{len(responses)} responses for the {len(questions)} prompts of {split}"
+            )
         return [
-            -float(abs(len(response) - len(solution))) for response, (_, solution) in zip(responses, asked, strict=True)
+            -float(abs(len(response) - len(answer)))
+            for response, (_, answer) in zip(responses, questions, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What the tests on a SLURM and on two hosts share: a small run, and where it arrives on one rank."""
+"""A small run that the tests on SLURM and on two hosts share, and its center on one rank."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shardes import journal
+from shardes.storage import journal
 
 TASK = '''
 import time
@@ -25,11 +25,15 @@ class SlowLetters(Letters):
         time.sleep(1)
         return super().score(split, responses)
 
+def joined(log):
+    return log.exists() and "joined the run" in log.read_text()
+
 class PatientLetters(Letters):
     """Its run does not end before a replica has joined it."""
     def score(self, split, responses):
-        log, deadline = Path(Path(__file__).with_name("log_to_watch").read_text()), time.monotonic() + 400
-        while time.monotonic() < deadline and not (log.exists() and "joined the run" in log.read_text()):
+        log = Path(Path(__file__).with_name("log_to_watch").read_text())
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and not joined(log):
             time.sleep(0.1)
         time.sleep(0.2)
         return super().score(split, responses)
@@ -67,7 +71,9 @@ def config(settings, tmp_path, run_dir) -> str:
 def undisturbed(zygote, settings, tmp_path_factory) -> journal.Journal:
     """What one rank of one host records."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"run": settings["run"] | {"dir": f"{folder}/run"}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(settings | {"run": settings["run"] | {"dir": f"{folder}/run"}})
+    )
     run = zygote.start(str(folder / "config.yaml"), log=folder / "log")
     assert run.wait(300) == [0], run.text()
     return journal.read(folder / "run" / "journal.jsonl")
@@ -79,9 +85,14 @@ def arrived(undisturbed, run_dir):
 
     def check():
         history = journal.read(run_dir / "journal.jsonl")
-        assert [record.rewards for record in history.records] == [record.rewards for record in undisturbed.records]
+        assert [record.rewards for record in history.records] == [
+            record.rewards for record in undisturbed.records
+        ]
         assert history.finish == undisturbed.finish
-        assert json.loads((run_dir / "summary.json").read_text())["digest"] == undisturbed.finish.digest
+        assert (
+            json.loads((run_dir / "summary.json").read_text())["digest"]
+            == undisturbed.finish.digest
+        )
         return history
 
     return check

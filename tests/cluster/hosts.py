@@ -1,4 +1,6 @@
-"""Two hosts on this machine: network namespaces with a cable between them, names and ssh servers of their own."""
+"""Two hosts on this machine: network namespaces with a cable between them, names and ssh servers of
+their own.
+"""
 
 import contextlib
 import os
@@ -38,7 +40,9 @@ ConnectTimeout 5
 
 
 def quietly(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=30, env=os.environ | {"PATH": PATH})
+    subprocess.run(
+        command, check=True, capture_output=True, timeout=30, env=os.environ | {"PATH": PATH}
+    )
 
 
 class Hosts:
@@ -63,9 +67,13 @@ class Hosts:
         for key in ("key", "host_key"):
             quietly("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / key))
         (home / "ssh_config").write_text(SSH.format(home=home))
-        wrapper = home / "bin" / "ssh"  # what deepspeed and pdsh call has no place for a config file
+        wrapper = (
+            home / "bin" / "ssh"
+        )  # what deepspeed and pdsh call has no place for a config file
         wrapper.parent.mkdir()
-        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh", path=PATH)} -F {home}/ssh_config "$@"\n')
+        wrapper.write_text(
+            f'#!/bin/sh\nexec {shutil.which("ssh", path=PATH)} -F {home}/ssh_config "$@"\n'
+        )
         wrapper.chmod(0o755)
         for space in self._spaces:
             quietly("ip", "netns", "add", space)
@@ -78,10 +86,15 @@ class Hosts:
             known = Path("/etc/netns") / space  # where `ip netns exec` looks
             known.mkdir(parents=True)
             peer = f"{ADDRESSES[1 - number]} {NAMES[1 - number]}"
-            (known / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {NAMES[number]}\n{peer}\n")
+            (known / "hosts").write_text(
+                f"127.0.0.1 localhost\n127.0.1.1 {NAMES[number]}\n{peer}\n"
+            )
             (home / "sshd_config").write_text(SSHD.format(home=home))
             sshd = shutil.which("sshd", path=PATH)
-            server = f"mount -t tmpfs none /run && mkdir /run/sshd && exec {sshd} -D -e -f {home}/sshd_config"
+            server = (
+                "mount -t tmpfs none /run && mkdir /run/sshd && "
+                f"exec {sshd} -D -e -f {home}/sshd_config"
+            )
             self.start(number, ["sh", "-c", server], home / f"sshd{number}.log")
         for name in NAMES:
             self._await_ssh(name)
@@ -93,17 +106,38 @@ class Hosts:
             if found.wait(20) == 0:
                 return
             time.sleep(0.2)
-        raise AssertionError((self.home / "probe.log").read_text() + (self.home / "sshd0.log").read_text())
+        raise AssertionError(
+            (self.home / "probe.log").read_text() + (self.home / "sshd0.log").read_text()
+        )
 
-    def start(self, number: int, command: Sequence[str], log: Path, **environ: str) -> subprocess.Popen:
+    def start(
+        self, number: int, command: Sequence[str], log: Path, **environ: str
+    ) -> subprocess.Popen:
         """Start a command on a host, in the repository; what it prints goes to the end of `log`."""
         inside = f'hostname {NAMES[number]} && exec "$@"'
-        env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+        }
         with open(log, "a") as out:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self._spaces[number], "unshare", "--uts", "sh", "-c", inside, "sh", *command],
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    self._spaces[number],
+                    "unshare",
+                    "--uts",
+                    "sh",
+                    "-c",
+                    inside,
+                    "sh",
+                    *command,
+                ],
                 cwd=ROOT,
-                env=env | {"PATH": f"{self.home}/bin:{Path(sys.executable).parent}:{PATH}", **environ},
+                env=env
+                | {"PATH": f"{self.home}/bin:{Path(sys.executable).parent}:{PATH}", **environ},
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -129,7 +163,9 @@ class Hosts:
         found = []
         for space in self._spaces:
             if (Path("/run/netns") / space).exists():
-                done = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, timeout=30)
+                done = subprocess.run(
+                    ["ip", "netns", "pids", space], capture_output=True, text=True, timeout=30
+                )
                 found += map(int, done.stdout.split())
         return found
 

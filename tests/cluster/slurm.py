@@ -51,7 +51,8 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
 class Slurm:
     """A context in which it runs; afterwards no process of it, nor of its jobs, is left.
 
-    Daemons stay in the foreground, as children. Its commands and jobs also get the environment variables `environ`.
+    Daemons stay in the foreground, as children. Its commands and jobs also get the environment
+    variables `environ`.
     """
 
     def __init__(self, **environ: str):
@@ -62,10 +63,16 @@ class Slurm:
         self.home.chmod(0o755)  # munged asks for it
         self._daemons: list[subprocess.Popen] = []
         environ = {
-            key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
         }
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
-        self._environ = environ | {"SLURM_CONF": str(self.home / "slurm.conf"), "PATH": path} | self._given
+        path = os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"]
+        )
+        self._environ = (
+            environ | {"SLURM_CONF": str(self.home / "slurm.conf"), "PATH": path} | self._given
+        )
         try:
             self._start()
         except BaseException:
@@ -82,20 +89,32 @@ class Slurm:
             (home / name).mkdir()
         ports = [free_port() for _ in range(3)]
         first = random.randrange(1000, 1000000)  # jobs' ports come from their numbers
-        conf = CONF.format(home=home, host=socket.gethostname(), user=getpass.getuser(), ports=ports, first=first)
+        conf = CONF.format(
+            home=home, host=socket.gethostname(), user=getpass.getuser(), ports=ports, first=first
+        )
         (home / "slurm.conf").write_text(conf)
         munge = {f"--{name}-file": home / f"munge.{name}" for name in ("key", "pid", "log", "seed")}
-        self._daemon("munged", "--foreground", f"--socket={home}/munge.socket", *(f"{k}={v}" for k, v in munge.items()))
+        self._daemon(
+            "munged",
+            "--foreground",
+            f"--socket={home}/munge.socket",
+            *(f"{k}={v}" for k, v in munge.items()),
+        )
         self._await("munged", lambda: (home / "munge.socket").exists())
         self._daemon("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        self._await("both nodes", lambda: self.command("sinfo", "-h", "-p", "main", "-o", "%t %D").stdout == "idle 2\n")
+        self._await(
+            "both nodes",
+            lambda: self.command("sinfo", "-h", "-p", "main", "-o", "%t %D").stdout == "idle 2\n",
+        )
 
     def _daemon(self, *command: str) -> None:
         log = open(self.home / f"{len(self._daemons)}-{command[0]}.out", "a")
         program = shutil.which(command[0], path=self._environ["PATH"])
-        process = subprocess.Popen([program, *command[1:]], env=self._environ, stdout=log, stderr=log, cwd=self.home)
+        process = subprocess.Popen(
+            [program, *command[1:]], env=self._environ, stdout=log, stderr=log, cwd=self.home
+        )
         self._daemons.append(process)
 
     def _await(self, what: str, holds, seconds: float = 60) -> None:
@@ -110,12 +129,20 @@ class Slurm:
 
     def command(self, *command: str, seconds: float = 60) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, env=self._environ, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            env=self._environ,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
 
     def submit(self, *arguments: str, output: Path) -> str:
         """`sbatch ARGUMENTS` in the repository; returns the job's number."""
-        done = self.command("sbatch", "--parsable", f"--output={output}", "--open-mode=append", *arguments)
+        done = self.command(
+            "sbatch", "--parsable", f"--output={output}", "--open-mode=append", *arguments
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -126,19 +153,33 @@ class Slurm:
 
     def wait(self, job: str, seconds: float = 900, states: tuple[str, ...] = ()) -> dict[str, str]:
         """The job's state once it is at one of `states`, or has ended."""
-        ends = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
+        ends = states or (
+            "COMPLETED",
+            "FAILED",
+            "CANCELLED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "BOOT_FAIL",
+            "OUT_OF_MEMORY",
+        )
         deadline = time.monotonic() + seconds
         while (state := self.state(job)).get("JobState") not in ends:
-            assert time.monotonic() < deadline, f"job {job}: after {seconds} s {state}\n{self.logs()}"
+            assert time.monotonic() < deadline, (
+                f"job {job}: after {seconds} s {state}\n{self.logs()}"
+            )
             time.sleep(0.2)
         return state
 
     def processes(self) -> list[int]:
-        """The processes that live with this SLURM's configuration: its daemons, steps and their ranks."""
+        """The processes that live with this SLURM's configuration: its daemons, steps and their
+        ranks.
+        """
         mark, found = f"SLURM_CONF={self.home}/slurm.conf".encode(), []
         for directory in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if directory.name.isdigit() and mark in (directory / "environ").read_bytes().split(b"\0"):
+                if directory.name.isdigit() and mark in (directory / "environ").read_bytes().split(
+                    b"\0"
+                ):
                     found.append(int(directory.name))
         return found
 
@@ -147,7 +188,9 @@ class Slurm:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.command("scancel", "--user", getpass.getuser(), seconds=20)
                 deadline = time.monotonic() + 15
-                while self.command("squeue", "-h", seconds=20).stdout and time.monotonic() < deadline:
+                while (
+                    self.command("squeue", "-h", seconds=20).stdout and time.monotonic() < deadline
+                ):
                     time.sleep(0.2)
         for daemon in reversed(self._daemons):
             daemon.terminate()

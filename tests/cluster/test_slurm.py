@@ -45,7 +45,9 @@ def told(tmp_path, run_dir):
 
     def read() -> str:
         files = [*tmp_path.glob("*.out"), *run_dir.glob("logs/*/*")]
-        return "\n".join(f"{file.name}:\n{file.read_text(errors='replace')}" for file in files if file.is_file())
+        return "\n".join(
+            f"{file.name}:\n{file.read_text(errors='replace')}" for file in files if file.is_file()
+        )
 
     return read
 
@@ -60,13 +62,19 @@ def await_iteration(slurm, job: str, run_dir, number: int, seconds: float = 600)
 
 
 def start_again(slurm, job: str) -> dict[str, str]:
-    """Have SLURM start a requeued job in five seconds instead of two minutes; returns its state when it has ended."""
-    done = slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now+5")  # at once its credential is revoked
+    """Have SLURM start a requeued job in five seconds instead of two minutes; returns its state
+    when it has ended.
+    """
+    done = slurm.command(
+        "scontrol", "update", f"JobId={job}", "StartTime=now+5"
+    )  # at once its credential is revoked
     assert done.returncode == 0, done.stderr
     return slurm.wait(job)
 
 
-@pytest.mark.parametrize("script", [ONE_NODE, NODES, DEEPSPEED], ids=["one node", "srun", "deepspeed"])
+@pytest.mark.parametrize(
+    "script", [ONE_NODE, NODES, DEEPSPEED], ids=["one node", "srun", "deepspeed"]
+)
 def test_a_run_from_start_to_end(slurm, submit, told, config, run_dir, arrived, script):
     job = submit(script, config)
     assert slurm.wait(job)["JobState"] == "COMPLETED", told()
@@ -113,7 +121,13 @@ def test_a_more_urgent_job_takes_the_nodes(slurm, submit, told, config, run_dir,
     """SLURM kills the run and requeues it; what is in the journal is kept."""
     job = submit(NODES, config)
     await_iteration(slurm, job, run_dir, 1)
-    urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 3", output=run_dir / "urgent")
+    urgent = slurm.submit(
+        "--partition=urgent",
+        "--nodes=2",
+        "--exclusive",
+        "--wrap=sleep 3",
+        output=run_dir / "urgent",
+    )
     slurm.wait(job, 120, ("PENDING",))
     assert slurm.wait(urgent, 120)["JobState"] == "COMPLETED"
     state = start_again(slurm, job)
@@ -125,7 +139,11 @@ def test_a_more_urgent_job_takes_the_nodes(slurm, submit, told, config, run_dir,
     "script, keys, said",
     [
         (NODES, ["es.sigm=1"], "error: es.sigm: no such key; did you mean es.sigma?"),
-        (DEEPSPEED, ["sharding.shard=3"], "error: sharding.shard=3 × sharding.tensor=1: does not divide the 2 ranks"),
+        (
+            DEEPSPEED,
+            ["sharding.shard=3"],
+            "error: sharding.shard=3 × sharding.tensor=1: does not divide the 2 ranks",
+        ),
     ],
     ids=["key", "layout"],
 )
@@ -141,12 +159,16 @@ def test_a_task_that_does_not_come_is_named(slurm, run_dir, tmp_path, config):
     """Ranks that wait for a node name it as SLURM does."""
     script = tmp_path / "wait.sh"
     script.write_text(
-        "if [[ $SLURM_PROCID == 0 ]]; then export RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1\n"
+        "if [[ $SLURM_PROCID == 0 ]]; then "
+        "export RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1\n"
         "export MASTER_ADDR=127.0.0.1 MASTER_PORT=0\n"
-        'exec python -c "from shardes import rendezvous, world; rendezvous.NOTICE = 1; world.join_job(3)"; fi\n'
+        'exec python -c "from shardes.distributed import rendezvous, world; '
+        'rendezvous.NOTICE = 1; world.join_job(3)"; fi\n'
     )
     done = slurm.command("srun", "--nodes=2", "--ntasks=2", "bash", str(script))
-    assert "for rank 1 of node 1 (n2)" in done.stderr and "have not come to" in done.stderr, done.stderr
+    assert "for rank 1 of node 1 (n2)" in done.stderr and "not arrived at" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_an_array_of_replicas(slurm, submit, told, config, run_dir, arrived, settings):

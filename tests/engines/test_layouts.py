@@ -1,4 +1,4 @@
-"""The sharding is a matter of memory and speed alone: every layout arrives at the same center, to the bit."""
+"""Every layout computes the same center, to the bit: sharding changes memory and speed alone."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import paper_coefficients
-from shardes.generation import gumbel
+from shardes.es.population import member_seeds
+from shardes.inference.generation import gumbel
 from shardes.noise import gaussian
-from shardes.population import member_seeds
-from shardes.shards import digest, run
+from shardes.sharding.digest import digest, format_digest
+from shardes.sharding.regions import Region
 from workers.layout import ENDS, PROMPTS, RESPONSES, REWARDS, SEEDS
 
 LAYOUTS = {  # engine, replicas, shard, tensor
@@ -28,8 +29,9 @@ LAYOUTS = {  # engine, replicas, shard, tensor
 
 
 def models(engine: str, shard: int, tensor: int) -> list[str]:
-    """The models that an engine can cut: uneven heads are AutoTP's strength, experts its limit."""
-    names = ["biased_qwen"] if shard * tensor == 4 else ["tied_llama", "biased_qwen"]  # four ranks take their time
+    """The models that an engine supports: only AutoTP splits heads unevenly, and not experts."""
+    # Four ranks are slow here, so they get fewer models.
+    names = ["biased_qwen"] if shard * tensor == 4 else ["tied_llama", "biased_qwen"]
     if engine == "deepspeed":
         names.append("uneven_llama")
     if engine == "fsdp" or tensor == 1:
@@ -37,12 +39,13 @@ def models(engine: str, shard: int, tensor: int) -> list[str]:
     return names
 
 
-# What they do is in the others, too; and tests/launchers runs two replicas every time.
+# The other layouts cover the same code, and tests/launchers always runs two replicas.
 SLOW = {"2 replicas × ZeRO 2", "FSDP, 1 rank", "TP 2", "FSDP, TP 2"}
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS],
 )
 def layout(request) -> tuple[str, int, int, int]:
     return LAYOUTS[request.param]
@@ -60,134 +63,165 @@ def results(zygote, layout, directories, tmp_path_factory) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def directories(uneven_llama, tied_llama, biased_qwen, moe_qwen) -> dict[str, Path]:
-    return {"uneven_llama": uneven_llama, "tied_llama": tied_llama, "biased_qwen": biased_qwen, "moe_qwen": moe_qwen}
+    return {
+        "uneven_llama": uneven_llama,
+        "tied_llama": tied_llama,
+        "biased_qwen": biased_qwen,
+        "moe_qwen": moe_qwen,
+    }
 
 
 @pytest.fixture(scope="module")
 def references(directories) -> dict[str, dict]:
-    return {name: reference(directory) for name, directory in directories.items()}
+    return {name: expected_results(directory) for name, directory in directories.items()}
 
 
-def reference(directory: Path) -> dict:
-    """What the whole model gives in one piece: transformers' own tokens, and the centers by the definition."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    weights = {name: param.detach().clone().view(-1) for name, param in model.named_parameters()}
+class Reference:
+    """The whole model in one piece: transformers' own tokens, and the centers by the definition."""
 
-    def whole_digest() -> str:
-        return f"{sum(digest(n, [run(0, w.numel())], w) for n, w in weights.items()) % 2**64:016x}"
+    def __init__(self, directory: Path):
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.weights = {
+            name: param.detach().clone().view(-1) for name, param in self.model.named_parameters()
+        }
 
-    def generate() -> list[list[int]]:
+    def digest(self) -> str:
+        total = sum(
+            digest(name, [Region.contiguous(0, weight.numel())], weight)
+            for name, weight in self.weights.items()
+        )
+        return format_digest(total)
+
+    def generate(self) -> list[list[int]]:
         responses = []
         for prompt in PROMPTS:
             ids = torch.tensor([prompt])
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=ENDS
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=24,
+                eos_token_id=ENDS,
             )
             responses.append(out[0, len(prompt) :].tolist())
         return responses
 
-    def logits(prompt: list[int], response: list[int]) -> torch.Tensor:
+    def logits(self, prompt: list[int], response: list[int]) -> torch.Tensor:
         with torch.no_grad():
-            return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :]
+            return self.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :]
 
-    def sample(prompt: list[int], seed: int) -> list[int]:
+    def sample(self, prompt: list[int], seed: int) -> list[int]:
         response: list[int] = []
         while len(response) < 24 and (not response or response[-1] not in ENDS):
-            noise = gumbel([seed], len(response), model.config.vocab_size, model.device)
-            response.append((logits(prompt, response)[-1] + noise[0]).argmax().item())
+            size = self.model.config.vocab_size
+            noise = gumbel([seed], len(response), size, self.model.device)
+            response.append((self.logits(prompt, response)[-1] + noise[0]).argmax().item())
         return response
 
-    def log_probs(prompt: list[int], response: list[int]) -> list[float]:
-        found = logits(prompt, response)[:-1].log_softmax(-1)
-        return [row[token].item() for row, token in zip(found, response, strict=True)]
+    def log_probs(self, prompt: list[int], response: list[int]) -> list[float]:
+        values = self.logits(prompt, response)[:-1].log_softmax(-1)
+        return [row[token].item() for row, token in zip(values, response, strict=True)]
 
-    found = {
-        "base": whole_digest(),
-        "tokens": generate(),
-        "sampled": list(map(sample, PROMPTS, SEEDS)),
-        "log_probs": list(map(log_probs, PROMPTS, RESPONSES)),
-        "numel": sum(w.numel() for w in weights.values()),
-    }
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param += 0.05 * gaussian(7, name, 0, param.numel()).view(param.shape)
-    found["member tokens"] = generate()
-    found["digests"] = []
-    for iteration, rewards in enumerate(REWARDS):
+    def perturb(self, seed: int, sigma: float) -> None:
+        """Perturb the model, but not `weights`."""
+        with torch.no_grad():
+            for name, param in self.model.named_parameters():
+                param += sigma * gaussian(seed, name, 0, param.numel()).view(param.shape)
+
+    def update(self, iteration: int, rewards: list[float]) -> None:
         seeds = member_seeds(5, iteration, len(rewards))
         coefficients = paper_coefficients(rewards, 0.05)
-        for name, weight in weights.items():
+        for name, weight in self.weights.items():
             total = torch.zeros_like(weight)
             for seed, coefficient in zip(seeds, coefficients, strict=True):
                 total += gaussian(seed, name, 0, weight.numel()) * coefficient
             weight += total
-        found["digests"].append(whole_digest())
-    return found
+
+
+def expected_results(directory: Path) -> dict:
+    """What every layout must give; see tests/workers/layout.py."""
+    reference = Reference(directory)
+    expected = {
+        "base": reference.digest(),
+        "tokens": reference.generate(),
+        "sampled": list(map(reference.sample, PROMPTS, SEEDS)),
+        "log_probs": list(map(reference.log_probs, PROMPTS, RESPONSES)),
+        "numel": sum(weight.numel() for weight in reference.weights.values()),
+    }
+    reference.perturb(7, 0.05)
+    expected["member tokens"] = reference.generate()
+    expected["digests"] = []
+    for iteration, rewards in enumerate(REWARDS):
+        reference.update(iteration, rewards)
+        expected["digests"].append(reference.digest())
+    return expected
 
 
 def cases(results: list[dict]):
-    """Each rank's findings, one per model, dtype and gather mode."""
+    """Each rank's results by model, dtype and gather mode: (rank, model, dtype, values)."""
     for result in results:
-        for key, found in result.items():
+        for key, values in result.items():
             if key != "rank":
-                yield result["rank"], key.split()[0], key.split()[1], found
+                yield result["rank"], key.split()[0], key.split()[1], values
 
 
 def test_centers_are_the_same_to_the_bit_in_every_dtype(results, references):
-    for rank, model, dtype, found in cases(results):
+    for rank, model, dtype, values in cases(results):
         expected = references[model]
-        assert found["base"] == expected["base"], (rank, model, dtype)
-        assert found["digests"] == expected["digests"], (rank, model, dtype)
+        assert values["base"] == expected["base"], (rank, model, dtype)
+        assert values["digests"] == expected["digests"], (rank, model, dtype)
 
 
 def test_responses_end_at_different_lengths(references):
-    """Else the ranks of the shard axis would keep step by themselves."""
+    """Otherwise the forward passes of the shard axis would be in step without synchronization."""
     for name, expected in references.items():
         assert len({len(tokens) for tokens in expected["tokens"]}) > 1, name
 
 
-@pytest.mark.parametrize("which", ["tokens", "member tokens", "sampled"])
-def test_tokens_are_those_of_transformers_on_every_rank(results, references, which):
-    for rank, model, dtype, found in cases(results):
+@pytest.mark.parametrize("key", ["tokens", "member tokens", "sampled"])
+def test_tokens_are_those_of_transformers_on_every_rank(results, references, key):
+    for rank, model, dtype, values in cases(results):
         if dtype == "float32":
-            assert found[which] == references[model][which], (rank, model)
+            assert values[key] == references[model][key], (rank, model)
 
 
 def test_log_probabilities_are_those_of_transformers_on_every_rank(results, references):
-    for rank, model, dtype, found in cases(results):
-        for mine, whole in zip(found["log_probs"], references[model]["log_probs"], strict=True):
-            assert mine == pytest.approx(whole, abs=1e-4 if dtype == "float32" else 0.2), (rank, model, dtype)
+    for rank, model, dtype, values in cases(results):
+        tolerance = 1e-4 if dtype == "float32" else 0.2
+        pairs = zip(values["log_probs"], references[model]["log_probs"], strict=True)
+        for log_probs, expected in pairs:
+            assert log_probs == pytest.approx(expected, abs=tolerance), (rank, model, dtype)
 
 
-def test_the_center_is_whole_again_after_a_failure(results):
-    for _, _, _, found in cases(results):
-        assert found["after a failure"] == found["base"]
-        assert found["live again"]
-        assert found["tokens again"] == found["tokens"]
+def test_the_center_is_restored_after_a_failure(results):
+    for _, _, _, values in cases(results):
+        assert values["after a failure"] == values["base"]
+        assert values["live again"]
+        assert values["tokens again"] == values["tokens"]
 
 
-def test_every_element_is_owned_once(results, references, layout):
+def test_every_element_is_counted_once(results, references, layout):
     replicas = layout[1]
     totals: dict[str, int] = {}
     for result in results:
-        for key, found in result.items():
+        for key, values in result.items():
             if key != "rank":
-                totals[key] = totals.get(key, 0) + found["numel"]
+                totals[key] = totals.get(key, 0) + values["numel"]
     for key, total in totals.items():
         assert total == replicas * references[key.split()[0]]["numel"], key
 
 
 def test_nothing_of_training_is_kept(results):
-    for _, _, _, found in cases(results):
-        assert found["gradients"] == 0
-        assert found.get("optimizer") in (None, ["DeepSpeedZeRoOffload", None])
+    for _, _, _, values in cases(results):
+        assert values["gradients"] == 0
+        assert values.get("optimizer") in (None, ["DeepSpeedZeRoOffload", None])
 
 
 def test_the_distance_from_the_base_is_that_of_the_update(results):
-    distances = [found["distance"] for _, _, _, found in cases(results)]
+    distances = [values["distance"] for _, _, _, values in cases(results)]
     assert all(distance["distance"] > 0 for distance in distances)
     by_model: dict[str, list[float]] = {}
-    for _, model, _, found in cases(results):
-        by_model.setdefault(model, []).append(found["distance"]["distance_relative"])
-    for values in by_model.values():
-        assert max(values) == pytest.approx(min(values), rel=1e-9)
+    for _, model, _, values in cases(results):
+        by_model.setdefault(model, []).append(values["distance"]["distance_relative"])
+    for relative in by_model.values():
+        assert max(relative) == pytest.approx(min(relative), rel=1e-9)

@@ -1,4 +1,7 @@
-"""SmolLM2, with its 9 heads, 3 key-value heads and tied embeddings, under uneven and even tensor parallelism."""
+"""SmolLM2 under tensor parallelism: 9 heads, 3 key-value heads, tied embeddings.
+
+With 2 tensor ranks its heads are split unevenly, with 3 evenly.
+"""
 
 import sys
 
@@ -10,7 +13,12 @@ from launch import ROOT, run, torchrun
 from shardes.tasks.conciseness import Conciseness
 
 pytestmark = pytest.mark.model
-LAYOUTS = {"ZeRO 2": (2, 1), "TP 2": (1, 2), "TP 3": (1, 3), "ZeRO 2 × TP 2": (2, 2)}  # shard, tensor
+LAYOUTS = {  # shard, tensor
+    "ZeRO 2": (2, 1),
+    "TP 2": (1, 2),
+    "TP 3": (1, 3),
+    "ZeRO 2 × TP 2": (2, 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +34,28 @@ def expected(directory) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     batch = tokenizer.apply_chat_template(
-        Conciseness().prompts("test"), add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+        Conciseness().prompts("test"),
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
     )
-    out = model.generate(**batch, do_sample=False, max_new_tokens=16)[:, batch["input_ids"].shape[1] :].tolist()
+    out = model.generate(**batch, do_sample=False, max_new_tokens=16)[
+        :, batch["input_ids"].shape[1] :
+    ].tolist()
     eos = model.generation_config.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in out]
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=() if name == "TP 3" else pytest.mark.slow) for name in LAYOUTS]
+    "layout",
+    [pytest.param(name, marks=() if name == "TP 3" else pytest.mark.slow) for name in LAYOUTS],
 )
 def test_tokens_and_memory(directory, expected, layout):
     shard, tensor = LAYOUTS[layout]
-    for result in torchrun(shard * tensor, "real_model.py", str(shard), str(tensor), str(directory)):
+    for result in torchrun(
+        shard * tensor, "real_model.py", str(shard), str(tensor), str(directory)
+    ):
         assert result["tokens"] == expected
-        # No rank ever holds the whole model: its slice, its shard and one tensor at most.
+        # No rank holds the whole model, but at most its slice, its shard and one tensor.
         assert result["peak"] <= result["slice"] + result["shard"] + result["largest"], result

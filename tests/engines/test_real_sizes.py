@@ -1,4 +1,4 @@
-"""Models too large for here, up to 405 billion parameters, on 64 ranks: from config.json alone."""
+"""Regions of models with up to 405 billion parameters on 64 ranks, from config.json alone."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from launch import ROOT, run
 
 DATA = ROOT / "tests" / "data"
 DENSE = ["llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "qwen2.5-72b"]
-CASES = {  # engine, tensor ranks (the rest of the 64 are shard ranks), models
+CASES = {  # engine, tensor degree (the shard degree is 64 / tensor), models
     "ZeRO 64": ("deepspeed", 1, [*DENSE, "qwen3-30b-a3b"]),
     "ZeRO 32 × TP 2": ("deepspeed", 2, DENSE),
     "ZeRO 8 × TP 8": ("deepspeed", 8, DENSE),
@@ -27,7 +27,9 @@ PARAMETERS = {  # as published, in billions
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in CASES]
+)
 def test_every_element_is_held_once_and_evenly(case, tmp_path):
     engine, tensor, models = CASES[case]
     command = [

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch import deepspeed, script
-from shardes.config import ConfigError
-from shardes.judging import interval, proportion_interval
-from shardes.likelihood import k3, log_probs
+from shardes.errors import ConfigError
+from shardes.es.statistics import interval, proportion_interval
+from shardes.inference.log_probs import k3, log_probs
 
 evaluate = script("launchers/evaluate.py")
 
@@ -47,7 +47,9 @@ def home(tmp_path_factory, uneven_llama) -> Path:
     generator = torch.Generator().manual_seed(3)
     for file in tuned.glob("*.safetensors"):
         tensors = load_file(file)
-        moved = {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
+        moved = {
+            n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()
+        }
         save_file(moved, file, metadata={"format": "pt"})
     return home
 
@@ -58,7 +60,17 @@ def reports(home):
     found = {}
     for ranks, keys in ((1, []), (4, ["sharding.shard=2"])):
         out = home / f"{ranks}.json"
-        options = ["--model", str(home / "tuned"), "--split", "test", "more", "--samples", "3", "--out", str(out)]
+        options = [
+            "--model",
+            str(home / "tuned"),
+            "--split",
+            "test",
+            "more",
+            "--samples",
+            "3",
+            "--out",
+            str(out),
+        ]
         done = deepspeed(ranks, "launchers/evaluate.py", str(home / "config.yaml"), *keys, *options)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "test, sampled: reward " in done.stdout
@@ -86,7 +98,9 @@ def test_figures_are_those_of_the_responses(reports):
     right = sum(len(row["response"]) % 2 == 0 for row in rows)
     assert found["sampled"]["accuracy"] == right / 9
     greedy = [row for row in found["responses"] if not row["sample"]]
-    assert found["greedy"]["reward"] == pytest.approx(sum(len(row["response"]) for row in greedy) / 3)
+    assert found["greedy"]["reward"] == pytest.approx(
+        sum(len(row["response"]) for row in greedy) / 3
+    )
     assert "kl" not in found["greedy"]
 
 
@@ -99,7 +113,10 @@ def test_the_divergence_is_that_of_transformers_models(home, uneven_llama):
     ours = k3(*(log_probs(model, [prompt], [response])[0] for model in (tuned, base)))
     with torch.no_grad():
         t, b = (
-            model(torch.tensor([prompt + response])).logits[0, 2:-1].log_softmax(-1)[range(4), response].double()
+            model(torch.tensor([prompt + response]))
+            .logits[0, 2:-1]
+            .log_softmax(-1)[range(4), response]
+            .double()
             for model in (tuned, base)
         )
     assert ours == pytest.approx(torch.mean(torch.exp(b - t) - (b - t) - 1).item(), rel=1e-3)
@@ -108,7 +125,9 @@ def test_the_divergence_is_that_of_transformers_models(home, uneven_llama):
 def test_intervals():
     assert proportion_interval(81, 500) == pytest.approx((0.1323, 0.1969), abs=1e-4)
     assert proportion_interval(0, 10)[0] == pytest.approx(0)
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5))
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(
+        (2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5)
+    )
 
 
 @pytest.mark.parametrize(

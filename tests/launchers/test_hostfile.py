@@ -15,7 +15,9 @@ hostfile = script("launchers/hostfile.py")
 @pytest.fixture
 def config(tmp_path) -> str:
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({"model": {"path": "m"}, "run": {"dir": "r"}, "sharding": {"shard": 2}}))
+    file.write_text(
+        yaml.safe_dump({"model": {"path": "m"}, "run": {"dir": "r"}, "sharding": {"shard": 2}})
+    )
     return str(file)
 
 
@@ -42,22 +44,42 @@ def test_write_outside_of_slurm(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
     done = call(hostfile.main, "write", tmp_path / "hosts", "--slots", 2)
-    assert (done.returncode, done.stderr) == (2, "error: SLURM_JOB_NODELIST is not set: this is no SLURM job\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: SLURM_JOB_NODELIST is not set: this is no SLURM job\n",
+    )
 
 
-CHECK = "from shardes.hosts import check_launcher, expected_hosts; print(expected_hosts()); check_launcher()"
+CHECK = (
+    "from shardes.distributed.hosts import check_launcher, expected_hosts; "
+    "print(expected_hosts()); check_launcher()"
+)
 
 
 @pytest.mark.slow
 def test_what_deepspeeds_launcher_was_told(tmp_path):
     file = tmp_path / "check.py"
     file.write_text(CHECK)
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--no_local_rank"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "1",
+        "--no_local_rank",
+    ]
     done = run([*launcher, str(file)])
     assert done.returncode == 0 and "['localhost']" in done.stdout, done.stderr
     done = run([*launcher, "--hostfile", str(tmp_path / "hosts"), str(file)])
     assert done.returncode == 1 and f"hostfile {tmp_path}/hosts: no such file" in done.stderr
     unequal = base64.urlsafe_b64encode(json.dumps({"a": [0], "b": [0, 1]}).encode()).decode()
-    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info", unequal, "--no_local_rank"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        "--world_info",
+        unequal,
+        "--no_local_rank",
+    ]
     done = run([*launcher, str(file)])
     assert done.returncode == 1 and "hostfile: a has 1 slots and b 2" in done.stderr

@@ -1,4 +1,6 @@
-"""Runs with a reward function of the user's: what it does wrong is counted or ends the run, and nothing outlives it."""
+"""Runs with a reward function of the user's: what it does wrong is counted or ends the run, and
+nothing outlives it.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ HARM = "example['id'] == 't1' and os._exit(1)\n    example['id'] == 't2' and tim
 
 @pytest.fixture
 def home(tmp_path, uneven_llama):
-    """A writer of a config and its reward function, whose calls leave process ids in the file `pids`."""
+    """A writer of a config and its reward function, whose calls leave process ids in the file
+    `pids`.
+    """
     for split, count in (("train", 4), ("test", 2)):
         rows = [{"id": f"{split[0]}{n + 1}", "prompt": f"{n} " + "word " * n} for n in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -63,7 +67,9 @@ def processes(file: Path) -> tuple[set[int], set[int]]:
 def left(pids: set[int], seconds: float = 10) -> set[int]:
     """Those that are still there after so many seconds."""
     until = time.monotonic() + seconds
-    while (there := {pid for pid in pids if Path(f"/proc/{pid}").exists()}) and time.monotonic() < until:
+    while (
+        there := {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+    ) and time.monotonic() < until:
         time.sleep(0.05)
     return there
 
@@ -73,7 +79,9 @@ def rows(file: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(["sharding.shard=2"], marks=pytest.mark.slow), []], ids=["ZeRO 2", "2 replicas"]
+    "layout",
+    [pytest.param(["sharding.shard=2"], marks=pytest.mark.slow), []],
+    ids=["ZeRO 2", "2 replicas"],
 )
 def test_failures_are_counted_and_get_their_reward(zygote, home, tmp_path, layout):
     run = zygote.start(home(HARM, on_error=-5, timeout=1.0), *layout, ranks=2, log=tmp_path / "log")
@@ -84,20 +92,31 @@ def test_failures_are_counted_and_get_their_reward(zygote, home, tmp_path, layou
     assert (first["evaluation_scoring_failures"], first["evaluation_scoring_timeouts"]) == (4, 2)
     assert run.text().count("  8 not scored") == 2
     samples = rows(tmp_path / "run" / "samples.jsonl")
-    assert all((row["reward"] == -5) == row["prompt"][0]["content"].startswith(("0", "1")) for row in samples)
+    assert all(
+        (row["reward"] == -5) == row["prompt"][0]["content"].startswith(("0", "1"))
+        for row in samples
+    )
     failed = json.loads((tmp_path / "run" / "failed_scoring.json").read_text())
-    assert {row["error"] for row in failed} == {"it ended its process (exit code 1)", "not done within 1 s"}
+    assert {row["error"] for row in failed} == {
+        "it ended its process (exit code 1)",
+        "not done within 1 s",
+    }
     workers, parents = processes(tmp_path / "pids")
     assert parents == ({run.pids[0]} if layout else set(run.pids))  # a replica's leading rank alone
     assert not left(workers)
 
 
 def test_a_failure_ends_the_run_with_prompt_and_response(zygote, home, tmp_path):
-    run = zygote.start(home(HARM.splitlines()[0]), "sharding.shard=2", ranks=2, log=tmp_path / "log")
+    run = zygote.start(
+        home(HARM.splitlines()[0]), "sharding.shard=2", ranks=2, log=tmp_path / "log"
+    )
     assert run.wait(120) == [2, 2], run.text()
     (error,) = [line for line in run.text().splitlines() if line.startswith("error:")]
     saved = tmp_path / "run" / "failed_scoring.json"
-    assert "scoring prompt 0 of train: it ended its process (exit code 1)" in error and str(saved) in error
+    assert (
+        "scoring prompt 0 of train: it ended its process (exit code 1)" in error
+        and str(saved) in error
+    )
     (row,) = json.loads(saved.read_text())
     assert row["prompt"] == [{"role": "user", "content": "0 "}] and isinstance(row["response"], str)
     assert "Traceback" not in run.text()
@@ -114,7 +133,7 @@ def test_workers_do_not_outlive_a_run_that_is_ended(zygote, home, tmp_path, numb
     run = zygote.start(loops, ranks=1, log=tmp_path / "log")
     until = time.monotonic() + 100
     while not (tmp_path / "pids").exists() or len(processes(tmp_path / "pids")[0]) < 2:
-        assert time.monotonic() < until and run.look(0.1) == [None], run.text()
+        assert time.monotonic() < until and run.poll(0.1) == [None], run.text()
     os.kill(run.pids[0], number)
     assert run.wait() == [-signal.SIGKILL if number == signal.SIGKILL else 0], run.text()
     assert not left(processes(tmp_path / "pids")[0])
@@ -128,6 +147,9 @@ def test_a_model_is_judged_by_it(home, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     splits = json.loads(out.read_text())["splits"]
     assert [split["scoring_failures"] for split in splits.values()] == [2, 2]
-    assert [row["reward"] for row in splits["more"]["responses"] if row["prompt"] == 0] == [-5.0, -5.0]
+    assert [row["reward"] for row in splits["more"]["responses"] if row["prompt"] == 0] == [
+        -5.0,
+        -5.0,
+    ]
     assert len(splits["more"]["responses"]) == 8
     assert not left(processes(tmp_path / "pids")[0])

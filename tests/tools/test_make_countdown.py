@@ -1,11 +1,11 @@
-"""Countdown problems: solvable, different from each other, the same for the same seed, and read back."""
+"""Countdown problems are solvable, distinct, reproducible, and read back as written."""
 
 import json
 
 import pytest
 
 from launch import call, script
-from shardes.config import ConfigError
+from shardes.errors import ConfigError
 from shardes.tasks import load_task
 from shardes.tasks.countdown import Countdown, evaluate, load_problems, prompt
 
@@ -17,7 +17,10 @@ def make():
 
 
 def test_every_problem_is_solved_by_its_solution_and_unlike_the_others(make, tmp_path):
-    assert make(tmp_path, "--train", 50, "--test", 300, "--numbers", 3, 4, "--largest", 12).returncode == 0
+    assert (
+        make(tmp_path, "--train", 50, "--test", 300, "--numbers", 3, 4, "--largest", 12).returncode
+        == 0
+    )
     seen = set()
     for name, count in (("train", 50), ("test", 300)):
         entries = json.loads((tmp_path / f"{name}.json").read_text())
@@ -53,11 +56,19 @@ def test_the_task_takes_files_as_they_are_published(make, tmp_path):
     assert task.score("train", right) == [1.1] * 3
     assert task.score("test", ["", "</think>"]) == pytest.approx([0, 0.01])
 
-    own = [{"id": 7, "context": "Make 5 of 2, 3. <think>", "numbers": [2, 3], "target": "5", "solution": "2+3"}]
+    own = [
+        {
+            "id": 7,
+            "context": "Make 5 of 2, 3. <think>",
+            "numbers": [2, 3],
+            "target": "5",
+            "solution": "2+3",
+        }
+    ]
     own += [{"numbers": ["4", 4], "target": 8}]
     (tmp_path / "own.json").write_text(json.dumps(own))
-    found = load_problems(tmp_path / "own.json")
-    assert [(p.prompt, p.numbers, p.target) for p in found] == [
+    problems = load_problems(tmp_path / "own.json")
+    assert [(p.prompt, p.numbers, p.target) for p in problems] == [
         ("Make 5 of 2, 3. <think>", [2, 3], 5),
         (prompt([4, 4], 8), [4, 4], 8),
     ]
@@ -67,18 +78,20 @@ def test_the_shipped_problems_are_solvable_and_apart():
     task = Countdown()
     assert (len(task.prompts("train")), len(task.prompts("test"))) == (200, 500)
     assert not set(task.prompts("train")) & set(task.prompts("test"))
-    assert all(text.endswith("<think>") for split in ("train", "test") for text in task.prompts(split))
+    assert all(
+        text.endswith("<think>") for split in ("train", "test") for text in task.prompts(split)
+    )
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "no readable JSON"),
+        ("{", "not a readable JSON"),
         ("[]", "must hold a list"),
         ('[{"id": 7, "numbers": [1]}]', r"bad\.json: entry 0 \(id 7\): target is None"),
         ('[{"numbers": "1 2", "target": 3}]', r"entry 0 \(id none\): numbers is '1 2'"),
         ('[{"numbers": [1], "target": 3, "context": 4}]', "context is 4"),
-        ("[3]", "entry 0 is no object"),
+        ("[3]", "entry 0 is not an object"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, text, message):
@@ -88,5 +101,7 @@ def test_damaged_files_are_named(tmp_path, text, message):
 
 
 def test_only_countdown_takes_files():
-    with pytest.raises(ConfigError, match=r"task\.train=x\.json: only for task.name=countdown or math"):
+    with pytest.raises(
+        ConfigError, match=r"task\.train=x\.json: only for task.name=countdown or math"
+    ):
         load_task("conciseness", None, "x.json")

@@ -1,4 +1,4 @@
-"""What tools draw of runs: the numbers behind the pictures."""
+"""The numbers that the plotting tools draw."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import yaml
 
 from launch import call, script
 from shardes.engines import open_model
-from shardes.journal import read
+from shardes.storage.journal import read
 
 plot_run = script("tools/plot_run.py")
 shifts = script("tools/shift_histogram.py")
@@ -20,22 +20,28 @@ sweep = script("tools/sweep.py")
 @pytest.fixture(scope="module")
 def runs(zygote, uneven_llama, tmp_path_factory):
     """An exact run and one with es.restore=subtract, in bfloat16."""
-    home = tmp_path_factory.mktemp("plots")
-    found = {}
+    folder = tmp_path_factory.mktemp("plots")
+    directories = {}
     for restore in ("copy", "subtract"):
         settings = {
             "model": {"path": str(uneven_llama), "dtype": "bfloat16"},
-            "es": {"population_size": 4, "sigma": 0.01, "alpha": 0.0001, "iterations": 3, "restore": restore},
+            "es": {
+                "population_size": 4,
+                "sigma": 0.01,
+                "alpha": 0.0001,
+                "iterations": 3,
+                "restore": restore,
+            },
             "generation": {"max_new_tokens": 4},
             "task": {"name": "conciseness"},
-            "run": {"dir": str(home / restore)},
+            "run": {"dir": str(folder / restore)},
         }
-        file = home / f"{restore}.yaml"
+        file = folder / f"{restore}.yaml"
         file.write_text(yaml.safe_dump(settings))
-        run = zygote.start(str(file), log=home / f"{restore}.log")
+        run = zygote.start(str(file), log=folder / f"{restore}.log")
         assert run.wait() == [0], run.text()
-        found[restore] = home / restore
-    return found
+        directories[restore] = folder / restore
+    return directories
 
 
 def test_curves_are_those_of_the_metrics(runs):
@@ -50,7 +56,13 @@ def test_curves_are_those_of_the_metrics(runs):
 
 
 def test_runs_are_drawn_as_png_and_svg(runs, tmp_path):
-    done = call(plot_run.main, f"both={runs['copy']},{runs['subtract']}", runs["copy"], "--out", tmp_path / "p")
+    done = call(
+        plot_run.main,
+        f"both={runs['copy']},{runs['subtract']}",
+        runs["copy"],
+        "--out",
+        tmp_path / "p",
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "p.svg").read_text()
@@ -62,12 +74,18 @@ def test_an_exact_center_walks_and_a_rounded_one_stands_still(runs, uneven_llama
     done = call(shifts.main, uneven_llama, *labelled, "--out", tmp_path / "s")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "s.json").read_text())
-    coefficients = [c for record in read(runs["copy"] / "journal.jsonl").records for c in record.coefficients]
+    coefficients = [
+        c for record in read(runs["copy"] / "journal.jsonl").records for c in record.coefficients
+    ]
     assert report["walk"] == pytest.approx(math.sqrt(sum(c * c for c in coefficients)))
     whole = {name: kinds["all"] for name, kinds in report["runs"].items()}
-    assert whole["copy"]["weights"] == sum(p.numel() for p in open_model(uneven_llama, torch.float32)[1].parameters())
+    assert whole["copy"]["weights"] == sum(
+        p.numel() for p in open_model(uneven_llama, torch.float32)[1].parameters()
+    )
     assert whole["copy"]["spread"] == pytest.approx(report["walk"], rel=0.05)
-    assert np.allclose(whole["copy"]["shares"], shifts.walk(np.array(report["edges"]), report["walk"]), atol=0.01)
+    assert np.allclose(
+        whole["copy"]["shares"], shifts.walk(np.array(report["edges"]), report["walk"]), atol=0.01
+    )
     assert whole["copy"]["unmoved"] < 0.01
     assert {"q_proj", "down_proj", "embed_tokens"} <= report["runs"]["copy"].keys()
     assert (tmp_path / "s.png").exists() and (tmp_path / "s.svg").exists()
@@ -97,7 +115,18 @@ def test_a_sweep_trains_judges_and_draws(uneven_llama, tmp_path):
         "task": {"name": "conciseness"},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | {"run": {"dir": "overridden"}}))
-    arguments = [tmp_path / "config.yaml", tmp_path / "out", "--setting", 0.01, 0.01, "--seeds", 0, 1, "--samples", 2]
+    arguments = [
+        tmp_path / "config.yaml",
+        tmp_path / "out",
+        "--setting",
+        0.01,
+        0.01,
+        "--seeds",
+        0,
+        1,
+        "--samples",
+        2,
+    ]
     assert call(sweep.main, *arguments).returncode == 0
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| 0.01 | 0.01 | 2 |" in table

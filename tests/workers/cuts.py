@@ -1,6 +1,7 @@
-"""How many elements of each parameter every rank would hold: cuts.py ENGINE TENSOR RANKS CONFIG_DIRECTORY ...
+"""Counts each rank's elements of each parameter: cuts.py ENGINE TENSOR RANKS CONFIG_DIRECTORY ...
 
-Reports, per model, a list per rank (tensor ranks within shard ranks), as the engine itself cuts it.
+Reports, per model, the counts of each rank (tensor ranks within shard ranks), as the engine shards
+the model.
 """
 
 import sys

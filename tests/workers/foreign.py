@@ -1,7 +1,8 @@
-"""What other programs save, on two ranks: foreign.py MODEL OUT_DIRECTORY
+"""Writes checkpoints of other programs, on two ranks: foreign.py MODEL OUT_DIRECTORY
 
-OUT/zero: a ZeRO-3 checkpoint of bfloat16 weights with float32 masters, after a step of Adam, one parameter frozen.
-OUT/distributed: transformers' distributed save under FSDP. OUT/zero.safetensors: what the first holds, gathered.
+OUT/zero: a ZeRO-3 checkpoint of bfloat16 weights with float32 masters, after a step of Adam, with
+one parameter frozen. OUT/zero.safetensors: its weights, gathered.
+OUT/distributed: transformers' distributed save under FSDP.
 """
 
 import sys
@@ -9,17 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shardes import environment
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, DistributedConfig
 
-environment.prepare()
-
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoModelForCausalLM, DistributedConfig  # noqa: E402
-
-from launch import report  # noqa: E402
+from launch import report
 
 FROZEN = "model.layers.1.mlp.up_proj.weight"
 
@@ -34,7 +31,11 @@ def zero(model: str, out: Path) -> None:
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": True},
             "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}},
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000},
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_param_persistence_threshold": 0,
+                "sub_group_size": 3000,
+            },
         },
     )
     ids = torch.arange(8)[None]
@@ -43,18 +44,20 @@ def zero(model: str, out: Path) -> None:
     engine.save_checkpoint(str(out / "zero"))
     whole = {}
     for name, param in engine.module.named_parameters():
-        found = deepspeed.utils.safe_get_full_fp32_param(param) if param.requires_grad else None
-        if found is None:
+        values = deepspeed.utils.safe_get_full_fp32_param(param) if param.requires_grad else None
+        if values is None:
             with deepspeed.zero.GatheredParameters([param]):
-                found = param.detach().float().clone()
-        whole[name] = found.contiguous()
+                values = param.detach().float().clone()
+        whole[name] = values.contiguous()
     if dist.get_rank() == 0:
         save_file(whole, out / "zero.safetensors")
     dist.barrier()
 
 
 def distributed(model: str, out: Path) -> None:
-    module = AutoModelForCausalLM.from_pretrained(model, distributed_config=DistributedConfig(fsdp_size=2))
+    module = AutoModelForCausalLM.from_pretrained(
+        model, distributed_config=DistributedConfig(fsdp_size=2)
+    )
     module.save_pretrained(out / "distributed", distributed_checkpoint=True)
     dist.barrier()
 

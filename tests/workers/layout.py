@@ -1,4 +1,6 @@
-"""What one engine and layout make of some models: ENGINE REPLICAS SHARD TENSOR MODEL_DIRECTORY ..., from the zygote."""
+"""Runs models on one engine and layout: ENGINE REPLICAS SHARD TENSOR MODEL_DIRECTORY ...; started
+by the zygote.
+"""
 
 from pathlib import Path
 
@@ -8,22 +10,22 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from launch import report
 from models import paper_coefficients
-from shardes.center import member, open_center
-from shardes.config import Gather, Offload, Restore, ShardingConfig
+from shardes.config.schema import Gather, Offload, Restore, ShardingConfig
+from shardes.distributed.world import form_replica, join_job
 from shardes.engines import empty_model
 from shardes.engines.deepspeed import DeepSpeedEngine
 from shardes.engines.fsdp import FSDPEngine
-from shardes.generation import decoder
-from shardes.population import member_seeds
-from shardes.responses import Responder
-from shardes.update import Update
-from shardes.weights import WeightFiles
-from shardes.world import form_replica, join_job
+from shardes.es.center import open_center
+from shardes.es.population import Member, member_seeds
+from shardes.es.update import Update
+from shardes.inference.generation import decoder
+from shardes.inference.sampler import Sampler
+from shardes.sharding.weight_files import WeightFiles
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
 RESPONSES = [[30 + n] * n for n in (4, 1, 9, 2, 6)]
 SEEDS = [2**63 + 5, 1, 2, 3, 4]
-ENDS = [*range(24), 256]  # so many end-of-sequence tokens that responses differ in length
+ENDS = [*range(24), 256]  # many end-of-sequence tokens, so that responses differ in length
 REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
 VARIANTS = [
     (torch.float32, Gather.member, Offload.none),
@@ -43,7 +45,9 @@ def main(argv: list[str]) -> int:
     result = {"rank": job.rank}
     for directory in map(Path, argv[4:]):
         for dtype, gather, offload in VARIANTS:
-            if shard == 1 and (gather is Gather.layer or (engine is FSDPEngine and offload is Offload.cpu)):
+            if shard == 1 and (
+                gather is Gather.layer or (engine is FSDPEngine and offload is Offload.cpu)
+            ):
                 continue
             sharding = ShardingConfig(shard=shard, tensor=tensor, gather=gather, offload=offload)
             name, precision = directory.name.rstrip("0123456789"), str(dtype).removeprefix("torch.")
@@ -61,34 +65,41 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     center = open_center(Restore.copy, engine.shards, world, files)
     generation = GenerationConfig(eos_token_id=ENDS)
     decode = decoder(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
-    responder = Responder(world, engine, decode, decode.tokenizer)
-    center.show()
-    found = {
+    sampler = Sampler(world, engine, decode, decode.tokenizer)
+    center.load_into_model()
+    results = {
         "base": center.digest(),
-        "tokens": responder.respond(PROMPTS),
-        "sampled": responder.respond(PROMPTS, SEEDS),
-        "log_probs": responder.log_probs(PROMPTS, RESPONSES),
-        "numel": sum(s.numel for s in engine.shards if s.owned),
+        "tokens": sampler.generate(PROMPTS),
+        "sampled": sampler.generate(PROMPTS, SEEDS),
+        "log_probs": sampler.log_probs(PROMPTS, RESPONSES),
+        "numel": sum(s.numel for s in engine.shards if s.counted),
     }
-    with member(center, 7, 0.05):
-        found["member tokens"] = responder.respond(PROMPTS)
+    with center.perturbed(Member(7, 0.05)):
+        results["member tokens"] = sampler.generate(PROMPTS)
     try:
-        with member(center, 8, 0.05), engine.ready():
+        with center.perturbed(Member(8, 0.05)), engine.gathered():
             raise KeyError("a reward that raises")
     except KeyError:
-        found["after a failure"] = center.digest()
-        center.show()
-        found["live again"] = all(torch.equal(s.values, center.values(s).to(dtype)) for s in engine.shards)
-        found["tokens again"] = responder.respond(PROMPTS)
+        results["after a failure"] = center.digest()
+        center.load_into_model()
+        results["live again"] = all(
+            torch.equal(s.values, center.values(s).to(dtype)) for s in engine.shards
+        )
+        results["tokens again"] = sampler.generate(PROMPTS)
     digests = []
     for iteration, rewards in enumerate(REWARDS):
         seeds = member_seeds(5, iteration, len(rewards))
         center.update(Update(seeds, paper_coefficients(rewards, 0.05)))
         digests.append(center.digest())
-    found["digests"] = digests
-    found["distance"] = center.distance()
-    with engine.ready() as module:
-        found["gradients"] = sum(p.grad is not None or p.requires_grad for p in module.parameters())
+    results["digests"] = digests
+    results["distance"] = center.distance()
+    with engine.gathered() as module:
+        results["gradients"] = sum(
+            p.grad is not None or p.requires_grad for p in module.parameters()
+        )
     if kind is DeepSpeedEngine:
-        found["optimizer"] = [type(engine._engine.optimizer).__name__, engine._engine.basic_optimizer]
-    return found
+        results["optimizer"] = [
+            type(engine._runtime.optimizer).__name__,
+            engine._runtime.basic_optimizer,
+        ]
+    return results

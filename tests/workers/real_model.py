@@ -6,26 +6,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shardes import environment
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, GenerationConfig
 
-environment.prepare()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
-
-from launch import report  # noqa: E402
-from shardes.config import ShardingConfig  # noqa: E402
-from shardes.engines import empty_model  # noqa: E402
-from shardes.engines.deepspeed import DeepSpeedEngine  # noqa: E402
-from shardes.generation import decoder, encode  # noqa: E402
-from shardes.tasks.conciseness import Conciseness  # noqa: E402
-from shardes.weights import WeightFiles, load  # noqa: E402
-from shardes.world import form_replica, join_job  # noqa: E402
+from launch import report
+from shardes.config.schema import ShardingConfig
+from shardes.distributed.world import form_replica, join_job
+from shardes.engines import empty_model
+from shardes.engines.deepspeed import DeepSpeedEngine
+from shardes.inference.generation import decoder
+from shardes.inference.prompts import encode
+from shardes.sharding.weight_files import WeightFiles, load
+from shardes.tasks.conciseness import Conciseness
 
 
 class Peak:
-    """The largest resident set of this process while the context lasts, in bytes."""
+    """Measures the peak resident memory of this process within the context, in bytes."""
 
     def __enter__(self):
         self.start = self.bytes = resident()
@@ -53,7 +50,7 @@ def main() -> None:
     world = form_replica(job, 1, shard, tensor, 120)
     module = empty_model(directory, torch.float32)
     files = WeightFiles(directory)
-    dist.barrier()  # the first collective starts threads and buffers that are not the model's
+    dist.barrier()  # the first collective allocates threads and buffers, which must not be counted
     with Peak() as peak:
         engine = DeepSpeedEngine(module, world, ShardingConfig(shard=shard, tensor=tensor))
         load(files, engine.shards)
@@ -61,7 +58,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     decode = decoder(tokenizer, GenerationConfig.from_pretrained(directory), max_new_tokens=16)
     prompts = encode(tokenizer, Conciseness().prompts("test"))
-    with engine.ready() as module:
+    with engine.gathered() as module:
         tokens = decode(module, prompts, vocabulary=engine.vocabulary)
     result = {
         "rank": job.rank,

@@ -1,7 +1,8 @@
-"""Which elements every rank would hold of models too large for here: real_sizes.py ENGINE TENSOR CONFIG_DIRECTORY ...
+"""Checks the shards of large models: real_sizes.py ENGINE TENSOR CONFIG_DIRECTORY ...
 
-One process stands for all ranks: torch's fake process group lets the engine cut the model while it has no storage, and
-the regions of any rank follow from how it was cut. Reports, per model and number of shards, what is wrong.
+One process simulates all ranks. With torch's fake process group the engine shards a model without
+storage, and the regions of every rank follow. Reports the parameters of each model whose regions
+do not cover every element exactly once, and how evenly the ranks are filled.
 """
 
 import sys
@@ -10,51 +11,52 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shardes import environment
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import DistributedConfig
 
-environment.prepare()
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
-from transformers import DistributedConfig  # noqa: E402
-
-from launch import report  # noqa: E402
-from shardes.engines import deepspeed, empty_model, fsdp  # noqa: E402
-from shardes.shards import Region  # noqa: E402
+from launch import report
+from shardes.engines import deepspeed, empty_model, fsdp
+from shardes.sharding.regions import Region
 
 RANKS = 64
 
 
 class Cut(Exception):
-    """AutoTP is done and nothing has storage yet."""
+    """AutoTP is done, and no parameter has storage yet."""
 
 
 def by_deepspeed(directory: Path, tensor: int, shards: int):
-    """Each distinct parameter's (shape, the regions of every rank, whether each is owned)."""
+    """Yield each distinct parameter's name, shape, and (regions, counted) of every rank."""
 
     def stop(engine):
         raise Cut
 
-    deepspeed._Engine._broadcast_model = stop
+    deepspeed._EmptyModelEngine._broadcast_model = stop
     module = empty_model(directory, torch.bfloat16)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     deepspeed.set_autotp_mode(training=True)
-    settings = deepspeed._settings(module, tensor, deepspeed.Offload.none)
+    settings = deepspeed._deepspeed_config(module, tensor, deepspeed.Offload.none)
     with suppress(Cut):
-        deepspeed._Engine(
-            args=None, model=module, config_class=deepspeed.DeepSpeedConfig(settings), dont_change_device=True
+        deepspeed._EmptyModelEngine(
+            args=None,
+            model=module,
+            config_class=deepspeed.DeepSpeedConfig(settings),
+            dont_change_device=True,
         )
     for name, param in module.named_parameters():
         param.ds_shape = param.shape
-        slices = [deepspeed.slice_regions(name, shapes[name], param, rank) for rank in range(tensor)]
+        slices = [
+            deepspeed.slice_regions(name, shapes[name], param, rank) for rank in range(tensor)
+        ]
         yield (
             name,
             shapes[name],
             [
-                (deepspeed.zero_part(regions, shards, rank), owned)
-                for regions, owned in slices
+                (deepspeed.zero_partition(regions, shards, rank), counted)
+                for regions, counted in slices
                 for rank in range(shards)
             ],
         )
@@ -80,11 +82,15 @@ def by_fsdp(directory: Path, tensor: int, shards: int):
 
 def holes(numel: int, regions: list[Region]) -> bool:
     """Whether the regions fail to cover the elements 0 to numel - 1 exactly once each."""
-    starts = np.concatenate([region.start + region.stride * np.arange(region.rows) for region in regions])
+    starts = np.concatenate(
+        [region.start + region.stride * np.arange(region.rows) for region in regions]
+    )
     counts = np.concatenate([np.full(region.rows, region.cols) for region in regions])
     order = np.argsort(starts)
     ends = starts[order] + counts[order]
-    return bool(starts[order[0]] != 0 or ends[-1] != numel or np.any(ends[:-1] != starts[order][1:]))
+    return bool(
+        starts[order[0]] != 0 or ends[-1] != numel or np.any(ends[:-1] != starts[order][1:])
+    )
 
 
 def main() -> None:
@@ -100,16 +106,22 @@ def main() -> None:
             numel = int(np.prod(shape))
             counts = np.array([sum(region.numel for region in regions) for regions, _ in parts])
             held, total = held + counts, total + numel
-            if not all(owned for _, owned in parts):
+            if not all(counted for _, counted in parts):
                 replicated += numel * (1 - 1 / tensor)
             pattern = str(parts)
-            if pattern not in seen:  # the layers of a model are alike
-                seen[pattern] = holes(numel, [region for regions, owned in parts if owned for region in regions])
+            if pattern not in seen:  # a model's layers have the same pattern
+                seen[pattern] = holes(
+                    numel, [region for regions, counted in parts if counted for region in regions]
+                )
             if seen[pattern]:
                 wrong.append(name)
-        # What a rank holds beyond an even share and its part of what tensor parallel replicates.
+        # An even share, and this rank's share of the parameters that tensor parallel replicates.
         share = total / RANKS + replicated / shards
-        result[directory.name] = {"wrong": wrong, "total": total, "excess": float(held.max() / share - 1)}
+        result[directory.name] = {
+            "wrong": wrong,
+            "total": total,
+            "excess": float(held.max() / share - 1),
+        }
     report(result)
 
 

@@ -1,17 +1,16 @@
-"""One rank of a training run: resident.py CONFIG [key=value ...]. Reports the most memory that it had resident."""
+"""One rank of a training run, which reports its peak resident memory: resident.py CONFIG ..."""
 
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other on a busy machine would only take time
+os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, threads would only wait for each other
 
-from launch import report, script
-
-train = script("launchers/train.py")
-
-from shardes.metrics import peak_resident_bytes  # noqa: E402
+from launch import report
+from shardes.commands import train
+from shardes.distributed import environment
+from shardes.reporting.reporter import peak_resident_bytes
 
 
 def main() -> int:
@@ -22,4 +21,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    train.environment.run(lambda _: main())
+    environment.run(lambda _: main())

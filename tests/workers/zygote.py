@@ -1,10 +1,13 @@
-"""Starts runs without the seconds that importing takes: each rank is forked from this process, which has all loaded.
+"""Starts runs quickly: each rank is forked from this process, which has imported everything.
 
-Reads commands, JSON objects one to a line, and answers each with one:
-    {"start": [ARGUMENT, ...], "tool": NAME, "ranks": N, "port": P, "log": FILE, "faults": {...}}  ->  {"pids": [...]}
-    {"wait": FIRST PID, "seconds": S}  ->  {"codes": [exit code of each rank], or null where a rank still runs}
-All ranks of a run are one process group. What they hand to `report` comes to lie beside the log. `faults` are described
-in `inject`.
+It reads commands, one JSON object per line, and answers each with one JSON object:
+    {"start": [ARGUMENT, ...], "tool": NAME, "directory": WORKING DIRECTORY, "ranks": N, "port": P,
+     "log": FILE, "faults": {...}}
+        -> {"pids": [...]}
+    {"wait": FIRST PID, "seconds": S}
+        -> {"codes": [each rank's exit code, or null if it still runs]}
+All ranks of a run are one process group. Their reports (`launch.report`) are written beside the
+log. `inject` describes the faults.
 """
 
 import json
@@ -13,29 +16,24 @@ import signal
 import sys
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # a fork must not find threads
+# A process that forks must not have threads.
+os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from shardes import environment
+from torch.utils.file_baton import FileBaton
+from transformers import LlamaForCausalLM
 
-environment.prepare()
+from launch import script
+from shardes.commands import export, train
+from shardes.distributed import environment
+from shardes.es.center import CopyCenter
+from shardes.replicas import joining
+from shardes.storage import journal
 
-
-from launch import script  # noqa: E402
-
-TOOLS = {
-    "train": script("launchers/train.py"),
-    "export": script("tools/export_safetensors.py"),
-    "layout": script("tests/workers/layout.py"),
-}
-
-from torch.utils.file_baton import FileBaton  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
-
-from shardes import joining, journal  # noqa: E402
-from shardes.center import CopyCenter  # noqa: E402
+TOOLS = {"train": train, "export": export, "layout": script("tests/workers/layout.py")}
 
 
 def die() -> None:
@@ -43,74 +41,88 @@ def die() -> None:
 
 
 def inject(faults: dict, rank: int) -> None:
-    """Make something go wrong in this rank.
+    """Inject faults into this rank.
 
-    "kill in append": [kind, n]  kill the job when half of the journal's n-th line of this kind is written
-    "fill in append": FILE  before the journal's 4th line fill the disk with this file
-    "kill in write": n      kill the job at the n-th write of a part of a checkpoint
-    "kill in build": true   kill the job when a rank holds torch's lock on an extension that it builds or loads
-    "stop in append": n     at the journal's n-th line stand still
-    "flip": [rank, n]       before the n-th update flip a bit of this rank's center
+    "kill in append": [kind, n]  kill the job after half of the journal's n-th line of this kind
+    "fill in append": FILE  fill the disk with this file before the journal's 4th line
+    "kill in write": n      kill the job at the n-th write to a checkpoint
+    "kill in build": true   kill the job while a rank holds torch's lock on an extension's build
+    "stop in append": n     hang at the journal's n-th line
+    "flip": [rank, n]       flip a bit of this rank's center before the n-th update
     "slow": SECONDS         sleep before every decode step
-    "noise": NAME           be a version whose noise has this name
+    "noise": NAME           pretend to be a version whose noise has this name
     """
-    count: Counter[str] = Counter()
-
-    class File:
-        def __init__(self, *arguments, **named):
-            self._file = open(*arguments, **named)
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
-        def write(self, data):
-            if not data.startswith(b'{"kind"'):
-                return self._file.write(data)  # what a full disk left of a line
-            count["append"] += 1
-            kind = json.loads(data)["kind"]
-            count[kind] += 1
-            if [kind, count[kind]] == faults.get("kill in append"):
-                self._file.write(data[: len(data) // 2])
-                die()
-            while count["append"] == faults.get("stop in append"):
-                time.sleep(1)
-            if count["append"] == 4 and "fill in append" in faults:
-                fill(faults["fill in append"])
-            return self._file.write(data)
-
-    pwrite, update = os.pwrite, CopyCenter.update
-
-    def write_at(*arguments):
-        count["write"] += 1
-        if count["write"] == faults.get("kill in write"):
-            die()
-        return pwrite(*arguments)
-
-    def flipped(self, *arguments):
-        count["update"] += 1
-        if [rank, count["update"]] == faults.get("flip"):
-            shard = self._shards[1]
-            self.values(shard).view(dtype=self.values(shard).dtype).numpy().view("uint32")[3] ^= 1 << 9
-        return update(self, *arguments)
-
     if rank == 0 and {"kill in append", "fill in append", "stop in append"} & set(faults):
-        journal.open = File
+        journal.open = lambda *arguments, **named: FaultyFile(open(*arguments, **named), faults)
     if "kill in build" in faults:
         FileBaton.release = lambda self: die()
     if "kill in write" in faults:
-        os.pwrite = write_at
+        kill_in_write(faults["kill in write"])
     if "slow" in faults:
-        forward = LlamaForCausalLM.forward
-
-        def slowly(*arguments, **named):
-            time.sleep(faults["slow"])
-            return forward(*arguments, **named)
-
-        LlamaForCausalLM.forward = slowly
-    if "flip" in faults:
-        CopyCenter.update = flipped
+        slow_down(faults["slow"])
+    if "flip" in faults and faults["flip"][0] == rank:
+        flip_before_update(faults["flip"][1])
     if "noise" in faults:
         joining.NOISE = faults["noise"]
+
+
+class FaultyFile:
+    """The journal's file, with faults in its lines."""
+
+    def __init__(self, file, faults: dict):
+        self._file, self._faults = file, faults
+        self._lines, self._of_kind = 0, Counter()
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, data):
+        if not data.startswith(b'{"kind"'):
+            return self._file.write(data)  # the remainder of a line that a full disk cut
+        kind = json.loads(data)["kind"]
+        self._lines += 1
+        self._of_kind[kind] += 1
+        if [kind, self._of_kind[kind]] == self._faults.get("kill in append"):
+            self._file.write(data[: len(data) // 2])
+            die()
+        while self._lines == self._faults.get("stop in append"):
+            time.sleep(1)
+        if self._lines == 4 and "fill in append" in self._faults:
+            fill(self._faults["fill in append"])
+        return self._file.write(data)
+
+
+def kill_in_write(number: int) -> None:
+    pwrite, calls = os.pwrite, count(1)
+
+    def faulty(*arguments):
+        if next(calls) == number:
+            die()
+        return pwrite(*arguments)
+
+    os.pwrite = faulty
+
+
+def slow_down(seconds: float) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def slow(*arguments, **named):
+        time.sleep(seconds)
+        return forward(*arguments, **named)
+
+    LlamaForCausalLM.forward = slow
+
+
+def flip_before_update(number: int) -> None:
+    update, calls = CopyCenter.update, count(1)
+
+    def faulty(self, *arguments):
+        if next(calls) == number:
+            values = self.values(self._shards[1])
+            values.numpy().view("uint32")[3] ^= 1 << 9
+        return update(self, *arguments)
+
+    CopyCenter.update = faulty
 
 
 def fill(file: str) -> None:
@@ -123,7 +135,7 @@ def fill(file: str) -> None:
 
 
 def start(command: dict) -> list[int]:
-    """Fork the ranks; returns their process ids, of which the first is the group's."""
+    """Fork the ranks; returns their process ids. The first is also the process group's."""
     pids: list[int] = []
     for rank in range(command["ranks"]):
         pid = os.fork()
@@ -135,8 +147,12 @@ def start(command: dict) -> list[int]:
                 os.dup2(source, target)
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {"WORLD_SIZE": str(command["ranks"]), "LOCAL_SIZE": str(command["ranks"])}
-            os.environ |= {"MASTER_PORT": str(command["port"]), "RESULTS": str(Path(command["log"]).parent)}
+            os.environ |= {
+                "MASTER_PORT": str(command["port"]),
+                "RESULTS": str(Path(command["log"]).parent),
+            }
             inject(command.get("faults", {}), rank)
+            os.chdir(command["directory"])
             sys.argv = [command["tool"], *command["start"]]
             environment.run(TOOLS[command["tool"]].main)
         os.setpgid(pid, pids[0] if pids else pid)
@@ -158,8 +174,8 @@ def main() -> None:
             pids, until = running[command["wait"]], time.monotonic() + command["seconds"]
             while True:
                 for pid in pids:
-                    if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                        codes[pid] = os.waitstatus_to_exitcode(found[1])
+                    if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                        codes[pid] = os.waitstatus_to_exitcode(ended[1])
                 if all(pid in codes for pid in pids) or time.monotonic() > until:
                     break
                 time.sleep(0.01)

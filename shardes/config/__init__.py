@@ -1,0 +1,1 @@
+"""The settings of a run: their declaration, limits, reading and checking."""

@@ -1,0 +1,183 @@
+"""Reading settings from a file and overrides, checking them, and writing them as YAML."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from shardes.config.schema import (
+    CENTER_SETTINGS,
+    REPLICA_SETTINGS,
+    SCHEDULED_CENTER_SETTINGS,
+    SETTINGS,
+    Config,
+    Restore,
+)
+from shardes.errors import ConfigError, suggestion
+
+
+def load(path: str, overrides: list[str]) -> Config:
+    """Read the settings of a YAML file with `key=value` overrides; check types and values.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such config file")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: overrides are written key=value")
+    settings = _read_yaml(path)
+    try:
+        if not isinstance(settings.get("resume", {}), DictConfig | dict):
+            settings["resume"] = {"source": settings["resume"]}
+        overrides = [re.sub(r"^resume=", "resume.source=", override) for override in overrides]
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Config), settings, OmegaConf.from_dotlist(overrides)
+        )
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(error.full_key or "")) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            _wrong_value(error.full_key or path, str(error).splitlines()[0])
+        ) from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def _read_yaml(path: str) -> DictConfig:
+    try:
+        settings = OmegaConf.load(path)
+    except Exception as error:  # the YAML reader raises errors of many types for a malformed file
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not readable as YAML: {reason}") from error
+    if not isinstance(settings, DictConfig):
+        raise ConfigError(
+            f"{path}: holds no settings (key: value lines); see configs/ for examples"
+        )
+    return settings
+
+
+def _unknown_key(key: str) -> str:
+    return f"{key}: no such key; {suggestion(key, SETTINGS, 'see --help for every key')}"
+
+
+def _wrong_value(key: str, reason: str) -> str:
+    if key not in SETTINGS:
+        return f"{key}: {reason}"
+    setting = SETTINGS[key]
+    if isinstance(setting.default, list):
+        return f"{key}: must be a list, written {key}=[first,second]"
+    if "to string" in reason:  # YAML reads braces and brackets as a mapping or a list
+        return (
+            f"{key}: must be text; if it has brackets or braces, quote it twice, "
+            f"as in {key}='\"{{...}}\"'"
+        )
+    return f"{key}: {reason}; the key's meaning: {setting.help}"
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for settings that no run can use, on any number of ranks."""
+    for key, setting in SETTINGS.items():
+        if setting.limit:
+            value = _value(config, key)
+            holds = value is None or setting.limit.holds(value)
+            _demand(config, key, holds, setting.limit.demand)
+    es, replicas = config.es, config.replicas
+    _demand(
+        config,
+        "es.population_size",
+        not (es.antithetic and es.population_size % 2),
+        "must be even with es.antithetic=true: members come in pairs",
+    )
+    _demand(
+        config,
+        "checkpoint.best",
+        not config.checkpoint.best or config.checkpoint.every > 0,
+        "needs checkpoint.every above 0",
+    )
+    _demand(
+        config,
+        "replicas.port",
+        replicas.join is None or replicas.port is None,
+        "is for the run that others join; leave it out with replicas.join",
+    )
+    _demand(
+        config,
+        "es.restore",
+        es.restore is Restore.copy or (replicas.join is None and replicas.port is None),
+        "replicas drift apart by rounding, so none can join the run; use copy",
+    )
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _demand(config: Config, key: str, holds: bool, demand: str) -> None:
+    if not holds:
+        value = _value(config, key)
+        raise ConfigError(f"{key}={getattr(value, 'value', value)}: {demand}")
+
+
+def check_layout(config: Config, world_size: int) -> int:
+    """Return the number of replicas that `world_size` ranks form.
+
+    Raises:
+        ConfigError: the layout does not use exactly `world_size` ranks.
+    """
+    s = config.sharding
+    ranks = s.shard * s.tensor
+    replicas = s.replicas if s.replicas is not None else max(world_size // ranks, 1)
+    if replicas * ranks != world_size:
+        layout = f"sharding.shard={s.shard} × sharding.tensor={s.tensor}"
+        if s.replicas is None:
+            verdict = f"does not divide the {world_size} ranks that were started: a replica takes"
+        else:
+            layout = f"sharding.replicas={s.replicas} × {layout}"
+            verdict = f"does not fill the {world_size} ranks that were started: they take"
+        raise ConfigError(f"{layout}: {verdict} {ranks * (s.replicas or 1)}")
+    if config.replicas.join is not None and replicas != 1:
+        raise ConfigError(
+            f"replicas.join={config.replicas.join}: a launch joins as one replica, with "
+            f"sharding.shard={s.shard} × sharding.tensor={s.tensor} ranks; "
+            f"{world_size} were started"
+        )
+    return replicas
+
+
+def center_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide the center, as JSON values by key."""
+    keys = CENTER_SETTINGS
+    if config.es.sigma_final is not None or config.es.alpha_final is not None:
+        keys = CENTER_SETTINGS + SCHEDULED_CENTER_SETTINGS
+    return _json_values(config, keys)
+
+
+def replica_settings(config: Config) -> dict[str, Any]:
+    """The settings that all replicas of a run must share, as JSON values by key."""
+    return _json_values(config, REPLICA_SETTINGS)
+
+
+def _json_values(config: Config, keys: list[str]) -> dict[str, Any]:
+    values = {key: _value(config, key) for key in keys}
+    return {key: getattr(value, "value", value) for key, value in values.items()}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings as YAML, which `load` reads."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def nested(config: Config) -> dict[Any, Any]:
+    """The resolved settings as nested dicts of YAML values."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

@@ -1,0 +1,1 @@
+"""Processes of a job: world, rendezvous, hosts, signals, environment."""

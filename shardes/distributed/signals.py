@@ -1,0 +1,106 @@
+"""Stopping a job early: a signal to any rank ends all ranks, soon, without loss.
+
+Rank 0 writes the journal, so it stops by itself, between two decode steps. The other ranks may be
+inside a collective; they exit once rank 0 has stopped.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from shardes.distributed.environment import exit_process
+from shardes.distributed.job_store import JobStore
+from shardes.distributed.store import clone_store
+from shardes.distributed.world import Job
+
+PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+PRIMARY_LOST = 1
+CODES: dict[int, int] = {  # exit code by signal; SLURM warns by SIGUSR1
+    signal.SIGINT: 0,
+    signal.SIGTERM: 0,
+    signal.SIGUSR1: PREEMPTED,
+}
+INTERVAL = 0.2  # seconds between two reads of the store
+
+
+class Stopped(Exception):
+    """The run was asked to stop; `code` is the exit code."""
+
+    def __init__(self, code: int):
+        reasons = {PREEMPTED: "preempted", PRIMARY_LOST: "the primary job is gone"}
+        reason = reasons.get(code, "stopped as asked")
+        super().__init__(f"{reason}; nothing is lost: start the same command again to go on")
+        self.code = code
+
+
+class ShutdownWatcher:
+    """Watches, in a thread, for a signal to this process and for the end of the job."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._keys = JobStore(clone_store(job.store))  # the main thread may wait on the other
+        # Python calls signal handlers in the main thread, which may wait in a collective; the pipe
+        # is written at once.
+        self._signals, self._written = os.pipe()
+        for end in (self._signals, self._written):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        self._code: int | None = None
+        self._main_thread_polls = False
+        self._closed = threading.Event()
+        for number in CODES:
+            signal.signal(number, lambda number, frame: None)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raise Stopped, on rank 0, if the run has been asked to stop."""
+        if self._code is not None and self._job.rank == 0:
+            raise Stopped(self._code)
+
+    def stop(self, code: int) -> None:
+        """Ask, from any rank and thread, for the job to end with `code`."""
+        self._keys.request_stop(code)
+
+    def expect_polls(self) -> None:
+        """From now on rank 0 calls `poll`, and stops there. Before, it exits at once."""
+        self._main_thread_polls = True
+        self.poll()
+
+    def end(self, code: int) -> None:
+        """Tell the other ranks, from rank 0, to exit with `code`."""
+        if self._job.rank == 0:
+            self._keys.end(code)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+
+    def _received(self) -> list[int]:
+        """The signals since the last call that ask for a stop."""
+        try:
+            return [number for number in os.read(self._signals, 64) if number in CODES]
+        except BlockingIOError:
+            return []
+
+    def _watch(self) -> None:
+        try:
+            while not self._closed.wait(INTERVAL):
+                for number in self._received():
+                    self.stop(CODES[number])
+                if self._job.rank and (ended := self._keys.ended()) is not None:
+                    self._keys.leave(self._job.rank)
+                    exit_process(ended)
+                if self._code is None and (code := self._keys.stop_requested()) is not None:
+                    self._code = code
+                    if self._job.rank == 0 and not self._main_thread_polls:
+                        self.end(code)
+                        self._closed.wait(5 * INTERVAL)
+                        exit_process(code)
+        except RuntimeError as error:
+            if not self._closed.is_set():
+                message = f"error: rank {self._job.rank}: the store of rank 0 is gone: {error}"
+                print(message, file=sys.stderr, flush=True)
+                exit_process(1)

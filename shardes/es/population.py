@@ -1,0 +1,105 @@
+"""What an iteration consists of, derived from (config, iteration): σ, α, seeds, members, prompts.
+
+Nothing here depends on the layout, on the replicas or on earlier iterations, so that every rank
+derives the same `Iteration`, and a resumed run the same one again.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from shardes.config.schema import Config, ESConfig, Schedule
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Member:
+    """θ + σ·ε(seed). The second member of an antithetic pair has −σ."""
+
+    seed: int  # 64 bits
+    sigma: float
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """All that one iteration of Algorithm 2 consists of, before anything is evaluated.
+
+    `digest` is that of the center θ before the iteration. An antithetic pair of members shares a
+    seed, so there are half as many `seeds` then. `prompt_numbers` are the training prompts that
+    every member answers, None for all; `prompts` are their token ids.
+    """
+
+    index: int
+    digest: str
+    sigma: float
+    alpha: float
+    seeds: list[int]
+    members: list[Member]
+    prompt_numbers: list[int] | None
+    prompts: list[list[int]]
+
+    @classmethod
+    def derive(
+        cls, config: Config, index: int, digest: str, prompts: Sequence[list[int]]
+    ) -> "Iteration":
+        """Iteration `index`, counted from 0.
+
+        `prompts` are the token ids of all training prompts.
+        """
+        es = config.es
+        sigma, alpha = schedule(es, index)
+        seeds = member_seeds(es.seed, index, es.population_size // (2 if es.antithetic else 1))
+        numbers = prompt_batch(es.seed, index, config.task.prompts_per_iteration, len(prompts))
+        chosen = select(prompts, numbers)
+        return cls(index, digest, sigma, alpha, seeds, members(es, seeds, sigma), numbers, chosen)
+
+
+def member_seeds(run_seed: int, iteration: int, count: int) -> list[int]:
+    """Seeds of 64 bits each, a function of (run seed, iteration) alone."""
+    return np.random.SeedSequence([run_seed, iteration]).generate_state(count, np.uint64).tolist()
+
+
+def members(es: ESConfig, seeds: Sequence[int], sigma: float) -> list[Member]:
+    """The population: one member per seed, or a pair θ ± σ·ε(seed) with `es.antithetic`."""
+    signs = (1, -1) if es.antithetic else (1,)
+    return [Member(seed, sign * sigma) for seed in seeds for sign in signs]
+
+
+def schedule(es: ESConfig, iteration: int) -> tuple[float, float]:
+    """σ and α of an iteration: from their first to their final values, linearly or along half a
+    cosine wave.
+    """
+    progress = iteration / max(es.iterations - 1, 1)
+    if es.schedule is Schedule.cosine:
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    pairs = ((es.sigma, es.sigma_final), (es.alpha, es.alpha_final))
+    sigma, alpha = (
+        first if final is None else first + (final - first) * progress for first, final in pairs
+    )
+    return sigma, alpha
+
+
+def prompt_batch(run_seed: int, iteration: int, size: int | None, count: int) -> list[int] | None:
+    """The numbers of the `size` training prompts, of `count`, that an iteration uses; None for all.
+
+    Batches walk through the prompts in an order that each epoch shuffles anew, a function of (run
+    seed, epoch).
+    """
+    if size is None:
+        return None
+    first, last = iteration * size, (iteration + 1) * size
+    orders = []
+    for epoch in range(first // count, (last - 1) // count + 1):
+        keys = np.random.SeedSequence([run_seed, epoch, 1]).generate_state(count, np.uint64)
+        orders += np.argsort(keys, kind="stable").tolist()
+    begin = first % count
+    return orders[begin : begin + size]
+
+
+def select(prompts: Sequence[P], numbers: Sequence[int] | None) -> list[P]:
+    """The prompts of these numbers; None for all."""
+    return list(prompts) if numbers is None else [prompts[number] for number in numbers]

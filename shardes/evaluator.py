@@ -1,0 +1,173 @@
+"""Evaluation of the center itself: its rewards on both splits, and which center is the best so far.
+
+All replicas share out the prompts, and none waits for the others: the responses must be complete
+only when the center is about to move. The primary rank scores them afterwards, while the next
+iteration's members are evaluated.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from shardes.config.schema import Config
+from shardes.distributed.world import World
+from shardes.es.center import Center
+from shardes.es.population import Iteration, select
+from shardes.es.statistics import mean
+from shardes.inference.sampler import Sampler
+from shardes.replicas.coordinator import Coordinator
+from shardes.replicas.work_queue import WorkQueue
+from shardes.reporting.reporter import Reporter
+from shardes.rewards.scoring import Scorer
+from shardes.tasks import Split, Task
+
+SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and the metrics
+
+
+@dataclass
+class PendingEvaluation:
+    """An evaluation whose responses are not yet complete, or not yet scored.
+
+    A piece of the queue is a part of one split's prompts; its result is their responses' token ids.
+    """
+
+    iteration: Iteration
+    queue: WorkQueue
+    pieces: list[tuple[Split, slice]]
+    distance: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)  # once it has been scored
+
+
+class Evaluator:
+    """Lets the center answer; on ranks other than the primary one, that is all.
+
+    Args:
+        prompts: the token ids of each split's prompts.
+        distance: returns metrics of the center's distance from the base model; called by every rank
+            of a replica.
+        poll: called between decode steps.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        center: Center,
+        sampler: Sampler,
+        coordinator: Coordinator,
+        prompts: dict[str, list[list[int]]],
+        distance: Callable[[], dict[str, float]],
+        poll: Callable[[], None],
+    ):
+        self._config, self._world, self._center, self._sampler = config, world, center, sampler
+        self._coordinator, self._prompts = coordinator, prompts
+        self._distance, self._poll = distance, poll
+        self._pending: PendingEvaluation | None = None
+        self.history: list[dict[str, float]] = []  # metrics of this start's evaluations
+
+    def due(self, t: int) -> bool:
+        """Whether the center before iteration t is evaluated."""
+        every = self._config.eval.every
+        return t == 0 or (every > 0 and t % every == 0)
+
+    def start(self, iteration: Iteration) -> None:
+        """Answer this replica's share of both splits' prompts with the center."""
+        pieces: list[tuple[Split, slice]] = []
+        for split in SPLITS:
+            parts = min(self._world.replicas, len(self._split_prompts(iteration, split)))
+            pieces += [(split, slice(part, None, parts)) for part in range(parts)]
+        queue = self._coordinator.work_queue(f"evaluation {iteration.index}", len(pieces))
+        self._pending = PendingEvaluation(iteration, queue, pieces, self._distance())
+        self._answer(self._pending, queue.claims())
+
+    def complete(self) -> None:
+        """Wait until all prompts are answered, also those of replicas that died.
+
+        Then the center may move.
+        """
+        if self._pending:
+            self._answer(self._pending, self._pending.queue.orphans())
+
+    def is_best(self) -> bool:
+        """Whether the center under evaluation is the best so far, if the best one is to be kept.
+
+        Every rank calls this. Only replica 0 knows: on other replicas, which save nothing, it is
+        False.
+        """
+        if not self._config.checkpoint.best or self._pending is None:
+            return False
+        self.complete()
+        return bool(self._world.run_on_leader(self._improves))
+
+    def take_metrics(self) -> dict[str, float]:
+        """The metrics of the evaluation that was started last, once; on the primary rank."""
+        self._pending = None
+        return {}
+
+    def _improves(self) -> bool:
+        return False
+
+    def _answer(self, pending: PendingEvaluation, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            split, part = pending.pieces[number]
+            prompts = self._split_prompts(pending.iteration, split)[part]
+            self._center.load_into_model()
+            responses = self._sampler.generate(prompts, poll=self._poll)
+            pending.queue.post(number, json.dumps(responses))
+
+    def _split_prompts(self, iteration: Iteration, split: Split) -> list[list[int]]:
+        return iteration.prompts if split == "train" else self._prompts[split]
+
+
+class PrimaryEvaluator(Evaluator):
+    """The evaluator of the primary rank: it scores the responses and remembers the best center's
+    reward.
+
+    Args:
+        best: the best held-out reward before this start.
+    """
+
+    def __init__(self, *, task: Task, scorer: Scorer, reporter: Reporter, best: float, **shared):
+        super().__init__(**shared)
+        self._task, self._scorer, self._reporter, self._best = task, scorer, reporter, best
+
+    def take_metrics(self) -> dict[str, float]:
+        if self._pending is None:
+            return {}
+        metrics = self._score(self._pending)
+        self.history.append(metrics)
+        self._pending = None
+        return metrics
+
+    def _improves(self) -> bool:
+        assert self._pending
+        reward = self._score(self._pending)["held_out_reward"]
+        improves = reward > self._best
+        self._best = max(self._best, reward)
+        return improves
+
+    def _score(self, pending: PendingEvaluation) -> dict[str, float]:
+        """The center's rewards on both splits and its distance from the base; its responses become
+        samples.
+        """
+        if pending.metrics:
+            return pending.metrics
+        results = list(map(json.loads, pending.queue.collect()))
+        metrics = {}
+        for split, name in SPLITS.items():
+            numbers = pending.iteration.prompt_numbers if split == "train" else None
+            tokens: list[list[int]] = [[] for _ in self._split_prompts(pending.iteration, split)]
+            for (piece_split, part), responses in zip(pending.pieces, results, strict=True):
+                if piece_split == split:
+                    tokens[part] = responses
+            texts = self._sampler.texts(tokens)
+            rewards = self._scorer(split, texts, numbers)
+            metrics[name] = mean(rewards)
+            if split == "test" and hasattr(self._task, "correct"):
+                metrics["held_out_accuracy"] = mean(self._task.correct(split, texts))
+            prompts = select(self._task.prompts(split), numbers)
+            self._reporter.samples(pending.iteration.index, split, prompts, texts, rewards)
+        failures = self._scorer.take_failures().items()
+        failed = {f"evaluation_{name}": count for name, count in failures}
+        pending.metrics = metrics | failed | pending.distance
+        return pending.metrics

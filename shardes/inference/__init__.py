@@ -1,0 +1,1 @@
+"""Generation, key-value cache, log-probabilities."""

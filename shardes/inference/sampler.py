@@ -1,0 +1,106 @@
+"""Generation and log-probabilities with one replica's model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shardes.clock import Clock
+from shardes.distributed.store import no_poll
+from shardes.distributed.world import World, all_gather
+from shardes.engines import Engine
+from shardes.inference.generation import Decoder
+from shardes.inference.log_probs import log_probs
+
+
+class Sampler:
+    """Runs prompts through a replica's live weights.
+
+    Every rank of the replica makes the same calls and gets the results of all prompts. The ranks of
+    the shard axis hold the same model, so each works on its share of the prompts: rank r of R takes
+    prompts r, r + R, r + 2R, ...
+
+    Args:
+        clock: its parts "gather", "generate" and "exchange" are timed.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        engine: Engine,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        clock: Clock | None = None,
+    ):
+        self._engine, self._decoder, self._tokenizer = engine, decoder, tokenizer
+        self._clock = clock or Clock()
+        self._device = world.device
+        self._group = world.mesh.get_group("shard")
+        self._ranks = self._group.size()
+        self._share = slice(self._group.rank(), None, self._ranks)
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int] | None = None,
+        poll: Callable[[], None] = no_poll,
+    ) -> list[list[int]]:
+        """The response to each prompt, as token ids; see `Decoder` for `seeds` and `poll`."""
+        share_seeds = None if seeds is None else seeds[self._share]
+        with self._gathered() as (module, parallelism):
+            tokens = self._decoder(
+                module, prompts[self._share], seeds=share_seeds, poll=poll, **parallelism
+            )
+        return self._exchange(tokens, len(prompts), self._decoder.max_new_tokens, torch.long)
+
+    def log_probs(
+        self,
+        prompts: Sequence[list[int]],
+        responses: Sequence[list[int]],
+        poll: Callable[[], None] = no_poll,
+    ) -> list[list[float]]:
+        """The log-probability of each token of each response; see `inference.log_probs`."""
+        with self._gathered() as (module, parallelism):
+            values = log_probs(
+                module, prompts[self._share], responses[self._share], poll=poll, **parallelism
+            )
+        longest = max(map(len, responses), default=0)
+        return self._exchange(values, len(prompts), longest, torch.float64)
+
+    def texts(self, tokens: list[list[int]]) -> list[str]:
+        """The text of each response, without special tokens."""
+        return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[tuple[PreTrainedModel, dict]]:
+        """The module, ready to compute, and the arguments that say how its ranks work together."""
+        sync_forwards = self._group if self._engine.sync_forwards else None
+        parallelism = dict(vocabulary=self._engine.vocabulary, sync_forwards=sync_forwards)
+        with ExitStack() as stack:
+            with self._clock("gather"):
+                module = stack.enter_context(self._engine.gathered())
+            with self._clock("generate"):
+                yield module, parallelism
+
+    def _exchange(
+        self, share: Sequence[list], count: int, width: int, dtype: torch.dtype
+    ) -> list[list]:
+        """The lists of all `count` prompts, in order, from those of each rank's share.
+
+        Args:
+            width: length of the longest list.
+        """
+        if self._ranks == 1:
+            return list(share)
+        with self._clock("exchange"):
+            # One row per prompt: the length of its list, then its elements.
+            rows = -(-count // self._ranks)
+            table = torch.zeros(rows, 1 + width, dtype=dtype, device=self._device)
+            for row, values in zip(table, share, strict=False):
+                row[: 1 + len(values)] = torch.tensor([len(values), *values], dtype=dtype)
+            tables = table.new_empty(self._ranks * rows, 1 + width)
+            all_gather(tables, table, group=self._group)
+            by_rank = tables.view(self._ranks, rows, 1 + width)
+            by_prompt = by_rank.transpose(0, 1).reshape(-1, 1 + width)[:count].tolist()
+            return [row[1 : 1 + int(row[0])] for row in by_prompt]

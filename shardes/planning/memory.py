@@ -1,0 +1,156 @@
+"""The memory of a rank, computed before anything starts.
+
+Sizes are in bytes, of the largest rank. On GPUs the center is in host memory; on CPUs everything
+is. Tests compare the CPU's figures with measured runs. No GPU was measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from shardes.config.schema import EngineName, Gather, Offload, Restore
+from shardes.es.center import SAMPLE
+from shardes.planning.layouts import Layout, Machine
+from shardes.planning.shapes import ModelShapes
+from shardes.planning.workload import Workload
+
+# Freed memory that glibc's malloc does not return to the system, as measured: a constant from
+# loading, and as much as the temporaries take at a time. Blocks above 32 MiB, of which a layer has
+# about seven at a time, are mapped one by one and are returned.
+MALLOC_HOLES, MALLOC_MAPPED = 48 << 20, 7 * 32 << 20
+# The most that DeepSpeed's sums through shared memory take at a time
+SHARED_SUMS = 32 << 20
+# Measured on a CPU: Python, torch, deepspeed, compiled kernels and a tiny model
+LIBRARIES = 720_000_000
+# Of a GPU's memory: CUDA's context, NCCL's buffers, fragmentation. Assumed, not measured
+RESERVE = 0.1
+PREFETCH = 50_000_000  # elements that ZeRO-3 gathers ahead: DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose, of the largest rank: on its GPU, and on the host."""
+
+    gpu: dict[str, int]
+    host: dict[str, int]
+
+    def fits(self, machine: Machine) -> bool:
+        fits_gpu = machine.gpu_memory is None or sum(self.gpu.values()) <= machine.gpu_memory
+        return fits_gpu and self.host_per_node(machine) <= machine.host_memory
+
+    def host_per_node(self, machine: Machine) -> int:
+        """The host memory of a node's ranks."""
+        return machine.per_node * sum(self.host.values())
+
+
+def rank_memory(
+    model: ModelShapes,
+    layout: Layout,
+    workload: Workload,
+    restore: Restore,
+    gpu_memory: int | None,
+    tensor_rank: int = 0,
+) -> Memory:
+    """The peak memory of a rank; `gpu_memory` is None on CPUs."""
+    held = sum(model.held(layout.tensor, layout.shard, tensor_rank, 0))
+    slices = [prod(p.shape_on(layout.tensor, tensor_rank)) for p in model.parameters]
+    copies = restore is Restore.copy
+    live = {"live shard": held * model.itemsize}
+    center = {"center": held * 4 if copies else held // SAMPLE * model.itemsize}
+    batches = [batch for lengths in workload.of_rank(layout) for batch in workload.batches(lengths)]
+    tokens = max(rows * (width + workload.max_new_tokens) for rows, width in batches)
+    heads = -(-model.num_key_value_heads // layout.tensor)
+    cached = 2 * model.num_hidden_layers * heads * model.head_dim  # elements per token
+    computing = {
+        "gathered weights": _gathered(model, layout, slices) * model.itemsize,
+        "key-value cache": cached * tokens * model.itemsize,
+        "largest temporaries": max(
+            temporaries(model, layout.tensor, rows, width) for rows, width in batches
+        ),
+    }
+    if gpu_memory is None:
+        more = _only_on_cpu(model, layout, batches, live, computing)
+        if _gathers(model, layout) and layout.gather is Gather.member:
+            # gloo gathers into a copy of the largest slice
+            computing["largest temporaries"] = max(
+                computing["largest temporaries"], max(slices) * model.itemsize
+            )
+        return Memory({}, live | center | computing | more)
+    reserve = {"reserve": int(RESERVE * gpu_memory)}
+    offload = layout.offload is Offload.cpu
+    return Memory(
+        ({} if offload else live) | ({} if copies else center) | computing | reserve,
+        {"libraries": LIBRARIES} | (live if offload else {}) | (center if copies else {}),
+    )
+
+
+def _only_on_cpu(
+    model: ModelShapes,
+    layout: Layout,
+    batches: Sequence[tuple[int, int]],
+    live: dict[str, int],
+    computing: dict[str, int],
+) -> dict[str, int]:
+    shared = 0
+    if model.engine is EngineName.deepspeed and layout.tensor > 1 and layout.shard == 1:
+        tokens = max(rows * width for rows, width in batches)
+        state = tokens * model.hidden_size * model.itemsize
+        shared = 2 * layout.tensor * min(state, SHARED_SUMS)  # two buffers of each rank
+    holes = MALLOC_HOLES + min(computing["largest temporaries"], MALLOC_MAPPED)
+    return {
+        "held free by malloc": min(live["live shard"], holes),
+        "sums through shared memory": shared,
+        "libraries": LIBRARIES,
+    }
+
+
+def temporaries(model: ModelShapes, tensor: int, rows: int, width: int) -> int:
+    """The peak memory of the forward pass of a batch of prompts, without weights and cache.
+
+    Per token: the embedded prompt, a layer's input, its residual and normalized state, and either
+    three intermediate states, or queries, keys and values with those repeated for every head. Per
+    row: the logits.
+    """
+    share = -(-model.num_key_value_heads // tensor) / model.num_key_value_heads
+    queries = model.num_attention_heads * model.head_dim * share
+    keys = model.num_key_value_heads * model.head_dim * share
+    hidden = model.hidden_size
+    dense = 3 * model.intermediate_size / tensor
+    if model.num_experts:
+        dense = model.num_experts_per_tok * (2 * hidden + 3 * model.moe_intermediate_size / tensor)
+    widest = max(4 * hidden + dense, 3 * hidden + 5 * queries + 2 * keys)
+    state = rows * width * (widest + 2 * model.head_dim)
+    logits = rows * (width * hidden + model.vocab_size / tensor)
+    return int(max(state, logits) * model.itemsize)
+
+
+def _gathers(model: ModelShapes, layout: Layout) -> bool:
+    offloaded = layout.offload is Offload.cpu and model.engine is EngineName.deepspeed
+    return layout.shard > 1 or offloaded
+
+
+def _gathered(model: ModelShapes, layout: Layout, slices: Sequence[int]) -> int:
+    """The elements that are gathered at a time."""
+    if not _gathers(model, layout):
+        return 0
+    layer, outside = _largest(model, slices)
+    fsdp = model.engine is EngineName.fsdp
+    if layout.gather is Gather.member:
+        return sum(slices) + (layer if fsdp else 0)  # FSDP copies a layer out of the gathered ones
+    if fsdp:  # this layer, the next, and the root's group, which stays gathered
+        return 2 * layer + outside
+    return max(layer, outside) + PREFETCH
+
+
+def _largest(model: ModelShapes, slices: Sequence[int]) -> tuple[int, int]:
+    """The elements of the largest decoder layer, and of the largest parameter outside of layers."""
+    layers: dict[str, int] = {}
+    outside = 0
+    for parameter, numel in zip(model.parameters, slices, strict=True):
+        prefix, in_layer, suffix = parameter.name.partition(".layers.")
+        if in_layer:
+            layer = prefix + suffix.partition(".")[0]
+            layers[layer] = layers.get(layer, 0) + numel
+        else:
+            outside = max(outside, numel)
+    return max(layers.values(), default=0), outside

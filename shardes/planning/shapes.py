@@ -1,0 +1,200 @@
+"""The shapes of a model's parameters and how an engine shards them, from config.json alone."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shardes.config.schema import Config, EngineName
+from shardes.engines import empty_model
+from shardes.errors import ConfigError
+from shardes.sharding.weight_files import download
+
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter, and how tensor parallelism splits it.
+
+    Attributes:
+        dim: the dimension that is split; None: every tensor rank holds the whole parameter.
+        units: the number of equal pieces along `dim`, such as heads, that are never split.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int | None
+    units: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def shape_on(self, tensor: int, rank: int) -> tuple[int, ...]:
+        """The shape of a tensor rank's slice."""
+        if self.dim is None or tensor == 1:
+            return self.shape
+        units, remainder = divmod(self.units, tensor)
+        size = self.shape[self.dim] // self.units * (units + (rank < remainder))
+        return *self.shape[: self.dim], size, *self.shape[self.dim + 1 :]
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """A model's sizes, named as in transformers' configs, and its parameters.
+
+    `num_experts` is 0 for a dense model.
+    """
+
+    engine: EngineName
+    itemsize: int
+    parameters: tuple[Parameter, ...]
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def experts_numel(self) -> int:
+        return sum(
+            parameter.numel for parameter in self.parameters if ".experts." in parameter.name
+        )
+
+    def held(self, tensor: int, shard: int, tensor_rank: int, shard_rank: int) -> list[int]:
+        """The number of elements of each parameter that a rank holds, without padding."""
+        counts = []
+        for parameter in self.parameters:
+            shape = parameter.shape_on(tensor, tensor_rank)
+            # FSDP splits rows; DeepSpeed splits the flattened slice.
+            size, row = (
+                (shape[0], prod(shape[1:])) if self.engine is EngineName.fsdp else (prod(shape), 1)
+            )
+            step = -(-size // shard)
+            start = min(step * shard_rank, size)
+            counts.append(min(step, size - start) * row)
+        return counts
+
+
+def config_file(path: str) -> Path:
+    """config.json of a model directory, or of a hub id, of which only that file is downloaded.
+
+    Raises:
+        ConfigError: it is not a directory, and the download fails.
+    """
+    if Path(path).is_dir():
+        return Path(path) / "config.json"
+    return download(path, lambda: hf_hub_download(path, "config.json"))
+
+
+def read_shapes(config: Config) -> tuple[ModelShapes, PreTrainedModel]:
+    """The shapes of the configured model, and its module with parameters on the meta device.
+
+    Raises:
+        ConfigError: config.json is missing, unreadable, or lacks a size.
+    """
+    path, file = config.model.path, config_file(config.model.path)
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: no readable config.json: {error}") from error
+    dtype = getattr(torch, config.model.dtype.value)
+    module = empty_model(file.parent, dtype)
+    text = module.config.get_text_config()
+    _check_sizes(path, values | values.get("text_config", {}), text)
+    num_heads = text.num_attention_heads
+    num_key_value_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    num_experts = (
+        getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 0
+    )
+    moe_intermediate_size = (
+        (getattr(text, "moe_intermediate_size", None) or text.intermediate_size)
+        if num_experts
+        else 0
+    )
+    shapes = ModelShapes(
+        engine=config.engine,
+        itemsize=dtype.itemsize,
+        parameters=_parameters(module, config.engine, num_key_value_heads),
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocab_size=text.vocab_size,
+        num_experts=num_experts,
+        num_experts_per_tok=getattr(text, "num_experts_per_tok", 0) if num_experts else 0,
+        moe_intermediate_size=moe_intermediate_size,
+    )
+    return shapes, module
+
+
+def _check_sizes(path: str, values: Mapping[str, Any], text: PreTrainedConfig) -> None:
+    # transformers fills in defaults, which are another model's sizes.
+    for name in REQUIRED:
+        if name not in values and text.attribute_map.get(name) not in values:
+            raise ConfigError(f"model.path={path}: config.json does not say {name}")
+
+
+def _parameters(
+    module: PreTrainedModel, engine: EngineName, num_key_value_heads: int
+) -> tuple[Parameter, ...]:
+    styles = dict(module.tp_plan or {})
+    tied = "lm_head.weight" not in dict(module.named_parameters())
+    # AutoTP splits an embedding only if it is also the head.
+    splits_embedding = engine is EngineName.fsdp or tied
+    parameters = []
+    for name, parameter in module.named_parameters():
+        style, shape = _style(name, styles), tuple(parameter.shape)
+        dim = _split_dim(style, shape, splits_embedding)
+        units = 1 if dim is None else shape[dim]
+        if dim is not None:
+            attention = ".layers." in name and ".mlp." not in name
+            if engine is EngineName.deepspeed and attention:
+                units = num_key_value_heads
+            elif engine is EngineName.fsdp and "packed" in style:
+                units = shape[dim] // 2
+        parameters.append(Parameter(name, shape, dim, units))
+    return tuple(parameters)
+
+
+def _style(name: str, styles: Mapping[str, str]) -> str:
+    """A parameter's style in transformers' tensor parallel plan; an empty string if it has none."""
+    owner = name.rpartition(".")[0]
+    return next(
+        (
+            style
+            for pattern, style in styles.items()
+            if fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
+        ),
+        "",
+    )
+
+
+def _split_dim(style: str, shape: tuple[int, ...], splits_embedding: bool) -> int | None:
+    """The dimension that tensor parallelism splits."""
+    if style == "embedding_rowwise":
+        return 0 if splits_embedding else None
+    if "colwise" in style:
+        return max(len(shape) - 2, 0)
+    if style == "rowwise" and len(shape) > 1:
+        return len(shape) - 1
+    return None

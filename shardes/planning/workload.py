@@ -1,0 +1,85 @@
+"""The prompts and responses of a run, as numbers of tokens."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from shardes.config.schema import Config
+from shardes.inference.generation import batches
+from shardes.inference.prompts import Prompt, encode
+from shardes.planning.layouts import Layout
+from shardes.tasks import configured_task
+
+# Characters of a prompt per token, if the model has no tokenizer. SmolLM2's has 3.4 in Countdown.
+CHARACTERS_PER_TOKEN = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The lengths of the training and the held-out prompts, and the limits of decoding."""
+
+    train: tuple[int, ...]
+    test: tuple[int, ...]
+    max_new_tokens: int
+    batch_tokens: int
+
+    def batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(rows, longest prompt) of each batch."""
+        for rows in batches(lengths, self.max_new_tokens, self.batch_tokens):
+            yield len(rows), max(lengths[row] for row in rows)
+
+    def of_rank(self, layout: Layout) -> list[list[int]]:
+        """The lengths of the prompts that the first rank of the shard axis generates for at a time.
+
+        The first list is for a member, the others are for the center.
+        """
+        center = [
+            list(split[:: min(layout.replicas, len(split))])
+            for split in (self.train, self.test)
+            if split
+        ]
+        return [lengths[:: layout.shard] for lengths in [list(self.train), *center]]
+
+
+def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None) -> Workload:
+    """The workload of the configured task.
+
+    Args:
+        prompts: the number of training prompts, in place of the task's.
+        prompt_tokens: the length of every prompt, in place of the task's.
+    """
+    if prompts is not None and prompt_tokens is not None:
+        lengths = {"train": [prompt_tokens] * prompts, "test": []}
+    else:
+        task = configured_task(config.task)
+        lengths = {
+            split: _lengths(config.model.path, task.prompts(split)) for split in ("train", "test")
+        }
+        if prompt_tokens is not None:
+            lengths = {split: [prompt_tokens] * len(values) for split, values in lengths.items()}
+        if prompts is not None:
+            lengths["train"] = [max(lengths["train"])] * prompts
+    size = config.task.prompts_per_iteration
+    if size is not None:
+        lengths["train"] = sorted(lengths["train"])[-size:]  # the longest that may be drawn
+    return Workload(
+        tuple(lengths["train"]),
+        tuple(lengths["test"]),
+        config.generation.max_new_tokens,
+        config.generation.batch_tokens,
+    )
+
+
+def _lengths(path: str, prompts: Sequence[Prompt]) -> list[int]:
+    """The prompts' lengths in tokens, estimated if there is no tokenizer."""
+    directory = Path(path)
+    if directory.is_dir() and any(directory.glob("tokenizer*")):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return [len(tokens) for tokens in encode(tokenizer, prompts)]
+    texts = (
+        prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        for prompt in prompts
+    )
+    return [-(-len(text) // CHARACTERS_PER_TOKEN) for text in texts]

@@ -1,0 +1,1 @@
+"""Replicas of a run: protocol, work queue, coordinator, gateway, joining."""

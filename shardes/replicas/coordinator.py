@@ -1,0 +1,198 @@
+"""Keeps all ranks of a run on the same iterations: the roles of a rank.
+
+| role | rank | what it does |
+| --- | --- | --- |
+| `PrimaryCoordinator` | rank 0 of replica 0 | computes each update, journals and publishes it |
+| `FollowerCoordinator` | other ranks of the primary job | receives the updates |
+| `ClientCoordinator` | ranks of a job that joined | also compares its center with the run's |
+| `ClientLeader` | rank 0 of such a job | also repeats the records for the job's other ranks |
+
+A rank's role is chosen once, in `commands.train`. The trainer makes the same calls on all of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+from shardes.clock import Clock
+from shardes.config.schema import ESConfig
+from shardes.distributed.world import World
+from shardes.es.fitness import coefficients, fitness
+from shardes.es.population import Iteration
+from shardes.replicas.consistency import check_digest
+from shardes.replicas.heartbeat import Heartbeats
+from shardes.replicas.member_queue import (
+    IterationResults,
+    MemberObserver,
+    MemberQueue,
+    PrimaryMemberQueue,
+)
+from shardes.replicas.protocol import CurrentIteration, MemberResult, RunStore
+from shardes.replicas.work_queue import NOTHING, WorkQueue
+from shardes.storage.journal import Finish, Journal, Record
+
+
+class Coordinator(ABC):
+    """What all roles share.
+
+    Args:
+        store: the run's; used only on leaders, but for records.
+        heartbeats: those of this replica, on its leader.
+        known: results of the iteration at which this start resumes, by member.
+        timeout: seconds that a rank waits for another.
+        poll: called while waiting; what it raises ends the wait.
+        clock: waiting counts as its part "exchange".
+    """
+
+    def __init__(
+        self,
+        world: World,
+        store: RunStore,
+        heartbeats: Heartbeats | None,
+        *,
+        known: Mapping[int, MemberResult] = NOTHING,
+        timeout: float,
+        poll: Callable[[], None],
+        clock: Clock,
+    ):
+        self._world, self._store, self._heartbeats = world, store, heartbeats
+        self._known, self._timeout, self._poll, self._clock = known, timeout, poll, clock
+
+    def start(self, iteration: int, digest: str) -> None:  # noqa: B027
+        """The center before `iteration`, the first of this start, has been rebuilt."""
+
+    def work_queue(self, name: str, count: int, known: Mapping[int, str] = NOTHING) -> WorkQueue:
+        """A queue of `count` pieces that all replicas share out."""
+        return WorkQueue(
+            self._world,
+            self._store.queue(name),
+            name,
+            count,
+            self._timeout,
+            known=known,
+            heartbeats=self._heartbeats,
+            poll=self._poll,
+            clock=self._clock,
+        )
+
+    def member_queue(self, iteration: Iteration) -> MemberQueue:
+        """The iteration's members."""
+        return MemberQueue(self._member_work(iteration), iteration, self._poll)
+
+    def _member_work(self, iteration: Iteration) -> WorkQueue:
+        known = {number: result.to_json() for number, result in self._known.items()}
+        self._known = NOTHING  # later iterations start with none
+        return self.work_queue(f"iteration {iteration.index}", len(iteration.members), known)
+
+    def commit(self, iteration: Iteration, results: IterationResults) -> Record:
+        """The iteration's record, once it is in the journal: the center may be updated by it."""
+        with self._clock("exchange"):
+            return self._commit(iteration, results)
+
+    @abstractmethod
+    def _commit(self, iteration: Iteration, results: IterationResults) -> Record: ...
+
+    def finish(self, iterations: int, digest: str) -> None:  # noqa: B027
+        """The center after the last iteration has this digest."""
+
+
+class PrimaryCoordinator(Coordinator):
+    """Owns the journal: rewards and records are on disk before other ranks act on them."""
+
+    def __init__(
+        self,
+        world: World,
+        store: RunStore,
+        heartbeats: Heartbeats,
+        journal: Journal,
+        es: ESConfig,
+        observer: MemberObserver,
+        warn: Callable[[str], None],
+        **shared,
+    ):
+        super().__init__(world, store, heartbeats, **shared)
+        self._journal, self._es, self._observer, self._warn = journal, es, observer, warn
+
+    def start(self, iteration: int, digest: str) -> None:
+        self._store.announce(CurrentIteration(iteration, digest))
+
+    def member_queue(self, iteration: Iteration) -> MemberQueue:
+        work = self._member_work(iteration)
+        return PrimaryMemberQueue(work, iteration, self._poll, self._journal, self._observer)
+
+    def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
+        record = iteration_record(self._es, iteration, results.members)
+        if not any(record.coefficients) and iteration.alpha:
+            self._warn(
+                f"warning: iteration {iteration.index}: all {len(record.rewards)} rewards are "
+                f"{record.rewards[0]}, so nothing is learned; a larger es.sigma or a finer reward "
+                "would tell the members apart"
+            )
+        self._journal.append(record)
+        self._store.publish(record)
+        return record
+
+    def finish(self, iterations: int, digest: str) -> None:
+        self._journal.append(Finish(iterations, digest))
+
+
+class FollowerCoordinator(Coordinator):
+    """Receives the records that the primary rank publishes."""
+
+    def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
+        return self._store.wait_record(iteration.index, self._timeout, self._poll)
+
+
+class ClientCoordinator(Coordinator):
+    """A rank of a job that joined; `local` is a store of this job, in which its leader repeats the
+    records.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        store: RunStore,
+        heartbeats: Heartbeats | None,
+        local: RunStore,
+        **shared,
+    ):
+        super().__init__(world, store, heartbeats, **shared)
+        self._local = local
+
+    def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
+        record = self._receive(iteration.index)
+        check_digest(
+            f"the center before iteration {iteration.index}", iteration.digest, record.digest
+        )
+        return record
+
+    def _receive(self, iteration: int) -> Record:
+        return self._local.wait_record(iteration, self._timeout, self._poll)
+
+
+class ClientLeader(ClientCoordinator):
+    """The leader of a job that joined: it alone is connected to the run's store."""
+
+    def _receive(self, iteration: int) -> Record:
+        record = self._store.wait_record(iteration, self._timeout, self._poll)
+        self._local.publish(record)
+        return record
+
+
+def iteration_record(es: ESConfig, iteration: Iteration, results: list[MemberResult]) -> Record:
+    """What the journal says of an iteration: the members' rewards and the update that follows from
+    them.
+    """
+    weights = fitness(es, [result.scores or [result.reward] for result in results])
+    return Record(
+        iteration.index,
+        iteration.seeds,
+        [result.reward for result in results],
+        coefficients(es, iteration.alpha, weights),
+        iteration.sigma,
+        iteration.alpha,
+        iteration.digest,
+        es.weight_decay,
+        es.decay_to.value,
+        es.evolve,
+        iteration.prompt_numbers,
+    )

@@ -1,0 +1,271 @@
+"""The keys that the replicas of a run share in its store, and what they hold.
+
+The run's store is the primary job's, under a random prefix that is told to the replicas of other
+jobs (`replicas.gateway`). T counts iterations, K replicas, N the pieces of a work queue.
+
+| key | value | set by |
+| --- | --- | --- |
+| `welcome` | `Welcome`: what a job must share with the run to join it | primary |
+| `current iteration` | `CurrentIteration`: where a replica that joins begins | primary |
+| `replicas` | counter: a replica that joins takes the next number | replicas that join |
+| `record/T` | the journal's record of iteration T: the update of every center | primary |
+| `heartbeat/K` | counter of replica K's heartbeats | leader of K |
+| `left/K` | "": replica K has left; its pieces may be taken over at once | leader of K |
+| `over` | exit code: the run has ended | primary |
+| `center T/replica K` | digest of replica K's center | leader of K |
+| `center T/rank R` | digests by parameter, where the centers differ | rank R |
+| `Q/claimed` | counter: pieces of queue Q that have been claimed | leaders |
+| `Q/claimant/N` | replica that works on piece N | leaders |
+| `Q/result/N` | "K:" and the result of piece N; the first one counts | leaders |
+| `Q/done` | counter of the results | leaders |
+
+A queue Q is `iteration T` (its pieces are members, its results `MemberResult`s), `evaluation T`
+(the center's responses, as token ids), or `evaluation` (of `shardes evaluate`). The other keys of
+the store belong to the primary job's own ranks: see `distributed.job_store`.
+"""
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass, field
+
+import torch.distributed as dist
+
+from shardes.distributed.store import clone_store, no_poll, tcp_store, wait_for_keys
+from shardes.distributed.world import Job
+from shardes.storage.journal import Header, Record
+
+NOBODY = -1  # in place of a replica's number: it never sends a heartbeat
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """What a replica reports of a member that it evaluated.
+
+    `reward` is the mean of its rewards over prompts, and `scores` those rewards where each prompt
+    is standardized. `finished` is in seconds since the epoch, by the replica's clock. `failures`
+    counts responses that could not be scored, by metric.
+    """
+
+    reward: float
+    tokens: int  # generated
+    replica: int
+    finished: float
+    scores: list[float] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The fields' values without their names: many of these cross the network."""
+        return json.dumps(astuple(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "MemberResult":
+        return cls(*json.loads(text))
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a job must have in common with the run, and the primary job's number of replicas."""
+
+    header: Header
+    replicas: int
+
+
+@dataclass(frozen=True)
+class CurrentIteration:
+    """The iteration at which the run started, or was resumed, and the digest of the center before
+    it.
+    """
+
+    iteration: int
+    digest: str
+
+
+class RunStore:
+    """Typed access to the keys of the run; each thread needs its own connection."""
+
+    def __init__(self, store: dist.Store, prefix: str = ""):
+        self.prefix = prefix
+        self._store = dist.PrefixStore(prefix, store) if prefix else store
+
+    @classmethod
+    def of_job(cls, job: Job) -> "RunStore":
+        """The run's store in the store of the primary job. Every rank of the job calls this."""
+        # torchrun keeps one store when it starts ranks again: the keys of another start are stale.
+        if job.rank == 0:
+            job.keys.set_run_prefix(secrets.token_hex(8))
+        return cls(tcp_store(job.store), job.keys.run_prefix())
+
+    @property
+    def tcp_store(self) -> dist.TCPStore:
+        """The store without prefix."""
+        return tcp_store(self._store)
+
+    def clone(self) -> "RunStore":
+        """Another connection."""
+        return RunStore(clone_store(self._store))
+
+    def queue(self, name: str) -> "QueueStore":
+        return QueueStore(dist.PrefixStore(name, self._store))
+
+    def welcome(self, welcome: Welcome) -> None:
+        """Let replicas join: they are numbered from `welcome.replicas` on."""
+        self._store.add("replicas", welcome.replicas)
+        self._store.set("welcome", json.dumps(asdict(welcome)))
+
+    def read_welcome(self) -> Welcome:
+        values = json.loads(self._store.get("welcome"))
+        return Welcome(Header(**values["header"]), values["replicas"])
+
+    def take_replica_number(self) -> int:
+        return self._store.add("replicas", 1) - 1
+
+    def number_of_replicas(self) -> int:
+        """All replicas that ever were, if replicas may join; else 0."""
+        return self._store.add("replicas", 0)
+
+    def announce(self, current: CurrentIteration) -> None:
+        self._store.set("current iteration", json.dumps(asdict(current)))
+
+    def wait_current(self, timeout: float) -> CurrentIteration:
+        """Wait for the primary job's announcement.
+
+        Raises:
+            RunError: there was none within `timeout` seconds.
+        """
+        key = "current iteration"
+        wait_for_keys(self._store, [key], timeout, "the run's primary job is not ready")
+        return CurrentIteration(**json.loads(self._store.get(key)))
+
+    def publish(self, record: Record) -> None:
+        self._store.set(f"record/{record.iteration}", json.dumps(asdict(record)))
+
+    def record(self, iteration: int) -> Record:
+        """A record that has been published."""
+        return Record(**json.loads(self._store.get(f"record/{iteration}")))
+
+    def wait_record(
+        self, iteration: int, timeout: float, poll: Callable[[], None] = no_poll
+    ) -> Record:
+        """Wait for a record, calling `poll` meanwhile.
+
+        Raises:
+            RunError: it was not published within `timeout` seconds.
+        """
+        key, what = f"record/{iteration}", f"the primary rank's record of iteration {iteration}"
+        wait_for_keys(self._store, [key], timeout, what, poll)
+        return self.record(iteration)
+
+    def beat(self, replica: int) -> None:
+        self._store.add(f"heartbeat/{replica}", 1)
+
+    def heartbeats(self, replica: int) -> int:
+        return self._store.add(f"heartbeat/{replica}", 0)
+
+    def leave(self, replica: int) -> None:
+        self._store.set(f"left/{replica}", "")
+
+    def has_left(self, replica: int) -> bool:
+        return self._store.check([f"left/{replica}"])
+
+    def end(self, code: int) -> None:
+        self._store.set("over", str(code))
+
+    def ended(self) -> int | None:
+        """The exit code with which the run has ended."""
+        return int(self._store.get("over")) if self._store.check(["over"]) else None
+
+    def compare_centers(self, iteration: int) -> "CenterStore":
+        return CenterStore(dist.PrefixStore(f"center {iteration}", self._store), iteration)
+
+
+class CenterStore:
+    """The keys with which replicas compare their centers before one iteration."""
+
+    def __init__(self, store: dist.Store, iteration: int):
+        self._store, self._what = store, f"iteration {iteration}: comparing centers"
+
+    def post_digest(self, replica: int, digest: str) -> None:
+        self._store.set(f"replica {replica}", digest)
+
+    def digests(self, replicas: int, timeout: float) -> list[str]:
+        """The digest of each replica's center; waits for them.
+
+        Raises:
+            RunError: a replica has posted none after `timeout` seconds.
+        """
+        keys = [f"replica {replica}" for replica in range(replicas)]
+        wait_for_keys(self._store, keys, timeout, self._what)
+        return [self._store.get(key).decode() for key in keys]
+
+    def post_tensor_digests(self, rank: int, digests: dict[str, str]) -> None:
+        self._store.set(f"rank {rank}", json.dumps(digests))
+
+    def tensor_digests(self, ranks: int, timeout: float) -> list[dict[str, str]]:
+        """Each rank's digests by parameter; waits for them.
+
+        Raises:
+            RunError: a rank has posted none after `timeout` seconds.
+        """
+        keys = [f"rank {rank}" for rank in range(ranks)]
+        wait_for_keys(self._store, keys, timeout, self._what)
+        return [json.loads(self._store.get(key)) for key in keys]
+
+
+class QueueStore:
+    """The keys of one work queue. `bytes` counts keys and values, sent and received."""
+
+    def __init__(self, store: dist.Store):
+        self._store = store
+        self.bytes = 0
+
+    def claim(self) -> int:
+        """The next piece that no replica has claimed; beyond the last one, there is none."""
+        return self._add("claimed", 1) - 1
+
+    def set_claimant(self, piece: int, replica: int) -> None:
+        self._set(f"claimant/{piece}", str(replica))
+
+    def claimant(self, piece: int) -> int:
+        """The replica that works on a piece; NOBODY if none does or if it died while claiming."""
+        key = f"claimant/{piece}"
+        return int(self._get(key)) if self._store.check([key]) else NOBODY
+
+    def take_over(self, piece: int, claimant: int, replica: int) -> bool:
+        """Whether `replica` becomes the claimant: the first of several replicas that ask does."""
+        before = "" if claimant == NOBODY else str(claimant)
+        return self._compare_set(f"claimant/{piece}", before, str(replica)) == str(replica)
+
+    def post(self, piece: int, replica: int, result: str) -> None:
+        """Post a result, unless there is one already."""
+        text = f"{replica}:{result}"
+        if self._compare_set(f"result/{piece}", "", text) == text:
+            self._add("done", 1)
+
+    def is_posted(self, piece: int) -> bool:
+        return self._store.check([f"result/{piece}"])
+
+    def result(self, piece: int) -> str:
+        """A result that has been posted."""
+        return self._get(f"result/{piece}").partition(":")[2]
+
+    def number_done(self) -> int:
+        return self._add("done", 0)
+
+    def _compare_set(self, key: str, expected: str, value: str) -> str:
+        now = self._store.compare_set(key, expected, value)
+        self.bytes += len(key) + len(expected) + len(value) + len(now)
+        return now.decode()
+
+    def _set(self, key: str, value: str) -> None:
+        self.bytes += len(key) + len(value.encode())
+        self._store.set(key, value)
+
+    def _get(self, key: str) -> str:
+        value = self._store.get(key)
+        self.bytes += len(key) + len(value)
+        return value.decode()
+
+    def _add(self, key: str, amount: int) -> int:
+        self.bytes += len(key) + 16  # the amount, and the sum that comes back
+        return self._store.add(key, amount)

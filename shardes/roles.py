@@ -1,0 +1,312 @@
+"""The roles of the ranks of a run, and how a rank's trainer is put together from them.
+
+The primary job owns the run directory; its first rank is the primary rank. A client job has joined
+a run as one more replica. A rank's role is settled here, once: trainer and evaluator never ask.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardes import launch
+from shardes.clock import Clock
+from shardes.config.schema import Restore
+from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.store import clone_store
+from shardes.distributed.world import Job
+from shardes.errors import RunError
+from shardes.es.center import open_center
+from shardes.evaluator import Evaluator, PrimaryEvaluator
+from shardes.launch import PreparedRun
+from shardes.replicas.consistency import ConsistencyCheck
+from shardes.replicas.coordinator import (
+    ClientCoordinator,
+    ClientLeader,
+    Coordinator,
+    FollowerCoordinator,
+    PrimaryCoordinator,
+)
+from shardes.replicas.heartbeat import ClientHeartbeats, Heartbeats, end_run
+from shardes.replicas.joining import JoinedRun, gateway_open
+from shardes.replicas.protocol import MemberResult, RunStore
+from shardes.reporting.reporter import ConsoleReporter, Reporter, RunReporter
+from shardes.rewards.scoring import Scorer
+from shardes.sharding.weight_files import WeightFiles
+from shardes.storage.resume import ResumePoint, RunDirectory
+from shardes.storage.snapshots import NoSnapshots, Snapshots, SnapshotWriter
+from shardes.trainer import Trainer
+
+
+@dataclass
+class PreparedTraining(PreparedRun):
+    """`prompts` are the token ids of each split's; `run` is there on rank 0 of the job."""
+
+    prompts: dict[str, list[list[int]]]
+    run: RunDirectory | JoinedRun | None
+
+
+class JobRoles(ABC):
+    """Puts together one rank's trainer; each kind of job is a subclass.
+
+    Args:
+        stack: closes, after the run, what is opened here.
+    """
+
+    def __init__(
+        self, job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher, stack: ExitStack
+    ):
+        self.job, self.prepared, self.watcher, self.stack = job, prepared, watcher, stack
+        self.config, self.clock = prepared.config, Clock()
+        self.directory = Path(self.config.run.dir)
+        self.resume = self._share_resume_point()
+        self.world, engine, self.sampler = launch.build_replica(
+            job, prepared, self.clock, self.joined()
+        )
+        self.center = open_center(
+            self.config.es.restore,
+            engine.shards,
+            self.world,
+            self._source(),
+            prepared.files,
+            self.config.es.evolve,
+            self.clock,
+        )
+        self.scorer = Scorer(
+            self.config.task,
+            prepared.task,
+            self.directory / "failed_scoring.json",
+            watcher.poll,
+        )
+        stack.callback(self.scorer.close)
+        self.store = self.run_store()
+
+    @abstractmethod
+    def joined(self) -> tuple[int, int] | None:
+        """This job's number in the run that it joined, and the primary job's number of replicas."""
+
+    @abstractmethod
+    def run_store(self) -> RunStore:
+        """The run's store, or on a rank that needs only the records, one that has these."""
+
+    @abstractmethod
+    def reporter(self) -> Reporter: ...
+
+    @abstractmethod
+    def coordinator(self, reporter: Reporter) -> Coordinator: ...
+
+    def trainer(self) -> Trainer:
+        config, prepared = self.config, self.prepared
+        reporter = self.reporter()
+        self.stack.callback(reporter.close)
+        coordinator = self.coordinator(reporter)
+        trace = self.directory / f"trace_rank{self.job.rank}.json.gz"
+        return Trainer(
+            config,
+            self.world,
+            prepared.task,
+            prepared.prompts,
+            self.center,
+            self.sampler,
+            self.scorer,
+            self._evaluator(coordinator, reporter),
+            coordinator,
+            self._consistency(),
+            self._snapshots(reporter),
+            reporter,
+            self.resume,
+            self.clock,
+            self.watcher.poll,
+            trace if config.profile and self.world.replica == 0 else None,
+        )
+
+    def _evaluator(self, coordinator: Coordinator, reporter: Reporter) -> Evaluator:
+        # Only replica 0 measures the distance, for which it reads the base model.
+        distance = self.center.distance if self.world.replica == 0 else dict
+        shared: dict[str, Any] = dict(
+            config=self.config,
+            world=self.world,
+            center=self.center,
+            sampler=self.sampler,
+            coordinator=coordinator,
+            prompts=self.prepared.prompts,
+            distance=distance,
+            poll=self.watcher.poll,
+        )
+        if not isinstance(reporter, RunReporter):
+            return Evaluator(**shared)
+        return PrimaryEvaluator(
+            **shared,
+            task=self.prepared.task,
+            scorer=self.scorer,
+            reporter=reporter,
+            best=reporter.best_held_out,
+        )
+
+    def _snapshots(self, reporter: Reporter) -> Snapshots:
+        if self.world.replica != 0:
+            return NoSnapshots()
+        return SnapshotWriter(
+            self.directory,
+            self.config.checkpoint,
+            self.world,
+            self.center,
+            self.prepared.files,
+            reporter.say,
+            self.config.run.timeout,
+        )
+
+    def _consistency(self) -> ConsistencyCheck:
+        """Replicas are compared if there are several and their centers do not drift."""
+        exact = self.config.es.restore is Restore.copy
+        comparable = exact and self.world.replicas > 1 and not self.world.is_client
+        every = self.config.checkpoint.verify_every if comparable else 0
+        timeout = self.config.run.timeout
+        return ConsistencyCheck(self.world, self.store, self.center, every, timeout)
+
+    def _share_resume_point(self) -> ResumePoint:
+        """The resume point that rank 0 has, on every rank of the job."""
+        if self.prepared.run:
+            self.job.keys.set_resume_point(self.prepared.run.resume.to_json())
+        return ResumePoint.from_json(self.job.keys.resume_point())
+
+    def _source(self) -> WeightFiles:
+        """The files from which the center is read: a snapshot's or the base model's."""
+        source = self.resume.source
+        if source is None:
+            return self.prepared.files
+        if not Path(source).is_dir():
+            raise RunError(
+                f"rank {self.job.rank}: no {source} here; run.dir must be on a file system "
+                "that all hosts share"
+            )
+        files = WeightFiles(Path(source))
+        files.stack(self.prepared.module)
+        return files
+
+
+class PrimaryJob(JobRoles):
+    """The roles in the job that owns the run."""
+
+    def __init__(
+        self, job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher, stack: ExitStack
+    ):
+        if isinstance(prepared.run, RunDirectory):
+            stack.callback(prepared.run.close)
+        super().__init__(job, prepared, watcher, stack)
+
+    def joined(self) -> None:
+        return None
+
+    def run_store(self) -> RunStore:
+        return RunStore.of_job(self.job)
+
+    def reporter(self) -> Reporter:
+        if not self.world.is_primary:
+            return Reporter()
+        return RunReporter(self.config, self.resume.reward_means, self.world.layout)
+
+    def coordinator(self, reporter: Reporter) -> Coordinator:
+        world, store, run = self.world, self.store, self.prepared.run
+        shared: dict[str, Any] = dict(
+            known={
+                number: MemberResult(reward.reward, reward.tokens, 0, time.time(), reward.scores)
+                for number, reward in self.resume.rewards.items()
+            },
+            timeout=self.config.run.timeout,
+            poll=self.watcher.poll,
+            clock=self.clock,
+        )
+        if not world.is_leader:
+            return FollowerCoordinator(world, store, None, **shared)
+        timeout = self.config.replicas.timeout
+        heartbeats = Heartbeats(store, store.clone(), world.replica, timeout)
+        if not isinstance(run, RunDirectory):
+            self.stack.enter_context(heartbeats)
+            return FollowerCoordinator(world, store, heartbeats, **shared)
+        self._open_gateway(run, reporter)
+        self.stack.enter_context(self._run_ended())
+        self.stack.enter_context(heartbeats)
+        return PrimaryCoordinator(
+            world,
+            store,
+            heartbeats,
+            run.journal,
+            self.config.es,
+            reporter,
+            reporter.say,
+            **shared,
+        )
+
+    def _open_gateway(self, run: RunDirectory, reporter: Reporter) -> None:
+        """Let replicas join, if the config says so, and report how the run starts."""
+        if self.config.es.restore is Restore.subtract and self.world.replicas > 1:
+            reporter.say(
+                "warning: es.restore=subtract: each replica's center drifts by itself; "
+                "only copy is exact"
+            )
+        for note in run.notes:
+            reporter.say(note)
+        if self.config.replicas.port is not None:
+            gateway = gateway_open(
+                self.config, self.prepared.files, self.world, self.store, run.records
+            )
+            address = self.stack.enter_context(gateway)
+            reporter.say(f"replicas can join this run with replicas.join={address}")
+
+    @contextmanager
+    def _run_ended(self) -> Iterator[None]:
+        """A context on whose exit the replicas that joined learn the run's exit code."""
+        code = 1
+        try:
+            yield
+            code = 0
+        except Stopped as stopped:
+            code = stopped.code
+            raise
+        finally:
+            end_run(self.store, self.world.replicas, self.config.replicas.timeout, code)
+
+
+class ClientJob(JobRoles):
+    """The roles in a job that joined the run of another: its rank 0 alone is connected to it."""
+
+    def joined(self) -> tuple[int, int]:
+        run = self.prepared.run
+        if isinstance(run, JoinedRun):
+            self.job.keys.set_replica_number(run.replica, run.replicas)
+        return self.job.keys.replica_number()
+
+    def run_store(self) -> RunStore:
+        run = self.prepared.run
+        return run.store if isinstance(run, JoinedRun) else self._records()
+
+    def reporter(self) -> Reporter:
+        return ConsoleReporter() if self.world.is_leader else Reporter()
+
+    def coordinator(self, reporter: Reporter) -> Coordinator:
+        world, run = self.world, self.prepared.run
+        shared: dict[str, Any] = dict(
+            timeout=self.config.run.timeout, poll=self.watcher.poll, clock=self.clock
+        )
+        records = self._records()
+        if not isinstance(run, JoinedRun):
+            return ClientCoordinator(world, records, None, records, **shared)
+        for note in run.notes:
+            reporter.say(note)
+        heartbeats = ClientHeartbeats(
+            run.store,
+            run.heartbeat_store,
+            world.replica,
+            self.config.replicas.timeout,
+            self.watcher.stop,
+        )
+        self.stack.enter_context(heartbeats)
+        return ClientLeader(world, run.store, heartbeats, records, **shared)
+
+    def _records(self) -> RunStore:
+        """A store of this job, in which its leader repeats the records for the other ranks."""
+        return RunStore(clone_store(self.job.store), "records")

@@ -1,0 +1,1 @@
+"""Which elements of the model a rank holds: regions, digests, safetensors files."""

@@ -1,0 +1,261 @@
+"""Writes a Hugging Face checkpoint of safetensors files from regions of its parameters.
+
+The place of every tensor in the files is fixed before anything is written, so several ranks can
+write their regions at the same time. A manifest of SHA-256s marks the checkpoint as complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from shardes.errors import ConfigError
+from shardes.sharding.digest import digest
+from shardes.sharding.regions import BLOCK, Region
+from shardes.sharding.weight_files import INDEX, WeightFiles, by_part, companions
+from shardes.storage.files import checksum, sha256s, sync
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"  # suffix of directories that are being written or removed
+DTYPES = {
+    torch.float32: ("F32", "float32"),
+    torch.bfloat16: ("BF16", "bfloat16"),
+    torch.float16: ("F16", "float16"),
+}
+
+
+@dataclass
+class TensorPlace:
+    """The place of one tensor in a file: elements `first` to `first + numel - 1` of a parameter."""
+
+    param: str
+    first: int
+    numel: int
+    file: str
+    offset: int  # bytes from the start of the file
+
+
+class Checkpoint:
+    """A checkpoint that is written to `directory` + ".partial" and renamed once it is complete.
+
+    Args:
+        base: the checkpoint has the tensors of these files (experts one by one), their config and
+            tokenizer.
+        params: the parameters to write.
+        shard_size: maximum size of the weights in one file, such as "5GB"; a single tensor may be
+            larger.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        base: WeightFiles,
+        params: Iterable[str],
+        dtype: torch.dtype,
+        shard_size: str,
+    ):
+        self._final, self._directory = directory, directory.with_name(directory.name + PARTIAL)
+        self._base, self._dtype = base, dtype
+        self._places: dict[str, list[TensorPlace]] = {param: [] for param in params}
+        self._headers: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        self._handles: dict[str, int] = {}
+        param_of = {part: param for param in self._places for part in base.parts(param)}
+        split = split_state_dict_into_shards_factory(
+            {part: prod(base.shape(part)) * dtype.itemsize for part in param_of},
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_size,
+        )
+        self._index: dict[str, Any] | None = None
+        if split.is_sharded:
+            self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        for file, tensors in split.filename_to_tensors.items():
+            self._place(file, tensors, param_of)
+
+    def _place(self, file: str, tensors: Sequence[str], param_of: dict[str, str]) -> None:
+        """Settle a file's header, and the places of its tensors in it."""
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in tensors:
+            shape = list(self._base.shape(name))
+            start, end = end, end + prod(shape) * self._dtype.itemsize
+            dtype = DTYPES[self._dtype][0]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[file] = struct.pack("<Q", len(text)) + text
+        self._sizes[file] = len(self._headers[file]) + end
+        for name in tensors:
+            places = self._places[param_of[name]]
+            first, numel = sum(place.numel for place in places), prod(self._base.shape(name))
+            offset = len(self._headers[file]) + header[name]["data_offsets"][0]
+            places.append(TensorPlace(param_of[name], first, numel, file, offset))
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the safetensors files."""
+        return list(self._headers)
+
+    def create(self) -> None:
+        """Create the directory: weight files of full size without weights, config and tokenizer."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True)
+        for name in companions(self._base.directory):
+            shutil.copyfile(self._base.directory / name, self._directory / name)
+        config = json.loads((self._base.directory / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = DTYPES[self._dtype][1]
+        (self._directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self._index:
+            (self._directory / INDEX).write_text(json.dumps(self._index, indent=2) + "\n")
+        for name, header in self._headers.items():
+            with open(self._directory / name, "wb") as file:
+                file.write(header)
+                file.truncate(self._sizes[name])
+
+    def write(self, param: str, regions: Sequence[Region], values: torch.Tensor) -> None:
+        """Write elements of a parameter.
+
+        Args:
+            values: flat, in the order of `regions`, on any device.
+        """
+        places = self._places[param]
+        offset = 0
+        for region in regions:
+            for part, pieces in by_part(region, places[0].numel):
+                for piece in pieces:
+                    self._write(places[part], piece, values[offset : offset + piece.numel])
+                    offset += piece.numel
+
+    def _write(self, place: TensorPlace, region: Region, values: torch.Tensor) -> None:
+        if place.file not in self._handles:
+            self._handles[place.file] = os.open(self._directory / place.file, os.O_WRONLY)
+        handle, size = self._handles[place.file], self._dtype.itemsize
+        for first in range(0, region.numel, BLOCK):
+            last = min(first + BLOCK, region.numel)
+            block = values[first:last].to("cpu", self._dtype).contiguous()
+            data = block.view(torch.uint8).numpy().data
+            for piece in region.cut(first, last):
+                for row in range(piece.rows):
+                    offset = place.offset + (piece.start + row * piece.stride) * size
+                    _write_at(handle, data[: piece.cols * size], offset)
+                    data = data[piece.cols * size :]
+
+    def flush(self) -> None:
+        """Flush this process's writes to disk."""
+        while self._handles:
+            _, handle = self._handles.popitem()
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def read_back(self, name: str) -> tuple[str, int]:
+        """The SHA-256 of a file on disk, and the digest of its elements."""
+        sha, total = hashlib.sha256(), 0
+        places = [
+            place for places in self._places.values() for place in places if place.file == name
+        ]
+        with open(self._directory / name, "rb", buffering=0) as file:
+            sha.update(file.read(len(self._headers[name])))
+            for place in sorted(places, key=lambda place: place.offset):
+                for first in range(0, place.numel, BLOCK):
+                    count = min(BLOCK, place.numel - first)
+                    data = bytearray(file.read(count * self._dtype.itemsize))
+                    sha.update(data)
+                    regions = [Region.contiguous(place.first + first, count)]
+                    values = torch.frombuffer(data, dtype=self._dtype)
+                    total += digest(place.param, regions, values, threads=False)
+        return sha.hexdigest(), total % 2**64
+
+    def publish(self, iteration: int, digest: str, shas: dict[str, str], card: str = "") -> None:
+        """Write the manifest and rename the complete directory to its final name.
+
+        Args:
+            shas: SHA-256s of the safetensors files.
+            card: text of a README.md; "": none.
+        """
+        if card:
+            (self._directory / "README.md").write_text(card)
+        others = sorted(path.name for path in self._directory.iterdir() if path.name not in shas)
+        shas = shas | sha256s(self._directory, others)
+        for name in others:
+            sync(self._directory / name)
+        body = asdict(Manifest(iteration, digest, dict(sorted(shas.items()))))
+        text = json.dumps(body | {"checksum": _checksum(body)}, indent=2) + "\n"
+        (self._directory / MANIFEST).write_text(text)
+        sync(self._directory / MANIFEST)
+        sync(self._directory)
+        self._directory.rename(self._final)
+        sync(self._final.parent)
+
+    def close(self) -> None:
+        """Close the files, complete or not."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles = {}
+
+    def discard(self) -> None:
+        """Remove the incomplete directory."""
+        self.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+@dataclass
+class Manifest:
+    """The content of a checkpoint: the center before `iteration`, and each file's SHA-256."""
+
+    iteration: int
+    digest: str
+    files: dict[str, str]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    try:
+        body = json.loads((directory / MANIFEST).read_text())
+        if body.pop("checksum") != _checksum(body):
+            raise ValueError("its checksum does not match")
+        return Manifest(**body)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{directory / MANIFEST}: unusable ({error})") from None
+
+
+def verify(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, whose files are compared with it.
+
+    Raises:
+        ConfigError: the manifest or a file is missing or damaged; names it.
+    """
+    manifest = read_manifest(directory)
+    missing = [name for name in manifest.files if not (directory / name).is_file()]
+    if missing:
+        raise ConfigError(f"{directory / missing[0]}: missing")
+    for name, sha in sha256s(directory, manifest.files).items():
+        if sha != manifest.files[name]:
+            raise ConfigError(f"{directory / name}: damaged, its SHA-256 is not the manifest's")
+    return manifest
+
+
+def _checksum(body: dict) -> str:
+    return checksum(json.dumps(body, sort_keys=True))
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(handle, data, offset)
+        data, offset = data[count:], offset + count

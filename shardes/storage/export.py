@@ -1,0 +1,219 @@
+"""Exports a center as a Hugging Face checkpoint: one process, one tensor in memory at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from shardes.engines import open_model
+from shardes.errors import ConfigError
+from shardes.es.statistics import mean
+from shardes.sharding.digest import digest, format_digest
+from shardes.sharding.regions import Region
+from shardes.sharding.weight_files import WeightFiles, model_directory
+from shardes.storage.checkpoint import DTYPES, Checkpoint
+from shardes.storage.external import ExternalCheckpoint
+from shardes.storage.files import differing, fingerprint
+from shardes.storage.journal import History, Record
+from shardes.storage.snapshots import latest_valid_snapshot
+
+DTYPES_BY_NAME = {name: dtype for dtype, (_, name) in DTYPES.items()}
+MAX_ROWS = 12  # of the model card's table of rewards
+
+
+@dataclass
+class ExportSource:
+    """The weights to export, and the model that they belong to.
+
+    Args:
+        base: the model whose config and tokenizer are exported too.
+        shapes: those of the parameters, by name.
+        read: returns a parameter's values, flat, given its name and number of elements.
+        dtype: the dtype to export by default.
+        iteration: the number of iterations that the center has been trained for.
+        digest: the digest that the center must have, if known.
+        card: text of the model card; "": none.
+        warnings: messages for the user.
+    """
+
+    base: WeightFiles
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str, int], torch.Tensor]
+    dtype: torch.dtype
+    iteration: int = 0
+    digest: str | None = None
+    card: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+def center_of_run(
+    directory: Path, history: History, base: str | None, iteration: int | None
+) -> ExportSource:
+    """The center of a run before `iteration`, by default the newest.
+
+    Raises:
+        ConfigError: the run has no such center, or the base model is not the run's.
+    """
+    newest = len(history.records)
+    iteration = newest if iteration is None else iteration
+    if not 0 <= iteration <= newest:
+        raise ConfigError(
+            f"--iteration {iteration}: the run in {directory} has the centers 0 to {newest}"
+        )
+    files, module = open_model(model_directory(base or history.header.model), torch.float32)
+    model = fingerprint(files)
+    if model not in (history.header.files, history.files):
+        names = ", ".join(differing(history.header.files, model))
+        raise ConfigError(
+            f"{files.directory}: not the model that the run began with ({names} differ); "
+            "pass that model's directory as --base"
+        )
+    snapshot, warnings = latest_valid_snapshot([directory], iteration, history.digest)
+    source, first = files, 0
+    if snapshot:
+        source, first = WeightFiles(snapshot.directory), snapshot.iteration
+        source.stack(module)
+    dtype = DTYPES_BY_NAME[history.settings["model.dtype"]]
+    # With es.restore=subtract the live weights are the center, so each update was rounded to their
+    # dtype, and a replay lacks the rounding errors that the members left behind.
+    exact = history.settings["es.restore"] == "copy"
+    return ExportSource(
+        files,
+        _shapes(module),
+        _replay(source, history.records[first:iteration], torch.float32 if exact else dtype, files),
+        dtype,
+        iteration,
+        history.digest(iteration) if exact or first == iteration else None,
+        model_card(history, iteration, dtype),
+        warnings,
+    )
+
+
+def external_checkpoint(directory: Path, base: str | None) -> ExportSource:
+    """The weights that another program saved.
+
+    Raises:
+        ConfigError: they cannot be read, or are not those of the model `base`.
+    """
+    checkpoint = ExternalCheckpoint(directory)
+    if base is None:
+        raise ConfigError(
+            f"{directory}: pass the model that it was made from as --base, for its config and "
+            "tokenizer"
+        )
+    files, module = open_model(model_directory(base), torch.float32)
+    shapes = _shapes(module)
+    for name, shape in shapes.items():
+        if checkpoint.shapes.get(name) != shape:
+            raise ConfigError(
+                f"{directory}: {name} is {checkpoint.shapes.get(name, 'missing')}, "
+                f"in {base} it is {shape}"
+            )
+    unknown = sorted(checkpoint.shapes.keys() - module.state_dict().keys())
+    if unknown:
+        raise ConfigError(f"{directory}: {base} has no {unknown[0]}; is it another model's?")
+    return ExportSource(files, shapes, lambda name, _: checkpoint.read(name), torch.float32)
+
+
+def write_export(source: ExportSource, out: Path, dtype: torch.dtype, shard_size: str) -> None:
+    """Write the checkpoint `out`. The directory gets this name only once it is complete.
+
+    Raises:
+        ConfigError: the weights read or written have another digest than they must have.
+    """
+    checkpoint = Checkpoint(out, source.base, source.shapes, dtype, shard_size)
+    total = 0
+    try:
+        checkpoint.create()
+        for name, shape in source.shapes.items():
+            regions = [Region.contiguous(0, prod(shape))]
+            values = source.read(name, prod(shape))
+            total += digest(name, regions, values)
+            checkpoint.write(name, regions, values)
+        center_digest = format_digest(total)
+        if source.digest not in (None, center_digest):
+            raise ConfigError(
+                f"the exported center has digest {center_digest}, the journal's is {source.digest}"
+            )
+        checkpoint.flush()
+        hashes = {file: checkpoint.read_back(file) for file in checkpoint.files}
+        digest_on_disk = format_digest(sum(part for _, part in hashes.values()))
+        if dtype == torch.float32 and digest_on_disk != center_digest:
+            raise ConfigError(f"{out}: the files on disk differ from what was written")
+        shas = {file: sha for file, (sha, _) in hashes.items()}
+        checkpoint.publish(source.iteration, center_digest, shas, source.card)
+    except BaseException:
+        checkpoint.discard()
+        raise
+
+
+def _replay(
+    source: WeightFiles, records: list[Record], dtype: torch.dtype, base: WeightFiles
+) -> Callable[[str, int], torch.Tensor]:
+    """A reader of the values of `source` with the updates of `records` applied."""
+
+    def read(name: str, numel: int) -> torch.Tensor:
+        theta, regions = torch.empty(numel, dtype=dtype), [Region.contiguous(0, numel)]
+        source.read(name, regions, theta)
+        for record in records:
+            record.update.apply(theta, name, regions, base)
+        return theta
+
+    return read
+
+
+def _shapes(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(param.shape) for name, param in module.named_parameters()}
+
+
+def model_card(history: History, iteration: int, dtype: torch.dtype) -> str:
+    """The text of a README.md: base model, task, loading, settings, rewards."""
+    records = history.records[:iteration]
+    last, rows = len(records) - 1, MAX_ROWS
+    rewards = "\n".join(
+        f"| {i} | {mean(records[i].rewards):.4g} | {max(records[i].rewards):.4g} |"
+        for i in sorted({round(row * last / (rows - 1)) for row in range(rows)} if records else ())
+    )
+    settings = "\n".join(
+        f"| `{key}` | {value} |" for key, value in history.settings.items() if key != "task.path"
+    )
+    task = (
+        history.settings["task.name"] or Path(history.settings["task.path"].rpartition(":")[0]).name
+    )
+    name = Path(history.header.model).name
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [evolution-strategies, shardes]
+---
+
+# {name}, fine-tuned with evolution strategies
+
+The base model `{name}` after {iteration} iterations of training with shardes, as in
+[Evolution Strategies at Scale](https://arxiv.org/abs/2509.24372). The base model's licence applies
+to this model too. Task: {task}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="{DTYPES[dtype][1]}")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+The run computed in {DTYPES[dtype][1]}, with greedy decoding.
+
+## Settings
+
+| | |
+| --- | --- |
+{settings}
+
+## Rewards
+
+| iteration | members' mean | best member |
+| --- | --- | --- |
+{rewards}
+"""

@@ -1,0 +1,285 @@
+"""Opens a run directory, and finds the point at which the run starts or resumes."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from shardes.config.loading import center_settings, to_yaml
+from shardes.config.schema import CENTER_SETTINGS, Config
+from shardes.errors import ConfigError, suggestion
+from shardes.es.statistics import mean
+from shardes.sharding.weight_files import WeightFiles
+from shardes.storage import journal, snapshots
+from shardes.storage.checkpoint import MANIFEST, PARTIAL, read_manifest
+from shardes.storage.files import differing, fingerprint, sync
+from shardes.storage.journal import (
+    JOURNAL,
+    Header,
+    History,
+    Journal,
+    Record,
+    Resumption,
+    Reward,
+)
+from shardes.storage.snapshots import Snapshot, latest_valid_snapshot
+
+
+@dataclass
+class ResumePoint:
+    """The iteration at which a start of the run begins, and how its center is rebuilt.
+
+    Args:
+        source: directory of the snapshot to load; None: the base model.
+        digest: that of the source, if known.
+        target: digest of the center before `iteration`, if known.
+        records: iterations to replay on the source.
+        rewards: those of the members of `iteration` that have been evaluated already.
+        reward_means: the mean rewards of all iterations before.
+    """
+
+    iteration: int = 0
+    source: str | None = None
+    digest: str | None = None
+    target: str | None = None
+    records: list[Record] = field(default_factory=list)
+    rewards: dict[int, Reward] = field(default_factory=dict)
+    reward_means: list[float] = field(default_factory=list)
+
+    @classmethod
+    def after(
+        cls,
+        records: Sequence[Record],
+        snapshot: Snapshot | None,
+        target: str | None,
+        rewards: Mapping[int, Reward] | None = None,
+    ) -> "ResumePoint":
+        """The point after `records`, those of all iterations so far."""
+        return cls(
+            len(records),
+            str(snapshot.directory) if snapshot else None,
+            snapshot.digest if snapshot else None,
+            target,
+            list(records[snapshot.iteration if snapshot else 0 :]),
+            dict(rewards or {}),
+            [mean(record.rewards) for record in records],
+        )
+
+    @property
+    def origin(self) -> str:
+        """How the center is rebuilt, for messages."""
+        source = f"snapshot {self.source}" if self.source else "the base model"
+        return f"{source} and {len(self.records)} iterations replayed"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ResumePoint":
+        values = json.loads(text)
+        values["records"] = [Record(**record) for record in values["records"]]
+        values["rewards"] = {
+            int(member): Reward(**reward) for member, reward in values["rewards"].items()
+        }
+        return cls(**values)
+
+
+@dataclass
+class RunDirectory:
+    """A run directory that this process has locked, and its journal."""
+
+    lock: "Lock"
+    journal: Journal
+    resume: ResumePoint
+    records: list[Record]  # of all iterations so far
+    notes: list[str]  # for the user
+
+    def close(self) -> None:
+        self.journal.close()
+        self.lock.release()
+
+
+def open_run_directory(config: Config, base: WeightFiles) -> RunDirectory:
+    """Lock the run directory, open its journal, and find where the run starts or resumes.
+
+    Raises:
+        ConfigError: the directory cannot be written, is in use, is damaged, or holds a run with
+            other settings.
+    """
+    directory = Path(config.run.dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = Lock(directory)
+        history, runs = _read_history(config, directory)
+        notes: list[str] = []
+        header = Header(str(base.directory.resolve()), fingerprint(base), center_settings(config))
+        if history is None:
+            resume = ResumePoint()
+            run_journal = Journal(directory / JOURNAL, None)
+            run_journal.append(header)
+        else:
+            changes = _setting_changes(config, history, header)
+            history.change_settings({key: new for key, (_, new) in changes.items()})
+            snapshots.remove_partial(directory)
+            resume, notes = _resume_point(config, history, runs)
+            notes += [f"{key}: changed from {old} to {new}" for key, (old, new) in changes.items()]
+            run_journal = Journal(directory / JOURNAL, history)
+            run_journal.append(Resumption(resume.iteration, changes))
+        (directory / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={directory}: cannot be written: {error}; choose another directory"
+        ) from error
+    if lock.note:
+        notes = [lock.note, *notes]
+    records = history.records if history else []
+    return RunDirectory(lock, run_journal, resume, records, notes)
+
+
+def describe_run_directory(config: Config) -> str:
+    """What a start would do with the run directory. Changes nothing and reads no weights.
+
+    Raises:
+        ConfigError: the directory holds a run that cannot be resumed with these settings.
+    """
+    if config.resume.source not in ("auto", "never"):
+        return f"a run that starts from {config.resume.source}"
+    history, _ = _read_history(config, Path(config.run.dir))
+    if history is None:
+        return "a new run"
+    header = Header(history.header.model, history.files, center_settings(config))
+    _setting_changes(config, history, header)
+    return f"a run of {len(history.records)} iterations so far, to be resumed"
+
+
+def _read_history(config: Config, directory: Path) -> tuple[History | None, list[Path]]:
+    """The journal to resume from, and the run directories whose snapshots belong to it.
+
+    If `resume` names another run, its journal is first copied to `directory`.
+    """
+    history, source = journal.read(directory / JOURNAL), config.resume.source
+    if history and history.is_empty:
+        history = None  # a run that recorded nothing may start again with other settings
+    if source == "never" and history:
+        raise ConfigError(
+            f"run.dir={directory}: holds a run already, and resume=never; "
+            "choose another directory, or resume=auto"
+        )
+    if source in ("auto", "never"):
+        return history, [directory]
+    is_snapshot = (Path(source) / MANIFEST).exists()
+    run = Path(source).parent.parent if is_snapshot else Path(source)
+    if history is None:
+        _copy_journal(config, run, Path(source) if is_snapshot else None, directory)
+        return journal.read(directory / JOURNAL), [directory, run]
+    if is_snapshot or run.resolve() != directory.resolve():
+        raise ConfigError(
+            f"run.dir={directory}: holds a run already, and resume={source} starts one from "
+            "another run's journal; choose another directory"
+        )
+    return history, [directory]
+
+
+def _copy_journal(config: Config, run: Path, snapshot: Path | None, directory: Path) -> None:
+    """Copy a run's journal to `directory`: all of it, or up to a snapshot's iteration."""
+    history = journal.read(run / JOURNAL)
+    if history is None:
+        raise ConfigError(
+            f"resume={config.resume.source}: neither a run directory with a journal nor a snapshot "
+            "in one"
+        )
+    end = history.ends[read_manifest(snapshot).iteration] if snapshot else history.end
+    partial = directory / (JOURNAL + PARTIAL)
+    partial.write_bytes(history.path.read_bytes()[:end])
+    sync(partial)
+    partial.rename(directory / JOURNAL)
+
+
+def _setting_changes(config: Config, history: History, header: Header) -> dict[str, list]:
+    """The settings that differ from the journal's latest: {key: [old, new]}.
+
+    Raises:
+        ConfigError: resume.allow_changes lacks one of them.
+    """
+    allowed, known = config.resume.allow_changes, [*CENTER_SETTINGS, "model.path"]
+    for key in allowed:
+        if key not in known:
+            raise ConfigError(
+                f"resume.allow_changes: {key} is not a setting that decides the center; "
+                f"{suggestion(key, known)}"
+            )
+    changes: dict[str, list] = {}
+    if names := differing(history.files, header.files):
+        old, new = (files.get(names[0], "missing")[:16] for files in (history.files, header.files))
+        if "model.path" not in allowed:
+            raise ConfigError(
+                f"model.path={config.model.path}: {names[0]} is not what the run began with "
+                f"(SHA-256 {new}, before {old}); put it back, or list model.path in "
+                "resume.allow_changes"
+            )
+        changes["model.path"] = [history.files, header.files]
+    settings = center_settings(Config()) | history.settings
+    for key, value in header.settings.items():
+        if settings.get(key) != value:
+            if key not in allowed:
+                raise ConfigError(
+                    f"{key}={value}: the run in {history.path.parent} has {settings.get(key)}; use "
+                    f"that value, list {key} in resume.allow_changes to change it on purpose, or "
+                    "choose another run.dir"
+                )
+            changes[key] = [settings.get(key), value]
+    return changes
+
+
+def _resume_point(
+    config: Config, history: History, runs: list[Path]
+) -> tuple[ResumePoint, list[str]]:
+    """Where the run resumes, and notes for the user."""
+    iteration = len(history.records)
+    if iteration > config.es.iterations:
+        raise ConfigError(
+            f"es.iterations={config.es.iterations}: the run in {history.path.parent} has "
+            f"{iteration} already; shardes export --iteration exports the center of an earlier one"
+        )
+    snapshot, warnings = latest_valid_snapshot(runs, iteration, history.digest)
+    resume = ResumePoint.after(
+        history.records, snapshot, history.digest(iteration), history.rewards
+    )
+    evaluated = f", of which {len(resume.rewards)} members are evaluated" if resume.rewards else ""
+    notes = [history.incomplete_line] if history.incomplete_line else []
+    return resume, [
+        *notes,
+        *warnings,
+        f"resuming at iteration {iteration}{evaluated}: {resume.origin}",
+    ]
+
+
+class Lock:
+    """A run directory's lock. The operating system releases it when the process ends.
+
+    Raises:
+        ConfigError: another process holds it; names the process and its host.
+    """
+
+    def __init__(self, directory: Path):
+        self._file = open(directory / "lock", "a+", encoding="utf-8")
+        self._file.seek(0)
+        holder = self._file.read().strip()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run.dir={directory}: in use by {holder or 'another process'}; "
+                "wait for it to end, or choose another directory"
+            ) from None
+        self.note = f"taking over the lock that {holder} left behind" if holder else ""
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.truncate(0)
+        self._file.close()

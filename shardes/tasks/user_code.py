@@ -1,0 +1,160 @@
+"""Loading of users' code: a class or function in a file, or in an importable module.
+
+A reference is written file.py:Name or, for functions, module:name.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from shardes.errors import ConfigError
+
+
+def load_user_task(reference: str) -> Any:
+    """An object of a task class, which is called without arguments.
+
+    While its file loads, it can import modules beside it.
+
+    Raises:
+        ConfigError: the file or class cannot be used, or the class lacks a method of tasks.
+    """
+    setting = f"task.path={reference}"
+    with user_class("task.path", reference) as task_class:
+        name = task_class.__name__
+        try:
+            task = task_class()
+        except Exception as error:
+            raise ConfigError(f"{setting}: {name}() raised {_described(error)}") from error
+    if not callable(getattr(task, "prompts", None)):
+        raise ConfigError(f"{setting}: {name} has no prompts(); see shardes.tasks.Task")
+    if not any(callable(getattr(task, method, None)) for method in ("score", "reward")):
+        raise ConfigError(
+            f"{setting}: {name} has no score() and no reward(); see shardes.tasks.Task"
+        )
+    if not hasattr(task, "score"):
+        _check_parameters(f"{setting}: reward", task.reward, ("split", "number", "response"))
+    return task
+
+
+@contextmanager
+def user_class(key: str, reference: str) -> Iterator[type]:
+    """The class that a setting names; in the context, modules beside its file can be imported.
+
+    Raises:
+        ConfigError: the file cannot be used, or has no such class.
+    """
+    file, name = _split(key, reference, "file.py:Class")
+    with _importable(Path(file).resolve().parent):
+        module = _import_file(key, reference, file)
+        value = getattr(module, name, None)
+        if not isinstance(value, type):
+            raise ConfigError(f"{key}={reference}: no class {name} there{_names(module, type)}")
+        yield value
+
+
+def load_reward_function(reference: str) -> Callable[[str, dict], float]:
+    """A reward function; its module may be a file, installed, or in the working directory.
+
+    While a file loads, it can import modules beside it.
+
+    Raises:
+        ConfigError: it cannot be loaded, or does not take (response, example).
+    """
+    key = "task.reward"
+    source, name = _split(key, reference, "my_module:function or my_reward.py:function")
+    if source.endswith(".py") or "/" in source:
+        with _importable(Path(source).resolve().parent):
+            module = _import_file(key, reference, source)
+    else:
+        with _importable(Path.cwd()):
+            module = _import_module(key, reference, source)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"{key}={reference}: no function {name} there{_names(module, Callable)}")
+    _check_parameters(f"{key}={reference}", function, ("response", "example"))
+    return function
+
+
+def _check_parameters(subject: str, function: Callable, parameters: tuple[str, ...]) -> None:
+    try:
+        signature(function).bind(*parameters)
+    except TypeError as error:
+        raise ConfigError(f"{subject} must take ({', '.join(parameters)}): {error}") from None
+    except ValueError:  # a function written in C may have no signature
+        pass
+
+
+def _split(key: str, reference: str, form: str) -> tuple[str, str]:
+    source, colon, name = reference.rpartition(":")
+    if not (colon and source and name):
+        raise ConfigError(f"{key}={reference}: must be written {form}")
+    return source, name
+
+
+@contextmanager
+def _importable(directory: Path) -> Iterator[None]:
+    # Only while the code loads: later, a file in the directory could hide an installed module.
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+
+
+def _import_file(key: str, reference: str, file: str) -> ModuleType:
+    source = Path(file).resolve()
+    if not source.is_file():
+        raise ConfigError(f"{key}={reference}: there is no file {Path(file).absolute()}")
+    # Named by its path, so that it hides neither an installed module nor another file of its name.
+    name = f"shardes_task_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, source)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{key}={reference}: {source.name} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ConfigError(
+            f"{key}={reference}: importing {source} raised {_described(error)}"
+        ) from error
+    return module
+
+
+def _import_module(key: str, reference: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{key}={reference}: there is no module {name}, "
+                f"neither in {Path.cwd()} nor installed"
+            ) from None
+        raise ConfigError(
+            f"{key}={reference}: importing {name} raised {_described(error)}"
+        ) from error
+
+
+def _names(module: ModuleType, kind: Any) -> str:
+    """The end of a message: the public names of that kind that the module defines."""
+    names = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, kind)
+        and not name.startswith("_")
+        and getattr(value, "__module__", None) == module.__name__
+    ]
+    return f"; it has {', '.join(names)}" if names else ""
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

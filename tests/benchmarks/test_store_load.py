@@ -1,0 +1,51 @@
+"""The requests to a real store; nothing is timed."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from benchmarks.replicas import Setting
+from benchmarks.simulate import simulate
+from benchmarks.store_load import busiest, connect, flood, replay, requests
+from shardes.replicas.gateway import StoreGateway
+from shardes.replicas.protocol import RunStore
+
+
+@pytest.fixture(params=[False, True], ids=["store", "gateway"])
+def server(request):
+    """A port, and whether it is a gateway's; it leads to a store either way."""
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False
+    )
+    if not request.param:
+        yield store.port, False
+        return
+    gateway = StoreGateway("127.0.0.1", 0, "benchmark", RunStore(store, "run"), 60)
+    yield gateway.port, True
+    gateway.close()
+
+
+def test_every_kind_of_request_is_answered(server):
+    for kind, send in requests(*server, record=40).items():
+        for number in range(4):
+            send(number)
+        assert kind != "records" or send(0) == b"r" * 40
+
+
+def test_a_simulated_second_is_replayed_in_full(server):
+    outcome = simulate(Setting(8, 16, mean=2.0))
+    trace = busiest(outcome, 1)
+    assert trace == sorted(trace) and all(0 <= when < 1 for when, _ in trace)
+    assert len(trace) == outcome.rate()[1]
+    times = replay(*server, trace, threads=2, speed=1.0, begin=time.time())
+    assert times.shape == (len(trace), 2) and (times[:, 0] >= times[:, 1] - 1e-3).all()
+
+
+def test_a_flood_times_each_of_its_requests(server):
+    before = connect(*server).num_keys()
+    times = flood(*server, "claims", 0, 0.05, time.time())
+    assert len(times) > 0 and min(times) > 0
+    # One key for the counter of claims, and one for every other request, which stores a claimant.
+    assert connect(*server).num_keys() - before == 1 + -(-len(times) // 2) - (len(times) == 1)

@@ -1,0 +1,153 @@
+"""The command `shardes`: its subcommands, its help, and how it starts ranks."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import ROOT, call, run
+from shardes.commands import cli
+from shardes.config.loading import load
+
+TASK = """
+class Letters:
+    def prompts(self, split):
+        return ["abc", "a much longer prompt"] if split == "train" else ["hello"]
+    def score(self, split, responses):
+        return [float(sum(map(ord, text)) % 97) for text in responses]
+"""
+
+
+@pytest.fixture
+def config(tmp_path, uneven_llama) -> str:
+    (tmp_path / "task.py").write_text(TASK)
+    settings = {
+        "model": {"path": str(uneven_llama), "dtype": "float32"},
+        "es": {"population_size": 4, "sigma": 0.05, "alpha": 0.05, "iterations": 1},
+        "generation": {"max_new_tokens": 4},
+        "task": {"path": f"{tmp_path}/task.py:Letters"},
+        "run": {"dir": str(tmp_path / "run"), "timeout": 60},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return str(tmp_path / "config.yaml")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """No test here runs as a rank, whatever variables the environment has."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_shows_examples(command):
+    done = call(cli.main, *filter(None, [command]), "--help")
+    assert done.returncode == 0
+    assert done.stdout.count(f"shardes {command}".strip() + " ") >= 1 or command == "env", (
+        done.stdout
+    )
+    assert command not in ("train", "evaluate") or "es.population_size" in done.stdout
+
+
+def test_without_a_command_there_is_help():
+    done = call(cli.main)
+    assert done.returncode == 2 and "usage: shardes COMMAND" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian"], "trian: no such command; did you mean train?"),
+        (["frobnicate"], "frobnicate: no such command; there are: train, evaluate, "),
+        (["train", "x.yaml", "--gpus", "0"], "--gpus 0: must be at least 1"),
+        (
+            ["train", "x.yaml", "--gpus", "two"],
+            "argument --gpus/--nproc: invalid int value: 'two'; see shardes train",
+        ),
+        (["evaluate", "x.yaml", "--dry-run"], "--dry-run: only for train"),
+        (["train", "x.yaml", "--dry-run"], "x.yaml: no such config file"),
+    ],
+)
+def test_mistakes(arguments, message):
+    done = call(cli.main, *arguments)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), done.stderr
+
+
+def test_a_rank_does_not_start_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    done = call(cli.main, "train", "x.yaml", "--gpus", "2")
+    assert done.returncode == 2 and "a launcher has started this rank already" in done.stderr
+
+
+def test_a_dry_run_checks_and_writes_nothing(config, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = call(
+        cli.main, "train", config, "--gpus", "4", "--dry-run", "sharding.shard=2", "es.seed=7"
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in str(path)) == before
+    assert f"# run.dir: {tmp_path}/run, a new run" in done.stdout
+    assert "# layout: 4 ranks, 2 replicas × shard 2 × tensor 1" in done.stdout
+    assert (
+        "# prompts: 2 train, up to 20 tokens, 1 test" in done.stdout
+        and "# memory of a rank: about 0" in done.stdout
+    )
+    (tmp_path / "resolved.yaml").write_text(done.stdout)
+    assert load(str(tmp_path / "resolved.yaml"), []) == load(
+        config, ["sharding.shard=2", "es.seed=7"]
+    )
+    for override, message in (
+        ("sharding.shard=3", "does not divide the 4 ranks"),
+        ("es.sigm=1", "mean es.sigma"),
+    ):
+        done = call(cli.main, "train", config, "--gpus", "4", "--dry-run", override)
+        assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_ranks_are_started_on_this_host(config, tmp_path):
+    shardes = [sys.executable, "-m", "shardes.commands.cli"]
+    done = run([*shardes, "train", config, "--gpus", "2", "eval.every=0"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 1
+    environment = json.loads(
+        (tmp_path / "run" / "logs" / "attempt_1" / "environment.json").read_text()
+    )
+    assert environment["world"] == dict(ranks=2, replicas=2, shard=1, tensor=1, device="cpu")
+    # The same share of the cores as when the user starts deepspeed
+    share = str(max(environment["cores"] // 2, 1))
+    assert environment["environment"]["OMP_NUM_THREADS"] == share
+
+    done = call(cli.main, "train", config, "--dry-run")
+    assert "/run, a run of 1 iterations so far, to be resumed" in done.stdout, done.stderr
+    done = call(cli.main, "train", config, "--dry-run", "es.alpha=0.5")
+    assert done.returncode == 2 and "es.alpha=0.5: the run in" in done.stderr
+    assert call(cli.main, "journal", tmp_path / "run").returncode == 0
+    done = call(cli.main, "report", tmp_path / "run")
+    assert done.returncode == 0 and "attempt_1" in Path(done.stdout.strip()).read_text()
+
+
+def test_env_hides_secrets(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "abcdef")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = call(cli.main, "env")
+    printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert (
+        printed["HF_HUB_OFFLINE"] == "1"
+        and printed["WANDB_API_KEY"] == "(hidden)"
+        and "abcdef" not in done.stdout
+    )
+    assert (
+        printed["python"] == sys.version.split()[0]
+        and {"torch", "deepspeed", "GPUs", "cores"} <= printed.keys()
+    )
+
+
+def test_the_console_script_is_there():
+    tomllib = pytest.importorskip("tomllib")
+    module, _, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "scripts"
+    ]["shardes"].partition(":")
+    assert getattr(importlib.import_module(module), function) is cli.command

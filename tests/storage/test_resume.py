@@ -1,0 +1,170 @@
+"""Where a run resumes, and when resuming is refused."""
+
+import multiprocessing
+import os
+import shutil
+
+import pytest
+
+from shardes.config.loading import center_settings
+from shardes.config.schema import Config
+from shardes.errors import ConfigError
+from shardes.sharding.weight_files import WeightFiles
+from shardes.storage.files import fingerprint
+from shardes.storage.journal import Header, Record, Resumption, Reward, read
+from shardes.storage.resume import Lock, ResumePoint, open_run_directory
+
+pytestmark = pytest.mark.faults
+
+REWARD = Reward(2, 1, 0.25, 7, f"{2:016x}")
+
+
+@pytest.fixture
+def base(tied_llama, tmp_path) -> WeightFiles:
+    return WeightFiles(shutil.copytree(tied_llama, tmp_path / "base"))
+
+
+@pytest.fixture
+def config(tmp_path, base) -> Config:
+    config = Config()
+    config.model.path, config.run.dir = str(base.directory), str(tmp_path / "run")
+    config.task.name, config.es.iterations = "conciseness", 5
+    return config
+
+
+def record(iteration: int) -> Record:
+    return Record(iteration, [1, 2], [0.0, 1.0], [-0.1, 0.1], 0.001, 0.0005, f"{iteration:016x}")
+
+
+@pytest.fixture
+def begun(config, base):
+    """The config of a run of two iterations and a member, whose process has ended."""
+    run = open_run_directory(config, base)
+    for entry in (record(0), record(1), REWARD):
+        run.journal.append(entry)
+    run.close()
+    return config
+
+
+def test_a_new_run_begins_at_the_base_model(config, base):
+    run = open_run_directory(config, base)
+    assert run.resume == ResumePoint() and not run.notes
+    header = read(run.journal._path).header
+    model = str(base.directory.resolve())
+    assert header == Header(model, fingerprint(base), center_settings(config))
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(header.files)
+
+
+def test_a_run_goes_on_where_it_was(begun, base):
+    resume = open_run_directory(begun, base).resume
+    assert (resume.iteration, resume.source, resume.target) == (2, None, f"{2:016x}")
+    assert resume.records == [record(0), record(1)] and resume.reward_means == [0.5, 0.5]
+    assert resume.rewards == {1: REWARD}
+
+
+def test_a_resume_point_survives_the_store(begun, base):
+    resume = open_run_directory(begun, base).resume
+    assert ResumePoint.from_json(resume.to_json()) == resume
+
+
+def test_never_refuses_and_says_what_to_do(begun, base):
+    begun.resume.source = "never"
+    with pytest.raises(ConfigError, match=r"run\.dir=.*holds a run already, and resume=never"):
+        open_run_directory(begun, base)
+
+
+def test_a_run_that_recorded_nothing_may_begin_anew_with_other_settings(config, base):
+    open_run_directory(config, base).close()
+    config.es.sigma = 0.5
+    config.resume.source = "never"
+    assert open_run_directory(config, base).resume == ResumePoint()
+
+
+@pytest.mark.parametrize(
+    "section, name, value",
+    [
+        ("es", "sigma", 0.5),
+        ("es", "alpha", 0.5),
+        ("es", "seed", 9),
+        ("es", "population_size", 7),
+        ("generation", "stop", ["x"]),
+        ("task", "template", "{question}"),
+        ("task", "chat", False),
+        ("task", "reward", "my_reward.py:other"),
+        ("task", "on_error", "-1.0"),
+    ],
+)
+def test_what_decides_the_center_may_change_on_purpose_only(begun, base, section, name, value):
+    old = getattr(getattr(begun, section), name)
+    setattr(getattr(begun, section), name, value)
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}=.*allow_changes"):
+        open_run_directory(begun, base)
+    begun.resume.allow_changes = [f"{section}.{name}"]
+    run = open_run_directory(begun, base)
+    run.close()
+    assert run.resume.rewards == {} and any(f"{section}.{name}" in note for note in run.notes)
+    history = read(run.journal._path)
+    assert history.resumptions == [Resumption(2, {f"{section}.{name}": [old, value]})]
+    begun.resume.allow_changes = []
+    assert open_run_directory(begun, base).resume.iteration == 2  # it is the setting now
+
+
+def test_what_does_not_decide_it_may_change(begun, base):
+    begun.sharding.tensor, begun.es.iterations = 2, 9
+    begun.eval.every, begun.checkpoint.every = 1, 3
+    begun.task.workers, begun.task.timeout, begun.task.memory = 1, 2.0, 3.0
+    assert open_run_directory(begun, base).resume.iteration == 2
+
+
+def test_a_wrong_name_in_allow_changes(begun, base):
+    begun.resume.allow_changes = ["sigma"]
+    with pytest.raises(ConfigError, match=r"resume\.allow_changes: sigma.*es\.sigma"):
+        open_run_directory(begun, base)
+
+
+def test_fewer_iterations_than_there_are(begun, base):
+    begun.es.iterations = 1
+    with pytest.raises(ConfigError, match=r"es\.iterations=1: .* has 2 already"):
+        open_run_directory(begun, base)
+
+
+def test_another_directory_begins_from_a_runs_journal(begun, base, tmp_path):
+    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    begun.run.dir, begun.resume.source = str(tmp_path / "branch"), str(tmp_path / "run")
+    run = open_run_directory(begun, base)
+    assert run.resume.iteration == 2 and run.resume.rewards
+    run.journal.append(record(2))
+    run.close()
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
+    assert len(read(tmp_path / "branch" / "journal.jsonl").records) == 3
+    with pytest.raises(ConfigError, match="holds a run already"):
+        open_run_directory(begun, base)
+    begun.run.dir, begun.resume.source = str(tmp_path / "third"), str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"resume=.*nothing: neither"):
+        open_run_directory(begun, base)
+
+
+def hold(directory, ready, done):
+    lock = Lock(directory)
+    ready.set()
+    done.wait()
+    del lock
+
+
+def test_a_lock_is_its_processs_while_it_lives(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready, done))
+    process.start()
+    try:
+        assert ready.wait(60)
+        holder = f"process {process.pid} on {os.uname().nodename}"
+        with pytest.raises(ConfigError, match=f"in use by {holder}"):
+            Lock(tmp_path)
+    finally:
+        process.kill()
+        process.join()
+    lock = Lock(tmp_path)
+    assert f"process {process.pid}" in lock.note
+    lock.release()
+    assert not Lock(tmp_path).note

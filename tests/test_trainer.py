@@ -1,0 +1,122 @@
+"""The loop, step by step, on one rank that no launcher started."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from shardes.commands import train
+from shardes.distributed.signals import ShutdownWatcher
+from shardes.distributed.world import join_job, leave_job
+from shardes.es.fitness import coefficients, fitness
+from shardes.es.population import Member, member_seeds
+from shardes.es.update import Update
+from shardes.roles import PrimaryJob
+from shardes.storage.journal import read
+
+TASK = """
+class Letters:
+    def prompts(self, split):
+        return ["abc", "a longer prompt", "x"] if split == "train" else ["hello"]
+    def score(self, split, responses, which=None):
+        return [float(sum(map(ord, text)) % 97) for text in responses]
+"""
+SETTINGS = [
+    "model.dtype=float32",
+    "es.population_size=4",
+    "es.sigma=0.05",
+    "es.alpha=0.05",
+    "es.iterations=3",
+    "generation.max_new_tokens=4",
+    "task.prompts_per_iteration=2",
+    "eval.every=2",
+    "checkpoint.every=2",
+]
+
+
+@pytest.fixture
+def trainer(tmp_path, tied_llama, monkeypatch):
+    """A trainer of one rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the job sets is undone
+        monkeypatch.delenv(name)
+    (tmp_path / "task.py").write_text(TASK)
+    config = tmp_path / "config.yaml"
+    settings = {
+        "model": {"path": str(tied_llama)},
+        "task": {"path": f"{tmp_path}/task.py:Letters"},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    job = join_job(20)
+    prepared = train.prepare([str(config), *SETTINGS], job)
+    watcher = ShutdownWatcher(job)
+    try:
+        with ExitStack() as stack:
+            yield PrimaryJob(job, prepared, watcher, stack).trainer()
+    finally:
+        watcher.close()
+        leave_job(job, 1)
+        dist.destroy_process_group()
+
+
+def live_weights(trainer) -> torch.Tensor:
+    return torch.cat([shard.values for shard in trainer.center._shards])
+
+
+def test_an_iteration_is_algorithm_2(trainer):
+    trainer.replay_journal()
+    iteration = trainer.iteration(0)
+    assert iteration.seeds == member_seeds(0, 0, 4)
+    assert iteration.members == [Member(seed, 0.05) for seed in iteration.seeds]
+    assert len(iteration.prompt_numbers) == len(iteration.prompts) == 2
+    base = trainer.digest
+
+    trainer.before_iteration(iteration)
+    assert trainer.center.digest() == base
+    results = trainer.evaluate_members(iteration)
+    assert trainer.center.digest() == base  # θ is restored after every member
+    assert len(results.members) == trainer.members_evaluated == 4
+    trainer.evaluator.complete()
+    record = trainer.coordinator.commit(iteration, results)
+    journal = read(Path(trainer.config.run.dir) / "journal.jsonl")
+    assert journal.records == [record]  # on disk before θ moves
+
+    rewards = [member.reward for member in results.members]
+    es = trainer.config.es
+    weights = coefficients(es, 0.05, fitness(es, [[reward] for reward in rewards]))
+    assert record.update == Update(iteration.seeds, weights)
+    trainer.center.update(record.update)
+    assert trainer.center.digest() != base
+
+
+def test_the_loop_trains_and_finishes(trainer):
+    directory = Path(trainer.config.run.dir)
+    trainer.train()
+    history = read(directory / "journal.jsonl")
+    assert len(history.records) == 3 and history.finish.digest == trainer.digest
+    assert torch.equal(
+        live_weights(trainer),
+        torch.cat([trainer.center.values(shard) for shard in trainer.center._shards]),
+    )
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert ["held_out_reward" in row for row in rows] == [True, False, True]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["digest"] == trainer.digest
+    assert {path.name for path in (directory / "snapshots").iterdir()} == {
+        "iteration_2",
+        "iteration_3",
+    }
+
+
+def test_the_same_iteration_is_derived_again(trainer):
+    trainer.digest = "digest"
+    assert trainer.iteration(2) == trainer.iteration(2)
+    assert trainer.iteration(2).seeds != trainer.iteration(1).seeds
+    assert trainer.iteration(2).prompts != trainer.iteration(1).prompts
