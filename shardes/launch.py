@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from inspect import signature
 from typing import TypeVar
 
@@ -40,6 +41,7 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     decoder: Decoder
+    sources: dict[str, str] = field(default_factory=dict, kw_only=True)  # see `run_sources`
 
 
 Prepared = TypeVar("Prepared", bound=PreparedRun)
@@ -95,6 +97,24 @@ def _check_score_takes_numbers(settings: TaskConfig, task: Task) -> None:
         ) from None
 
 
+def shared_date(job: Job, read: Callable[[], str]) -> datetime:
+    """The date that chat templates show: the one that `read` returns on rank 0, or else now.
+
+    Every rank calls this; only rank 0 calls `read`, which returns a date in ISO format or "".
+    """
+    date = (read() if job.rank == 0 else "") or now()
+    if job.size > 1:
+        if job.rank == 0:
+            job.keys.set_date(date)
+        date = job.keys.date()
+    return datetime.fromisoformat(date)
+
+
+def now() -> str:
+    """The present local date and time, in ISO format."""
+    return datetime.now().isoformat(timespec="seconds")
+
+
 def build_replica(
     job: Job,
     prepared: PreparedRun,
@@ -141,8 +161,11 @@ def launch(
         prepared = prepare(argv, job)
     except ConfigError as error:
         problem = str(error)
+        if job.rank == 0:
+            job.keys.set_date(now())  # for ranks that wait for it and have no problem
     settings = loading.to_yaml(prepared.config) if prepared else ""
-    if not agree(job, problem, settings, complain) or prepared is None:
+    sources = prepared.sources if prepared else {}
+    if not agree(job, problem, settings, complain, sources) or prepared is None:
         return 2
     code, timeout = 1, prepared.config.run.timeout
     watcher = ShutdownWatcher(job)

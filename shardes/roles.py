@@ -251,9 +251,7 @@ class PrimaryJob(JobRoles):
         for note in run.notes:
             reporter.say(note)
         if self.config.replicas.port is not None:
-            gateway = gateway_open(
-                self.config, self.prepared.files, self.world, self.store, run.records
-            )
+            gateway = gateway_open(self.config, self.prepared.files, self.world, self.store, run)
             address = self.stack.enter_context(gateway)
             reporter.say(f"replicas can join this run with replicas.join={address}")
 

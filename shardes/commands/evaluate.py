@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.weight_files import WeightFiles, load, model_directory
+from shardes.storage.resume import recorded_date
 
 EXAMPLES = """examples:
   shardes evaluate configs/quickstart.yaml --model exported
@@ -113,19 +115,20 @@ def prepare(argv: list[str], job: Job) -> PreparedEvaluation:
         base.check({name: param.shape for name, param in prepared.module.named_parameters()})
     if not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
-    prompts = {split: _encode_split(prepared, split) for split in arguments.split}
+    date = launch.shared_date(job, lambda: recorded_date(config))
+    prompts = {split: _encode_split(prepared, split, date) for split in arguments.split}
     return PreparedEvaluation(
         **vars(prepared), prompts=prompts, samples=arguments.samples, base=base, out=arguments.out
     )
 
 
-def _encode_split(prepared: PreparedRun, split: str) -> list[list[int]]:
+def _encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list[int]]:
     if "=" in split:
         raise ConfigError(
             f"--split {split}: taken for a split's name; write settings (key=value) before --split"
         )
     try:
-        return encode(prepared.tokenizer, prepared.task.prompts(split))
+        return encode(prepared.tokenizer, prepared.task.prompts(split), date)
     except KeyError:
         known = ", ".join(["train", "test", *prepared.config.task.tests])
         raise ConfigError(

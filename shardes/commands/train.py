@@ -10,6 +10,7 @@ failure.
 """
 
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 
 from shardes.distributed import environment
@@ -32,10 +33,16 @@ from shardes.planning.layouts import Layout
 from shardes.planning.memory import rank_memory
 from shardes.planning.shapes import read_shapes
 from shardes.planning.workload import Workload
-from shardes.replicas.joining import join_run
+from shardes.replicas.joining import JoinedRun, connect_to_run, join_run
 from shardes.reporting.attempts import record_failure
 from shardes.roles import ClientJob, PreparedTraining, PrimaryJob
-from shardes.storage.resume import describe_run_directory, open_run_directory
+from shardes.storage.resume import (
+    RunDirectory,
+    describe_run_directory,
+    open_run_directory,
+    recorded_date,
+)
+from shardes.storage.sources import run_sources
 
 EXAMPLES = """examples:
   shardes train configs/quickstart.yaml --gpus 2            two ranks on this host (or --nproc 2)
@@ -52,47 +59,55 @@ def parser() -> LaunchParser:
 
 def prepare(argv: list[str], job: Job) -> PreparedTraining:
     _, config = parser().read(argv)
+    joins = config.replicas.join is not None
+    connection = connect_to_run(config) if joins and job.rank == 0 else None
+    date = launch.shared_date(job, lambda: connection.date if connection else recorded_date(config))
     prepared = launch.check(config, job)
-    prompts = encode_prompts(prepared)
-    open_run = open_run_directory if config.replicas.join is None else join_run
-    run = open_run(config, prepared.files) if job.rank == 0 else None
+    prompts = encode_prompts(prepared, date)
+    prepared.sources = run_sources(config.task, prompts)
+    run: RunDirectory | JoinedRun | None = None
+    if connection:
+        run = join_run(connection, config, prepared.files, prepared.sources)
+    elif job.rank == 0:
+        run = open_run_directory(config, prepared.files, prepared.sources, date.isoformat())
     return PreparedTraining(**vars(prepared), prompts=prompts, run=run)
 
 
 @reports_errors
 def dry_run(argv: list[str], ranks: int) -> int:
-    """Make the checks that a start on so many ranks makes, and print, as YAML, what it would run;
-    write nothing.
-    """
+    """Make the checks of a start on `ranks` ranks and print the settings; write nothing."""
     _, config = parser().read(argv)
     prepared = launch.check(config, Job(0, ranks, dist.HashStore()))
-    lengths = {split: list(map(len, found)) for split, found in encode_prompts(prepared).items()}
-    state = describe_run_directory(config)
-    s, generation = config.sharding, config.generation
-    layout = Layout(prepared.replicas, s.shard, s.tensor, s.gather, s.offload)
-    train, test = tuple(lengths["train"]), tuple(lengths["test"])
-    asked = Workload(train, test, generation.max_new_tokens, generation.batch_tokens)
+    date = datetime.fromisoformat(recorded_date(config) or launch.now())
+    prompts = encode_prompts(prepared, date)
+    state = describe_run_directory(config, run_sources(config.task, prompts))
+    sharding, generation = config.sharding, config.generation
+    shard, tensor = sharding.shard, sharding.tensor
+    layout = Layout(prepared.replicas, shard, tensor, sharding.gather, sharding.offload)
+    lengths = {split: tuple(map(len, rows)) for split, rows in prompts.items()}
+    workload = Workload(
+        lengths["train"], lengths["test"], generation.max_new_tokens, generation.batch_tokens
+    )
     device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    need = rank_memory(read_shapes(config)[0], layout, asked, config.es.restore, device)
-    on_device = f"{sum(need.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
-    prompts = ", ".join(
-        f"{len(found)} {split}, up to {max(found)} tokens" for split, found in lengths.items()
+    memory = rank_memory(read_shapes(config)[0], layout, workload, config.es.restore, device)
+    on_device = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
+    counts = ", ".join(
+        f"{len(rows)} {split}, up to {max(rows)} tokens" for split, rows in lengths.items()
     )
     print(f"# run.dir: {Path(config.run.dir).absolute()}, {state}")
-    degrees = f"shard {s.shard} × tensor {s.tensor}"
+    degrees = f"shard {shard} × tensor {tensor}"
     print(f"# layout: {ranks} ranks, {prepared.replicas} replicas × {degrees}")
-    print(f"# prompts: {prompts}")
-    print(
-        f"# memory of a rank: about {on_device}{sum(need.host.values()) / 1e9:.3g} GB on its host"
-    )
+    print(f"# prompts: {counts}")
+    on_host = f"{sum(memory.host.values()) / 1e9:.3g} GB on its host"
+    print(f"# memory of a rank: about {on_device}{on_host}")
     print(settings.to_yaml(config), end="")
     return 0
 
 
-def encode_prompts(prepared: PreparedRun) -> dict[str, list[list[int]]]:
+def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:
     """The token ids of both splits' prompts."""
     task, tokenizer = prepared.task, prepared.tokenizer
-    return {split: encode(tokenizer, task.prompts(split)) for split in ("train", "test")}
+    return {split: encode(tokenizer, task.prompts(split), date) for split in ("train", "test")}
 
 
 def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None:

@@ -11,6 +11,7 @@ also those of other jobs, share further keys under the run's prefix: see `replic
 | `rendezvous A/arrived` | counter of the ranks that arrived | each rank |
 | `rendezvous A/complete` | "yes", or "" where ranks are missing | rank 0 |
 | `checked/R` | `CheckResult` of rank R: its checks before heavy work | rank R |
+| `date` | the date that chat templates show, in ISO format | rank 0 |
 | `agreed` | "yes", or "" where a rank reported a problem | rank 0 |
 | `run prefix` | prefix of the run's keys in this store | rank 0 |
 | `replica number` | the number that a run gave to this job, which joined it | rank 0 |
@@ -28,7 +29,7 @@ also those of other jobs, share further keys under the run's prefix: see `replic
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -38,10 +39,13 @@ from shardes.distributed.store import clone_store, wait_for_keys
 
 @dataclass(frozen=True)
 class CheckResult:
-    """A rank's checks before heavy work: a problem ("": none) and the resolved settings as YAML."""
+    """A rank's checks before heavy work: a problem ("": none), the resolved settings as YAML, and
+    the SHA-256s of what else decides the run.
+    """
 
     problem: str
     settings: str
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 class JobStore:
@@ -57,6 +61,13 @@ class JobStore:
         """The results of all ranks, in order; waits for them."""
         texts = [self._store.get(f"checked/{rank}") for rank in range(size)]
         return [CheckResult(**json.loads(text)) for text in texts]
+
+    def set_date(self, date: str) -> None:
+        self._store.compare_set("date", "", date)
+
+    def date(self) -> str:
+        """Waits for rank 0."""
+        return self._store.get("date").decode()
 
     def set_agreed(self, agreed: bool) -> None:
         self._store.set("agreed", "yes" if agreed else "")

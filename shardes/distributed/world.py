@@ -9,10 +9,11 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from shardes.errors import ConfigError, RunError
 
 # One name is newer, the other deprecated: all ranks' tensors, one after the other, into one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+NOTHING: Mapping = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -175,25 +178,30 @@ def join_job(timeout: float) -> Job:
     return Job(rank, size, store)
 
 
-def agree(job: Job, problem: str | None, settings: str, report: Callable[[str], None]) -> bool:
-    """Whether no rank has a problem and all have the same settings; else rank 0 reports the first
-    problem.
+def agree(
+    job: Job,
+    problem: str | None,
+    settings: str,
+    report: Callable[[str], None],
+    sources: Mapping[str, str] = NOTHING,
+) -> bool:
+    """Whether no rank has a problem and all have the same settings and sources; else rank 0 reports
+    the first problem.
+
+    Args:
+        settings: the resolved settings as YAML.
+        sources: the SHA-256s of what else decides the run: code, data, prompts.
 
     Every rank calls this after its cheap checks, before any starts heavy work, so that a mistake
     that only some ranks can see (a file missing on one host) ends them all.
     """
-    job.keys.post_check(job.rank, CheckResult(problem or "", settings))
+    own = CheckResult(problem or "", settings, dict(sources))
+    job.keys.post_check(job.rank, own)
     if job.rank == 0:
         results = job.keys.checks(job.size)
         problems = [result.problem for result in results]
         if not any(problems):
-            problems = [
-                ""
-                if result.settings == settings
-                else f"rank {rank} has other settings than rank 0: start every host with the same "
-                "config and overrides"
-                for rank, result in enumerate(results)
-            ]
+            problems = [_difference(rank, result, own) for rank, result in enumerate(results)]
         reported = [
             text if rank == 0 else f"{text} (seen by rank {rank})"
             for rank, text in enumerate(problems)
@@ -206,6 +214,22 @@ def agree(job: Job, problem: str | None, settings: str, report: Callable[[str], 
     if not agreed:
         leave_job(job, 10)
     return agreed
+
+
+def _difference(rank: int, result: CheckResult, first: CheckResult) -> str:
+    """How a rank's settings or sources differ from rank 0's; "" if they do not."""
+    if result.settings != first.settings:
+        return (
+            f"rank {rank} has other settings than rank 0: start every host with the same config "
+            "and overrides"
+        )
+    for key in sorted(result.sources.keys() | first.sources.keys()):
+        if result.sources.get(key) != first.sources.get(key):
+            return (
+                f"rank {rank} has another {key} than rank 0: every host must see the same files, "
+                "and a task must return the same prompts in the same order on every rank"
+            )
+    return ""
 
 
 def leave_job(job: Job, seconds: float) -> list[int]:

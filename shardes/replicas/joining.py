@@ -3,7 +3,7 @@ common.
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +17,25 @@ from shardes.replicas.gateway import StoreGateway, connect, run_token
 from shardes.replicas.protocol import RunStore, Welcome
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.files import differing, fingerprint
-from shardes.storage.journal import Header, Record
-from shardes.storage.resume import ResumePoint
+from shardes.storage.journal import Header
+from shardes.storage.resume import ResumePoint, RunDirectory
 from shardes.storage.snapshots import latest_valid_snapshot
+from shardes.storage.sources import first_difference
 
 
 @contextmanager
 def gateway_open(
-    config: Config, base: WeightFiles, world: World, store: RunStore, records: Sequence[Record]
+    config: Config, base: WeightFiles, world: World, store: RunStore, run: RunDirectory
 ) -> Iterator[str]:
     """A context in which other jobs can join the run; for the primary rank. Yields HOST:PORT.
-
-    Args:
-        records: those of the journal so far.
 
     The address is also in the file `meeting` of the run directory.
     """
     directory, replicas = Path(config.run.dir), config.replicas
-    for record in records:
+    for record in run.records:
         store.publish(record)
-    store.welcome(Welcome(_header(config, base), world.replicas))
+    header = _header(config, base, run.sources, run.date)
+    store.welcome(Welcome(header, world.replicas))
     token = run_token(directory, create=True)
     gateway = StoreGateway(replicas.host, replicas.port or 0, token, store, replicas.timeout)
     address = f"{replicas.host or socket.gethostname()}:{gateway.port}"
@@ -47,6 +46,33 @@ def gateway_open(
     finally:
         file.unlink(missing_ok=True)
         gateway.close()
+
+
+@dataclass
+class RunConnection:
+    """A job's connections to the store of a run that it may join."""
+
+    store: RunStore
+    heartbeat_store: RunStore  # another connection
+    welcome: Welcome
+
+    @property
+    def date(self) -> str:
+        """The date that the run's chat templates show, in ISO format."""
+        return self.welcome.header.date
+
+
+def connect_to_run(config: Config) -> RunConnection:
+    """Connect to the run at `replicas.join`; for rank 0 of a job.
+
+    Raises:
+        ConfigError: cannot connect.
+    """
+    address = config.replicas.join
+    assert address is not None
+    token, timeout = run_token(Path(config.run.dir)), config.replicas.timeout
+    store, heartbeat_store = (connect(address, token, timeout) for _ in range(2))
+    return RunConnection(store, heartbeat_store, store.read_welcome())
 
 
 @dataclass
@@ -61,20 +87,18 @@ class JoinedRun:
     notes: list[str]  # for the user
 
 
-def join_run(config: Config, base: WeightFiles) -> JoinedRun:
-    """Join the run at `replicas.join`; for rank 0 of a job.
+def join_run(
+    connection: RunConnection, config: Config, base: WeightFiles, sources: dict[str, str]
+) -> JoinedRun:
+    """Join a run; for rank 0 of a job.
 
     The center is rebuilt from a snapshot, if `run.dir` is the run's own, or from the base model.
 
     Raises:
-        ConfigError: cannot join, or the run has another base model, other noise or other settings.
+        ConfigError: the run has another base model, other noise, settings, code, data or prompts.
     """
-    address, directory = config.replicas.join, Path(config.run.dir)
-    assert address is not None
-    token, timeout = run_token(directory), config.replicas.timeout
-    store, heartbeat_store = (connect(address, token, timeout) for _ in range(2))
-    welcome = store.read_welcome()
-    _compare(welcome.header, _header(config, base))
+    store, welcome, directory = connection.store, connection.welcome, Path(config.run.dir)
+    _compare(welcome.header, _header(config, base, sources, connection.date))
     current = store.wait_current(config.run.timeout)
     records = [store.record(number) for number in range(current.iteration)]
     digests = [*(record.digest for record in records), current.digest]
@@ -82,15 +106,17 @@ def join_run(config: Config, base: WeightFiles) -> JoinedRun:
     resume = ResumePoint.after(records, snapshot, current.digest)
     replica = store.take_replica_number()
     note = (
-        f"joined the run at {address} as replica {replica}, in iteration {current.iteration}: "
-        f"{resume.origin}"
+        f"joined the run at {config.replicas.join} as replica {replica}, in iteration "
+        f"{current.iteration}: {resume.origin}"
     )
-    return JoinedRun(store, heartbeat_store, replica, welcome.replicas, resume, [*notes, note])
+    heartbeat_store, replicas = connection.heartbeat_store, welcome.replicas
+    return JoinedRun(store, heartbeat_store, replica, replicas, resume, [*notes, note])
 
 
-def _header(config: Config, base: WeightFiles) -> Header:
+def _header(config: Config, base: WeightFiles, sources: dict[str, str], date: str) -> Header:
     """What all replicas of a run must have in common."""
-    return Header(config.model.path, fingerprint(base), replica_settings(config))
+    settings = replica_settings(config)
+    return Header(config.model.path, fingerprint(base), settings, sources=sources, date=date)
 
 
 def _compare(run: Header, job: Header) -> None:
@@ -111,3 +137,7 @@ def _compare(run: Header, job: Header) -> None:
             raise ConfigError(
                 f"{key}={job.settings.get(key)}: the run has {value}; join with the run's config"
             )
+    if difference := first_difference(job.sources, run.sources):
+        raise ConfigError(
+            f"{difference} differs from the run's; join with the run's code, data and tokenizer"
+        )

@@ -18,13 +18,19 @@ from shardes.noise.definition import NOISE
 from shardes.storage.files import checksum, sync
 
 JOURNAL = "journal.jsonl"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # format 1 has no sources and no date
 CHECKSUM_KEY = ', "checksum": "'
 
 
 @dataclass
 class Header:
-    """The base model, with its files' SHA-256s, and the settings that decide the center."""
+    """What the run began with.
+
+    `files` are the SHA-256s of the base model's files, `settings` those that decide the center,
+    `sources` the SHA-256s of code, data and prompts (see `storage.sources`). `date`, in ISO format,
+    is the one that chat templates show.
+    """
 
     kind: ClassVar = "header"
     model: str
@@ -32,6 +38,8 @@ class Header:
     settings: dict[str, Any]
     format: int = FORMAT
     noise: str = NOISE
+    sources: dict[str, str] = field(default_factory=dict)
+    date: str = ""
 
 
 @dataclass
@@ -82,12 +90,15 @@ class Record:
 class Resumption:
     """A later start of the run, before `iteration`.
 
-    `changes` are settings that were changed on purpose: {key: [old, new]}.
+    `changes` are settings that were changed on purpose: {key: [old, new]}. `sources` and `date` are
+    there if they were changed on purpose, or if the journal had none.
     """
 
     kind: ClassVar = "resume"
     iteration: int
     changes: dict[str, list]
+    sources: dict[str, str] = field(default_factory=dict)
+    date: str = ""
 
 
 @dataclass
@@ -108,7 +119,7 @@ class History:
     """The content of a journal.
 
     Args:
-        settings: the header's, with later changes applied; `files` likewise.
+        settings: the header's, with later changes applied; `files`, `sources`, `date` likewise.
         records: by iteration.
         rewards: those of the unfinished iteration, by member.
         ends: `ends[k]` is the length in bytes of the lines up to the record of iteration k - 1.
@@ -121,6 +132,8 @@ class History:
     header: Header
     settings: dict[str, Any]
     files: dict[str, str]
+    sources: dict[str, str] = field(default_factory=dict)
+    date: str = ""
     records: list[Record] = field(default_factory=list)
     rewards: dict[int, Reward] = field(default_factory=dict)
     resumptions: list[Resumption] = field(default_factory=list)
@@ -154,6 +167,12 @@ class History:
         if changes:
             self.rewards = {}
 
+    def change_sources(self, sources: dict[str, str], date: str) -> None:
+        """Apply changed sources, and a date; rewards that other sources gave are dropped."""
+        if sources and self.sources:
+            self.rewards = {}
+        self.sources, self.date = sources or self.sources, date or self.date
+
     def _add(self, entry: Entry) -> None:
         if isinstance(entry, Record):
             if entry.iteration != len(self.records):
@@ -171,6 +190,7 @@ class History:
         elif isinstance(entry, Resumption):
             self.resumptions.append(entry)
             self.change_settings({key: new for key, (_, new) in entry.changes.items()})
+            self.change_sources(entry.sources, entry.date)
         else:
             raise ValueError("a second header")
 
@@ -218,13 +238,20 @@ def read(path: Path) -> History | None:
 def _begin(path: Path, entry: Entry) -> History:
     if not isinstance(entry, Header):
         raise ValueError("no header")
-    if (entry.format, entry.noise) != (FORMAT, NOISE):
+    if entry.format not in READABLE or entry.noise != NOISE:
         raise ConfigError(
             f"{path}: journal format {entry.format} with noise {entry.noise}; this version of "
             f"shardes uses format {FORMAT} with noise {NOISE}. Continue with the version that "
             "began the run"
         )
-    return History(path, entry, dict(entry.settings), dict(entry.files))
+    return History(
+        path,
+        entry,
+        dict(entry.settings),
+        dict(entry.files),
+        dict(entry.sources),
+        entry.date,
+    )
 
 
 def _encode(entry: Entry, previous: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from shardes.storage.journal import (
     Reward,
 )
 from shardes.storage.snapshots import Snapshot, latest_valid_snapshot
+from shardes.storage.sources import PROMPTS, check_sources
 
 
 @dataclass
@@ -96,26 +97,49 @@ class RunDirectory:
     resume: ResumePoint
     records: list[Record]  # of all iterations so far
     notes: list[str]  # for the user
+    sources: dict[str, str] = field(default_factory=dict)  # what else decides the run
+    date: str = ""  # that chat templates show, in ISO format
 
     def close(self) -> None:
         self.journal.close()
         self.lock.release()
 
 
-def open_run_directory(config: Config, base: WeightFiles) -> RunDirectory:
+def recorded_date(config: Config) -> str:
+    """The date that the run's chat templates show, in ISO format; "" if there is no run yet."""
+    source = Path(config.resume.source)
+    runs = [Path(config.run.dir), source, source.parent.parent]
+    histories = (journal.read(run / JOURNAL) for run in runs)
+    return next((history.date for history in histories if history and not history.is_empty), "")
+
+
+def open_run_directory(
+    config: Config, base: WeightFiles, sources: dict[str, str] | None = None, date: str = ""
+) -> RunDirectory:
     """Lock the run directory, open its journal, and find where the run starts or resumes.
+
+    Args:
+        sources: what decides the rewards besides settings and model: see `run_sources`.
+        date: the one that chat templates show, in ISO format.
 
     Raises:
         ConfigError: the directory cannot be written, is in use, is damaged, or holds a run with
             other settings.
     """
+    sources = sources or {}
     directory = Path(config.run.dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = Lock(directory)
         history, runs = _read_history(config, directory)
         notes: list[str] = []
-        header = Header(str(base.directory.resolve()), fingerprint(base), center_settings(config))
+        header = Header(
+            str(base.directory.resolve()),
+            fingerprint(base),
+            center_settings(config),
+            sources=sources,
+            date=date,
+        )
         if history is None:
             resume = ResumePoint()
             run_journal = Journal(directory / JOURNAL, None)
@@ -123,11 +147,15 @@ def open_run_directory(config: Config, base: WeightFiles) -> RunDirectory:
         else:
             changes = _setting_changes(config, history, header)
             history.change_settings({key: new for key, (_, new) in changes.items()})
+            source_notes, changed = _changed_sources(config, history, sources)
+            first_date = "" if history.date else date
+            history.change_sources(changed, first_date)
             snapshots.remove_partial(directory)
             resume, notes = _resume_point(config, history, runs)
+            notes += source_notes
             notes += [f"{key}: changed from {old} to {new}" for key, (old, new) in changes.items()]
             run_journal = Journal(directory / JOURNAL, history)
-            run_journal.append(Resumption(resume.iteration, changes))
+            run_journal.append(Resumption(resume.iteration, changes, changed, first_date))
         (directory / "config.yaml").write_text(to_yaml(config))
     except OSError as error:
         raise ConfigError(
@@ -136,10 +164,10 @@ def open_run_directory(config: Config, base: WeightFiles) -> RunDirectory:
     if lock.note:
         notes = [lock.note, *notes]
     records = history.records if history else []
-    return RunDirectory(lock, run_journal, resume, records, notes)
+    return RunDirectory(lock, run_journal, resume, records, notes, sources, date)
 
 
-def describe_run_directory(config: Config) -> str:
+def describe_run_directory(config: Config, sources: dict[str, str]) -> str:
     """What a start would do with the run directory. Changes nothing and reads no weights.
 
     Raises:
@@ -152,6 +180,7 @@ def describe_run_directory(config: Config) -> str:
         return "a new run"
     header = Header(history.header.model, history.files, center_settings(config))
     _setting_changes(config, history, header)
+    _changed_sources(config, history, sources)
     return f"a run of {len(history.records)} iterations so far, to be resumed"
 
 
@@ -204,7 +233,7 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     Raises:
         ConfigError: resume.allow_changes lacks one of them.
     """
-    allowed, known = config.resume.allow_changes, [*CENTER_SETTINGS, "model.path"]
+    allowed, known = config.resume.allow_changes, [*CENTER_SETTINGS, "model.path", PROMPTS]
     for key in allowed:
         if key not in known:
             raise ConfigError(
@@ -232,6 +261,23 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
                 )
             changes[key] = [settings.get(key), value]
     return changes
+
+
+def _changed_sources(
+    config: Config, history: History, sources: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Notes for the user, and the sources if they differ from the journal's, else {}.
+
+    Raises:
+        ConfigError: resume.allow_changes lacks one that differs.
+    """
+    if sources == history.sources:
+        return [], {}
+    notes: list[str] = []
+    if history.sources:  # a journal of format 1 has none
+        allowed, run = config.resume.allow_changes, history.path.parent
+        notes = check_sources(history.sources, sources, allowed, run)
+    return notes, sources
 
 
 def _resume_point(

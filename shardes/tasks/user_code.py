@@ -16,6 +16,8 @@ from typing import Any
 
 from shardes.errors import ConfigError
 
+PACKAGES = {"site-packages", "dist-packages"}
+
 
 def load_user_task(reference: str) -> Any:
     """An object of a task class, which is called without arguments.
@@ -82,6 +84,35 @@ def load_reward_function(reference: str) -> Callable[[str, dict], float]:
     return function
 
 
+def code_files(reference: str) -> list[Path]:
+    """The files of user code that has been loaded: its own, then those that it uses beside it.
+
+    These are the modules from its directory that its global names refer to, directly or not.
+    Installed packages are not among them.
+    """
+    source, _, _ = reference.rpartition(":")
+    is_file = source.endswith(".py") or "/" in source
+    module = sys.modules[_module_name(Path(source).resolve()) if is_file else source]
+    own = Path(module.__file__ or "").resolve()
+    files, modules = [own], [module]
+    for module in modules:  # grows
+        for value in list(vars(module).values()):
+            is_module = isinstance(value, ModuleType)
+            name = value.__name__ if is_module else getattr(value, "__module__", None)
+            used = sys.modules.get(name) if isinstance(name, str) else None
+            file = Path(getattr(used, "__file__", None) or "/").resolve()
+            beside = file.is_relative_to(own.parent) and not _is_installed(file)
+            if used and beside and file not in files:
+                files.append(file)
+                modules.append(used)
+    return [own, *sorted(files[1:])]
+
+
+def _is_installed(file: Path) -> bool:
+    package = Path(__file__).resolve().parents[1]
+    return file.is_relative_to(package) or bool(PACKAGES.intersection(file.parts))
+
+
 def _check_parameters(subject: str, function: Callable, parameters: tuple[str, ...]) -> None:
     try:
         signature(function).bind(*parameters)
@@ -112,8 +143,7 @@ def _import_file(key: str, reference: str, file: str) -> ModuleType:
     source = Path(file).resolve()
     if not source.is_file():
         raise ConfigError(f"{key}={reference}: there is no file {Path(file).absolute()}")
-    # Named by its path, so that it hides neither an installed module nor another file of its name.
-    name = f"shardes_task_{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
+    name = _module_name(source)
     spec = importlib.util.spec_from_file_location(name, source)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{key}={reference}: {source.name} is not a Python file (.py)")
@@ -127,6 +157,11 @@ def _import_file(key: str, reference: str, file: str) -> ModuleType:
             f"{key}={reference}: importing {source} raised {_described(error)}"
         ) from error
     return module
+
+
+def _module_name(file: Path) -> str:
+    # By its path, so that it hides neither an installed module nor another file of its name.
+    return f"shardes_task_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
 
 
 def _import_module(key: str, reference: str, name: str) -> ModuleType:

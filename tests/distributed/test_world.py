@@ -9,18 +9,22 @@ import torch.distributed as dist
 
 from shardes.distributed.world import Job, agree, leave_job
 
+SAME = [{"task.prompts/train": "1"}] * 3
+OTHER = [*SAME[:2], {"task.prompts/train": "2"}]
+
 
 @pytest.mark.parametrize(
-    "problems, settings, said",
+    "problems, settings, sources, said",
     [
-        (["", "", ""], ["a", "a", "a"], None),
-        (["bad key", "bad key", "bad key"], ["", "", ""], "bad key"),
-        (["", "", "no such file"], ["a", "a", ""], "no such file (seen by rank 2)"),
-        (["", "", ""], ["a", "b", "a"], "rank 1 has other settings than rank 0"),
+        (["", "", ""], ["a", "a", "a"], SAME, None),
+        (["bad key", "bad key", "bad key"], ["", "", ""], SAME, "bad key"),
+        (["", "", "no such file"], ["a", "a", ""], SAME, "no such file (seen by rank 2)"),
+        (["", "", ""], ["a", "b", "a"], SAME, "rank 1 has other settings than rank 0"),
+        (["", "", ""], ["a", "a", "a"], OTHER, "rank 2 has another task.prompts/train than rank 0"),
     ],
-    ids=["all is well", "one mistake", "one host", "other settings"],
+    ids=["all is well", "one mistake", "one host", "other settings", "other prompts"],
 )
-def test_agreement(problems, settings, said):
+def test_agreement(problems, settings, sources, said):
     limit = timedelta(seconds=20)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit)
     spoken: list[str] = []
@@ -30,7 +34,9 @@ def test_agreement(problems, settings, said):
         job = Job(
             number, 3, dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=limit)
         )
-        verdicts[number] = agree(job, problems[number] or None, settings[number], spoken.append)
+        verdicts[number] = agree(
+            job, problems[number] or None, settings[number], spoken.append, sources[number]
+        )
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
     for thread in threads:

@@ -68,6 +68,8 @@ def test_it_resumes_and_arrives_at_the_same_center(zygote, folder, tmp_path):
     )
     assert (folder / "run" / "journal.jsonl").read_bytes().startswith(complete)
     assert records(folder / "run") == EXPECTED
+    history = journal.read(folder / "run" / "journal.jsonl")
+    assert "task.path" in history.sources and history.date  # as from the resumption on
     assert json.loads(EXPECTED[-1])["digest"] == DIGEST
     metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == list(range(6))
