@@ -8,14 +8,30 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from shardes.distributed.hosts import slurm_hosts
+from shardes.errors import ConfigError
+
+SLURM_TASK = (  # what SLURM tells each task of a step, after SLURM_
+    "JOB_ID",
+    "STEP_ID",
+    "STEP_NUM_TASKS",
+    "STEP_TASKS_PER_NODE",
+    "NODEID",
+    "PROCID",
+    "LOCALID",
+)
 INHERITED = dict(os.environ)  # before `prepare`: what processes started from here should inherit
 
 
 def prepare() -> None:
-    """Limit this process to its share of the host's cores. Variables that are set already stay."""
+    """Limit this process to its share of the host's cores; make a task of `srun` a rank.
+
+    Variables that are set already stay.
+    """
+    _adopt_slurm_task()
     # torchrun sets LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     threads = os.environ.setdefault(
@@ -24,6 +40,33 @@ def prepare() -> None:
     # More threads would busy-wait on the cores of the other ranks.
     os.environ.setdefault("NUMBA_NUM_THREADS", threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _adopt_slurm_task() -> None:
+    """Set a launcher's variables from SLURM's, in a step of several tasks without a launcher."""
+    slurm = {key: os.environ.get(f"SLURM_{key}", "") for key in SLURM_TASK}
+    if "RANK" in os.environ or not all(slurm.values()) or slurm["STEP_NUM_TASKS"] == "1":
+        return
+    port = 15000 + (31 * int(slurm["JOB_ID"]) + int(slurm["STEP_ID"])) % 15000
+    local_size = _tasks_per_node(slurm["STEP_TASKS_PER_NODE"])[int(slurm["NODEID"])]
+    os.environ |= {
+        "RANK": slurm["PROCID"],
+        "WORLD_SIZE": slurm["STEP_NUM_TASKS"],
+        "LOCAL_RANK": slurm["LOCALID"],
+        "LOCAL_WORLD_SIZE": str(local_size),
+    }
+    with suppress(ConfigError):  # without scontrol the user must set MASTER_ADDR
+        os.environ.setdefault("MASTER_ADDR", slurm_hosts()[0])
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's number of tasks of each node, which it writes as `2(x3),1`."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, repeat = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeat or 1)
+    return counts
 
 
 @contextmanager

@@ -1,0 +1,44 @@
+"""Variables that a process sets for itself before it imports torch."""
+
+import os
+
+import pytest
+
+from shardes.distributed import environment
+
+TASK = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """An environment without a launcher, undone afterwards."""
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in RANK})
+    monkeypatch.setattr(environment, "slurm_hosts", lambda: ["node-a", "node-b", "node-c"])
+    return os.environ
+
+
+def test_a_task_of_srun_is_a_rank(environ):
+    environ |= TASK
+    environment.prepare()
+    port = 15000 + 31 * 77 + 3
+    expected = ("3", "5", "1", "2", "node-a", str(port))
+    assert tuple(environ[name] for name in RANK) == expected
+    environ |= {"RANK": "9"}
+    environment.prepare()  # a launcher within the task has the last word
+    assert environ["RANK"] == "9"
+
+
+@pytest.mark.parametrize("given", [{}, TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_JOB_ID": "7"}])
+def test_without_several_tasks_there_is_no_rank(environ, given):
+    environ |= given
+    environment.prepare()
+    assert not set(RANK) & set(environ)
