@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from shardes.errors import ConfigError, suggestion
+from shardes.reporting import json_lines
 from shardes.tasks.user_code import user_class
 
 CLOSE_TIMEOUT = 60.0  # seconds that a logger may take to finish
@@ -62,7 +63,10 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run in the project $WANDB_PROJECT, by default "shardes".
 
-    Its id is kept in the run directory, so that a resumed run continues it.
+    Its id is kept in the run directory, so that a resumed run continues it. Offline there is
+    nothing to continue: each start writes a directory of its own, and the one that is synchronized
+    last replaces the others. So an offline start begins with the metrics of the iterations before
+    it.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]):
@@ -81,6 +85,9 @@ class WandB:
             allow_val_change=True,
             settings=wandb.Settings(console="off", silent=True),
         )
+        if self._run.offline:
+            for row in json_lines.read(directory / "metrics.jsonl"):
+                self.log(row, int(row["iteration"]))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._run.log(metrics, step=step)

@@ -146,6 +146,25 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert b"reward_mean" in files[0].read_bytes() and b"sigma" in files[0].read_bytes()
 
 
+def test_wandb_offline_begins_with_the_iterations_before(tmp_path, monkeypatch):
+    """The directory that is synchronized last replaces the others."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logged: list[tuple[int, float]] = []
+    rows = [{"iteration": step, "reward_mean": step / 7} for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = loggers.WandB.log
+
+    def spy(self, metrics, step):
+        logged.append((step, metrics["reward_mean"]))
+        log(self, metrics, step)
+
+    monkeypatch.setattr(loggers.WandB, "log", spy)
+    logger = Loggers(["wandb"], tmp_path, {}, lambda line: None)
+    logger.log({"reward_mean": 3 / 7}, 3)
+    logger.close()
+    assert logged == [(step, step / 7) for step in range(4)]
+
+
 def test_a_logger_that_hangs_does_not_stop_the_end(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text(
         "import time\nclass Slow:\n def __init__(self, *_): time.sleep(30)\n"
