@@ -39,7 +39,7 @@ class PendingEvaluation:
 
 
 class Evaluator:
-    """Lets the center answer; on ranks other than the primary one, that is all.
+    """Generates the center's responses. The primary rank's subclass also scores them.
 
     Args:
         prompts: the token ids of each split's prompts.
@@ -91,8 +91,8 @@ class Evaluator:
     def is_best(self) -> bool:
         """Whether the center under evaluation is the best so far, if the best one is to be kept.
 
-        Every rank calls this. Only replica 0 knows: on other replicas, which save nothing, it is
-        False.
+        Every rank calls this; it waits until the evaluation is complete. Replicas other than 0,
+        which write no snapshots, return False.
         """
         if not self._config.checkpoint.best or self._pending is None:
             return False

@@ -1,7 +1,7 @@
 """The loop: Algorithm 2 of the paper, on one rank.
 
-Every rank of every replica runs this same code. What a rank does beyond it (own the journal, print,
-write snapshots) is a matter of the roles that it is given: coordinator, reporter, snapshots.
+Every rank of every replica runs this code. Ranks differ only in the coordinator, reporter,
+evaluator and snapshot writer that they are given: see `shardes/roles.py`.
 """
 
 import time
@@ -38,7 +38,7 @@ class Trainer:
     """One rank of a run.
 
     Args:
-        center: that of `resume.source`.
+        center: loaded from the snapshot `resume.source`, or from the base model.
         prompts: the token ids of each split's prompts.
         clock: the one that center, sampler and coordinator use.
         poll: raises Stopped when the run is to stop.
@@ -92,14 +92,15 @@ class Trainer:
     def train_iteration(self, iteration: Iteration) -> None:
         """Evaluate the population, journal it, update the center."""
         started = time.perf_counter()
-        self.clock.take()
-        results = self.evaluate_members(iteration)  # R_1 .. R_N, from all replicas
-        self.evaluator.complete()  # θ has answered all prompts of its own evaluation
-        record = self.coordinator.commit(iteration, results)  # in the journal, then published
+        self.clock.take()  # what came before is not this iteration's
+        results = self.evaluate_members(iteration)  # R_1 … R_N, collected on the primary rank
+        self.evaluator.complete()  # until all replicas have answered with this center
+        # z_n and c_n = (α/N)·z_n (es/fitness.py), in the journal before they are published.
+        record = self.coordinator.commit(iteration, results)
         with self.clock("exchange"):
-            self.snapshots.wait_written()  # and is on its way to the disk: it may change
+            self.snapshots.wait_written()  # until this rank's part of this center is copied
         with self.clock("update"):
-            update_metrics = self.center.update(record.update)  # θ ← θ + (α/N)·Σ z_n·ε(s_n)
+            update_metrics = self.center.update(record.update)  # θ ← θ + Σ c_n·ε(s_n)
         seconds = time.perf_counter() - started
         self.digest = self.center.digest()
         self.reward_means.append(mean(record.rewards))
@@ -110,7 +111,7 @@ class Trainer:
         """Evaluate members for this replica until every member has a reward."""
         queue = self.coordinator.member_queue(iteration)
         for group in queue:  # this replica's claims, then the members of replicas that died
-            for number in group:  # one: with full noise a member needs all weights to itself
+            for number in group:  # one, since a member perturbs all weights
                 with self.center.perturbed(iteration.members[number]):  # θ + σ·ε(s_n)
                     responses = self.sampler.generate(iteration.prompts, poll=queue.poll)
                 self.score_member(iteration, number, responses, queue)
@@ -161,6 +162,7 @@ class Trainer:
         self.coordinator.finish(iterations, self.digest)
         if self.config.checkpoint.every:
             self.save_snapshot(iterations)
+        # An iteration without members: for its prompts.
         self.evaluator.start(self.iteration(iterations))
         self.evaluator.complete()
         if self.evaluator.is_best():

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from shardes.distributed import environment
 from zygote import Zygote
 
 environment.prepare()  # before a test module imports torch
+settings.register_profile("loaded", deadline=None)  # other processes may take the cores
+settings.load_profile("loaded")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -23,7 +23,7 @@ from shardes.distributed.job_store import CheckResult, JobStore
 from shardes.distributed.rendezvous import wait_for_ranks, wait_for_store
 from shardes.errors import ConfigError, RunError
 
-# One name is newer, the other deprecated: all ranks' tensors, one after the other, into one.
+# torch renamed all_gather_into_tensor. Both concatenate the ranks' tensors.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 NOTHING: Mapping = MappingProxyType({})
@@ -47,8 +47,8 @@ class Job:
 class World:
     """This rank's replica and its place in it.
 
-    `replicas` is the number of the primary job's replicas, 0 to replicas − 1. A replica of another
-    job, which joined the run, has a higher number.
+    The primary job's replicas are numbered from 0 to `replicas` − 1. A job that joined the run has
+    a higher number.
     """
 
     job: Job

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardes.errors import RunError
+from shardes.errors import ConfigError, RunError
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,6 +52,7 @@ def load_shared_memory_op() -> None:
     time uses under a lock that the operating system frees; a lock file of torch's there is stale.
 
     Raises:
+        ConfigError: the directory for extensions cannot be written.
         RunError: another process has held the lock for ten minutes.
     """
     from deepspeed.comm.torch import build_shm_op  # engine=fsdp does not need deepspeed
@@ -61,7 +62,14 @@ def load_shared_memory_op() -> None:
     installation = zlib.crc32(f"{sys.prefix} {sys.version}".encode())
     name = f"shardes_{torch.__version__}_{installation:08x}"
     directory = Path(extensions or get_default_build_root()) / name
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "in_use").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"TORCH_EXTENSIONS_DIR: {directory} cannot be written ({error.strerror}), and an "
+            "extension of DeepSpeed's must be built there; set it to a directory that can be"
+        ) from None
     with open(directory / "in_use", "w") as lock, _environment(TORCH_EXTENSIONS_DIR=str(directory)):
         _lock(lock, directory)
         for stale in directory.glob("*/lock"):

@@ -48,12 +48,16 @@ class Center(ABC):
     ):
         self._shards, self._world, self._base, self._clock = shards, world, base, clock
         self._evolving = [shard for shard in shards if evolves(evolve, shard.name)]
-        # Live weights of fewer bits may not change in an update.
+        # In 16 bits an update can be too small to change a live weight.
         self._lossy = shards[0].tensor.dtype != torch.float32
 
     @contextmanager
     def perturbed(self, member: Member) -> Iterator[None]:
-        """A context in which the live weights are θ + σ·ε(seed); they are restored on exit."""
+        """A context in which the live weights are θ + σ·ε(seed). On exit the center is θ as before.
+
+        With `restore: copy` the live weights keep the member's values until the next member, update
+        or `load_into_model`.
+        """
         try:
             with self._clock("perturb"):
                 self._perturb(member)
@@ -75,11 +79,11 @@ class Center(ABC):
 
     @abstractmethod
     def load_into_model(self) -> None:
-        """Make the live weights the center's, between members."""
+        """Copy the center to the live weights. Call it only between members."""
 
     @abstractmethod
     def update(self, update: Update) -> dict[str, float]:
-        """θ ← θ + Σ c_n·ε(s_n), with weight decay if any. Returns metrics of the update."""
+        """θ ← θ + Σ c_n·ε(s_n), c_n = (α/N)·z_n; with weight decay if any. Returns metrics."""
 
     def digest(self) -> str:
         """The digest of the whole center, over all ranks of the replica; collective."""
@@ -92,7 +96,7 @@ class Center(ABC):
         return [shard.name for shard in self._shards]
 
     def parts(self) -> Iterator[tuple[str, Sequence[Region], torch.Tensor]]:
-        """What this rank holds and counts: (parameter, regions, flat values)."""
+        """The shards that this rank counts in sums: (parameter, regions, flat values)."""
         for shard in self._shards:
             if shard.counted:
                 yield shard.name, shard.regions, self.values(shard)

@@ -19,14 +19,14 @@ def standardize(rewards: Sequence[float]) -> list[float]:
     """
     if max(rewards) == min(rewards):
         return [0.0] * len(rewards)
-    center, spread = mean(rewards), std(rewards) + 1e-8
-    return [(reward - center) / spread for reward in rewards]
+    average, spread = mean(rewards), std(rewards) + 1e-8
+    return [(reward - average) / spread for reward in rewards]
 
 
 def centered_ranks(rewards: Sequence[float]) -> list[float]:
-    """Ranks scaled from −0.5 (lowest reward) to 0.5 (Salimans et al.
+    """Ranks from −0.5, of the lowest reward, to 0.5 (Salimans et al., 2017).
 
-    2017); equal rewards share their mean rank.
+    Equal rewards share their mean rank.
     """
     ranks: dict[float, list[int]] = {}
     for rank, reward in enumerate(sorted(rewards)):

@@ -1,7 +1,7 @@
 """What an iteration consists of, derived from (config, iteration): σ, α, seeds, members, prompts.
 
-Nothing here depends on the layout, on the replicas or on earlier iterations, so that every rank
-derives the same `Iteration`, and a resumed run the same one again.
+Seeds, σ, α, members and prompts are functions of (config, iteration) alone, so every rank and every
+resumed run derives the same. `digest` records the center to which they apply.
 """
 
 import math

@@ -15,18 +15,18 @@ def mean(values: Sequence[float]) -> float:
 
 def std(values: Sequence[float]) -> float:
     """Population standard deviation (ddof 0)."""
-    center = mean(values)
-    return math.sqrt(math.fsum((value - center) ** 2 for value in values) / len(values))
+    average = mean(values)
+    return math.sqrt(math.fsum((value - average) ** 2 for value in values) / len(values))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """A 95 % confidence interval of the mean, by the normal approximation."""
-    center = mean(values)
+    average = mean(values)
     if len(values) < 2:
         return -math.inf, math.inf
-    variance = math.fsum((value - center) ** 2 for value in values) / (len(values) - 1)
+    variance = math.fsum((value - average) ** 2 for value in values) / (len(values) - 1)
     half = Z * math.sqrt(variance / len(values))
-    return center - half, center + half
+    return average - half, average + half
 
 
 def proportion_interval(successes: int, count: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Comparison of centers. Memory and arithmetic fail, rarely; then the run must stop."""
+"""Stops the run if the replicas' centers differ, for example after a memory error."""
 
 from collections import Counter
 

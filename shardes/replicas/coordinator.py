@@ -7,7 +7,7 @@
 | `ClientCoordinator` | ranks of a job that joined | also compares its center with the run's |
 | `ClientLeader` | rank 0 of such a job | also repeats the records for the job's other ranks |
 
-A rank's role is chosen once, in `commands.train`. The trainer makes the same calls on all of them.
+A rank's role is chosen once, in `shardes.roles`. The trainer makes the same calls on all of them.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ class Coordinator(ABC):
     """What all roles share.
 
     Args:
-        store: the run's; used only on leaders, but for records.
+        store: the run's. Ranks other than leaders read only records from it.
         heartbeats: those of this replica, on its leader.
         known: results of the iteration at which this start resumes, by member.
         timeout: seconds that a rank waits for another.
@@ -58,7 +58,7 @@ class Coordinator(ABC):
         self._known, self._timeout, self._poll, self._clock = known, timeout, poll, clock
 
     def start(self, iteration: int, digest: str) -> None:  # noqa: B027
-        """The center before `iteration`, the first of this start, has been rebuilt."""
+        """The journal is replayed. The primary rank tells jobs that join where the run stands."""
 
     def work_queue(self, name: str, count: int, known: Mapping[int, str] = NOTHING) -> WorkQueue:
         """A queue of `count` pieces that all replicas share out."""
@@ -92,7 +92,7 @@ class Coordinator(ABC):
     def _commit(self, iteration: Iteration, results: IterationResults) -> Record: ...
 
     def finish(self, iterations: int, digest: str) -> None:  # noqa: B027
-        """The center after the last iteration has this digest."""
+        """Journal the final center's digest. For the primary rank."""
 
 
 class PrimaryCoordinator(Coordinator):

@@ -14,8 +14,7 @@ BEATS = 12  # heartbeats per `replicas.timeout`
 
 
 class Heartbeats:
-    """The heartbeats of one replica, sent by its leader from a thread; a context in which they go
-    on.
+    """Sends the heartbeats of one replica from a thread of its leader, while the context is open.
 
     Args:
         store: the run's store.
@@ -43,8 +42,9 @@ class Heartbeats:
             self._store.leave(self._replica)
 
     def is_dead(self, replica: int) -> bool:
-        """Whether a replica has left, or has sent no heartbeat during `timeout` seconds of such
-        calls.
+        """Whether a replica has left, or its heartbeats have stood still for `timeout` seconds.
+
+        The time counts from the first call for that replica.
         """
         if self._store.has_left(replica):
             return True
@@ -66,7 +66,7 @@ class Heartbeats:
         self._connection.beat(self._replica)
 
     def _on_lost_store(self) -> None:
-        """A rank of the primary job learns from its job's store that rank 0 is gone."""
+        """Do nothing: ranks of the primary job are stopped by their `ShutdownWatcher`."""
 
 
 class ClientHeartbeats(Heartbeats):

@@ -51,7 +51,7 @@ class MemberQueue:
 
     Iterating yields groups of member numbers: first those that this replica claims, then those of
     replicas that died; it ends once all members are evaluated. Members of a group answer together.
-    With full noise each needs the weights to itself, so a group is one member.
+    A member perturbs all weights, so a group is one member.
     """
 
     def __init__(self, queue: WorkQueue, iteration: Iteration, poll: Callable[[], None]):

@@ -121,7 +121,7 @@ class RunStore:
         return self._store.add("replicas", 1) - 1
 
     def number_of_replicas(self) -> int:
-        """All replicas that ever were, if replicas may join; else 0."""
+        """The number of replicas, including those that left. 0 if no replica can join."""
         return self._store.add("replicas", 0)
 
     def announce(self, current: CurrentIteration) -> None:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from shardes.clock import Clock
 from shardes.distributed.store import backoff_sleep, no_poll
 from shardes.distributed.world import World
+from shardes.errors import RunError
 from shardes.replicas.heartbeat import Heartbeats
 from shardes.replicas.protocol import NOBODY, QueueStore
 
@@ -91,7 +92,7 @@ class WorkQueue:
         died.
 
         Raises:
-            TimeoutError: no result was posted for `timeout` seconds; names pieces and replicas.
+            RunError: no result was posted for `timeout` seconds; names pieces and replicas.
         """
         since = time.monotonic()
         while True:
@@ -151,7 +152,7 @@ class WorkQueue:
         """All results in order, on a leader; waits for the other replicas.
 
         Raises:
-            TimeoutError: no result was posted for `timeout` seconds; names pieces and replicas.
+            RunError: no result was posted for `timeout` seconds; names pieces and replicas.
         """
         with self._clock("exchange"):
             self._wait_done(time.monotonic())
@@ -165,9 +166,9 @@ class WorkQueue:
             if done > self._progress[0]:
                 self._progress = done, now
             if now - self._progress[1] > self._timeout:
-                raise TimeoutError(
+                raise RunError(
                     f"{self._name}: nothing new for {self._timeout:.0f} s; "
-                    f"missing: {self._missing()}"
+                    f"missing: {self._missing()}; end what hangs, or raise run.timeout"
                 )
             if now > deadline:
                 return False

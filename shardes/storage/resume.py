@@ -107,8 +107,9 @@ class RunDirectory:
 
 def recorded_date(config: Config) -> str:
     """The date that the run's chat templates show, in ISO format; "" if there is no run yet."""
-    source = Path(config.resume.source)
-    runs = [Path(config.run.dir), source, source.parent.parent]
+    runs, source = [Path(config.run.dir)], Path(config.resume.source)
+    if config.resume.source not in ("auto", "never"):
+        runs += [source, source.parent.parent]
     histories = (journal.read(run / JOURNAL) for run in runs)
     return next((history.date for history in histories if history and not history.is_empty), "")
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, RunError
 from shardes.es.population import Iteration, Member, member_seeds
 from shardes.replicas import work_queue
 from shardes.replicas.heartbeat import Heartbeats
@@ -229,7 +229,7 @@ def test_a_missing_member_is_named_with_its_replica(store):
     mine.post(next(own), result(0, 1.0))
     assert next(claims(other)) == 1
     mine.post(next(own), result(0, 1.0))
-    with pytest.raises(TimeoutError, match=r"iteration 3: .*1 \(replica 1\)"):
+    with pytest.raises(RunError, match=r"iteration 3: .*1 \(replica 1\)"):
         mine.results()
 
 
