@@ -129,20 +129,9 @@ def join_job(timeout: float) -> Job:
         RunError: ranks are missing after `timeout` seconds; names them, or the address without an
             answer.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        os.environ |= alone | {"MASTER_PORT": str(free_port())}
-    try:
-        address = os.environ["MASTER_ADDR"]
-        rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not as a launcher sets them: {error}"
-        ) from None
-    store_address, this_rank = (
-        f"{address}:{port}",
-        f"rank {rank} of {size} on {socket.gethostname()}",
-    )
+    rank, size, address, port = _launched_as()
+    store_address = f"{address}:{port}"
+    this_rank = f"rank {rank} of {size} on {socket.gethostname()}"
     # torchrun's own process may serve the store.
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank == 0 and not agent_serves
@@ -176,6 +165,21 @@ def join_job(timeout: float) -> Job:
             f"{this_rank}: waited for the other ranks at {store_address}: {reason}"
         ) from error
     return Job(rank, size, store)
+
+
+def _launched_as() -> tuple[int, int, str, int]:
+    """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without a launcher, those of a single rank."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    try:
+        address = os.environ["MASTER_ADDR"]
+        rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not as a launcher sets them: {error}"
+        ) from None
+    return rank, size, address, port
 
 
 def agree(

@@ -146,17 +146,9 @@ def open_run_directory(
             run_journal = Journal(directory / JOURNAL, None)
             run_journal.append(header)
         else:
-            changes = _setting_changes(config, history, header)
-            history.change_settings({key: new for key, (_, new) in changes.items()})
-            source_notes, changed = _changed_sources(config, history, sources)
-            first_date = "" if history.date else date
-            history.change_sources(changed, first_date)
-            snapshots.remove_partial(directory)
-            resume, notes = _resume_point(config, history, runs)
-            notes += source_notes
-            notes += [f"{key}: changed from {old} to {new}" for key, (old, new) in changes.items()]
+            resume, notes, resumption = _resume(config, history, header, runs)
             run_journal = Journal(directory / JOURNAL, history)
-            run_journal.append(Resumption(resume.iteration, changes, changed, first_date))
+            run_journal.append(resumption)
         (directory / "config.yaml").write_text(to_yaml(config))
     except OSError as error:
         raise ConfigError(
@@ -166,6 +158,25 @@ def open_run_directory(
         notes = [lock.note, *notes]
     records = history.records if history else []
     return RunDirectory(lock, run_journal, resume, records, notes, sources, date)
+
+
+def _resume(
+    config: Config, history: History, header: Header, runs: list[Path]
+) -> tuple[ResumePoint, list[str], Resumption]:
+    """Where the run resumes, notes for the user, and the journal's next entry.
+
+    `header` is what a new run would have; `history` receives what it changes.
+    """
+    changes = _setting_changes(config, history, header)
+    history.change_settings({key: new for key, (_, new) in changes.items()})
+    source_notes, sources = _changed_sources(config, history, header.sources)
+    date = "" if history.date else header.date
+    history.change_sources(sources, date)
+    snapshots.remove_partial(Path(config.run.dir))
+    resume, notes = _resume_point(config, history, runs)
+    notes += source_notes
+    notes += [f"{key}: changed from {old} to {new}" for key, (old, new) in changes.items()]
+    return resume, notes, Resumption(resume.iteration, changes, sources, date)
 
 
 def describe_run_directory(config: Config, sources: dict[str, str]) -> str:
