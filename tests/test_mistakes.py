@@ -212,10 +212,10 @@ MISTAKES = {
     ),
     "train task.train=rows.jsonl": r"task\.train=rows\.jsonl: only for task\.name=countdown",
     f"train {COUNTDOWN} task.train=gone.json": (
-        r"gone\.json: not a readable JSON file of Countdown.*No such file"
+        r"gone\.json: not a readable file of UTF-8 text: .*No such file"
     ),
     f"train {COUNTDOWN} task.train=numbers.json": (
-        r"numbers\.json: entry 0 .*'many'; .* target \(an integer\)"
+        r"numbers\.json: entry 0 .*'many'; .* target \(a number\)"
     ),
     f"train {JSONL} task.train=cut.jsonl": r"cut\.jsonl: line 2 is not JSON: .*column 15",
     f"train {JSONL}": r"rows\.jsonl: line 2 \(id none\) has no prompt",

@@ -248,8 +248,8 @@ class TaskConfig:
     path: str | None = _setting(None, "your own task: file.py:Class", decides_center=True)
     train: str | None = _setting(
         None,
-        "training problems (countdown: a JSON file; math, jsonl: JSON lines or "
-        "datasets:NAME:SPLIT); null: the built-in ones",
+        "training problems (countdown, math, jsonl): a file (.jsonl, .json, .csv, .parquet), a "
+        "directory that save_to_disk wrote, or datasets:NAME:SPLIT; null: the built-in ones",
         decides_center=True,
     )
     test: str | None = _setting(

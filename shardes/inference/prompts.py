@@ -1,7 +1,9 @@
 """Encoding of prompts."""
 
 import json
+import os
 import re
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -18,11 +20,14 @@ def encode(
 ) -> list[list[int]]:
     """The token ids of each prompt. Chat messages go through the tokenizer's chat template.
 
+    A last message of role assistant is the beginning of the response: the model continues it.
+
     Args:
         date: the date that chat templates show; by default now.
 
     Raises:
-        ConfigError: there are no prompts, one is empty, or there is no chat template for a chat.
+        ConfigError: there are no prompts, one is empty or no text, or there is no chat template for
+            a chat, or the template does not take it.
     """
     if not prompts:
         raise ConfigError(
@@ -36,27 +41,78 @@ def encode(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, number: int, prompt: Prompt, date: datetime
 ) -> list[int]:
-    if isinstance(prompt, str):
+    position = f"task: prompt {number}"
+    if not isinstance(prompt, str | list):
+        raise ConfigError(f"{position} is neither a str nor a list of messages: {prompt!r}")
+    _check_is_text(position, prompt)
+    if prompt == []:
+        ids = []
+    elif isinstance(prompt, list):
+        ids = _encode_chat(tokenizer, position, prompt, date)
+    else:
         ids = tokenizer(prompt)["input_ids"]
-    elif not isinstance(prompt, list):
+        if ids[:2] == [tokenizer.bos_token_id] * 2:
+            _warn_of_second_begin(tokenizer)
+    if not ids:
+        raise ConfigError(f"{position} is empty")
+    return ids
+
+
+def _encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    position: str,
+    messages: list[dict[str, str]],
+    date: datetime,
+) -> list[int]:
+    if tokenizer.chat_template is None:
         raise ConfigError(
-            f"task: prompt {number} is neither a str nor a list of messages: {prompt!r}"
-        )
-    elif tokenizer.chat_template is None:
-        raise ConfigError(
-            f"task: prompt {number} is a chat, but the tokenizer of {tokenizer.name_or_path} has "
+            f"{position} is a chat, but the tokenizer of {tokenizer.name_or_path} has "
             "no chat template; use an instruct model, or prompts that are plain strings"
         )
-    else:
-        template = with_date(tokenizer.get_chat_template(), date)
+    for message in messages:
+        fields = message if isinstance(message, dict) else {}
+        has_content = fields.get("content") is not None or fields.get("tool_calls")
+        if not (isinstance(fields.get("role"), str) and has_content):
+            raise ConfigError(f"{position}: {message!r} is not a message with role and content")
+    continues = messages[-1]["role"] == "assistant"
+    template = with_date(tokenizer.get_chat_template(), date)
+    try:
         chat = tokenizer.apply_chat_template(
-            prompt, chat_template=template, add_generation_prompt=True, return_dict=True
+            messages,
+            chat_template=template,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            return_dict=True,
         )
-        assert isinstance(chat, BatchEncoding)
-        ids = chat["input_ids"]
-    if not ids:
-        raise ConfigError(f"task: prompt {number} is empty")
-    return ids
+    except Exception as error:  # a template may raise anything
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(
+            f"{position}: the chat template of {tokenizer.name_or_path} does not take its messages "
+            f"(roles {roles}): {problem}"
+        ) from error
+    assert isinstance(chat, BatchEncoding)
+    return chat["input_ids"]
+
+
+def _check_is_text(position: str, prompt: Prompt) -> None:
+    try:
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        character = error.object[error.start]
+        raise ConfigError(
+            f"{position} has {character!a}, half of a pair of UTF-16, which is no text; "
+            "mend or remove it"
+        ) from None
+
+
+def _warn_of_second_begin(tokenizer: PreTrainedTokenizerBase) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the other ranks have the same prompts
+        warnings.warn(
+            f"task: prompts begin with {tokenizer.bos_token}, which the tokenizer adds once more; "
+            "give chats as messages, or leave it out of the text",
+            stacklevel=2,
+        )
 
 
 def with_date(template: str, date: datetime) -> str:

@@ -19,8 +19,9 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 MAX_ERROR = 1000  # characters
 PR_SET_PDEATHSIG = 1
@@ -74,11 +75,13 @@ def set_import_path() -> None:
     sys.path.append(str(Path(__file__).parents[2]))
 
 
-def score(function: Callable[..., float], arguments: list) -> dict:
+def score(function: Callable[..., Any], arguments: list) -> dict:
     """The reply to a request. With "end", the process must be replaced."""
     try:
         value = function(*arguments)
-        if not isinstance(value, numbers.Real):
+        if getattr(value, "shape", None) == ():  # a NumPy scalar, or an array or tensor of one
+            value = value.item()
+        if not isinstance(value, numbers.Real | Decimal):
             error = f"the reward is {value!r}"[:MAX_ERROR]
             return {"error": f"{error}, of type {type(value).__name__}, not a number"}
         if not math.isfinite(value):

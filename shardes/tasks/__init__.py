@@ -31,7 +31,8 @@ class Task(Protocol):
         """The prompts of a split, in the same order at every call.
 
         A str goes to the model as raw text. A list of messages {"role": ..., "content": ...} goes
-        through the tokenizer's chat template first.
+        through the tokenizer's chat template first. If the last one's role is assistant, the
+        response continues it.
         """
         ...
 
@@ -104,7 +105,8 @@ def load_task(
     Args:
         name: the built-in task.
         path: the user's own, written file.py:Class.
-        train, test, tests: the sources of problems, for countdown, math and jsonl.
+        train, test, tests: the sources of problems, for countdown, math and jsonl; see
+            `shardes.tasks.rows.load_rows`.
         template, chat, reward: for jsonl.
 
     Raises:

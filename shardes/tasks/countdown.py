@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from shardes.errors import ConfigError
+from shardes.tasks.rows import load_rows
 
 # A longer expression, or one with more nested signs and brackets, scores 0.
 MAX_LENGTH = 500  # characters
 MAX_DEPTH = 50
 TOLERANCE = Fraction(1, 100_000)
+BEGIN, END = "<answer>", "</answer>"
+JOINT = f"</think>\n{BEGIN}"
 TOKENS = re.compile(r" *([0-9]+|[-+*/()])")
 Value = Fraction
 OPERATORS: dict[str, tuple[int, Callable[[Value, Value], Value]]] = {
@@ -29,7 +32,7 @@ OPERATORS: dict[str, tuple[int, Callable[[Value, Value], Value]]] = {
 }
 
 
-def reward(response: str, numbers: list[int], target: int) -> float:
+def reward(response: str, numbers: list[int], target: Fraction | int) -> float:
     """The reward of a response: 0.1 × format + answer, from 0 to 1.1.
 
     Args:
@@ -42,34 +45,44 @@ def reward(response: str, numbers: list[int], target: int) -> float:
 
 
 def format_score(text: str) -> float:
-    """1 for a think section, a newline, an answer section, and nothing else.
+    """1 for a think section, a newline, and an answer section that ends the text.
 
-    Otherwise the sum of 0.1 for a think section and 0.5 for an answer section.
+    What is between the first of them and the end may hold further tags, and a newline may follow.
+    Otherwise the score is the sum of 0.1 for a think section and 0.5 for an answer section.
     """
-    end_of_thought = text.find("</think>")
-    begin = text.find("<answer>")
-    end = text.find("</answer>", begin + len("<answer>")) if begin >= 0 else -1
-    tail = text[end_of_thought:] if end_of_thought >= 0 else ""
-    ends_with_answer = tail.find("</answer>") == len(tail) - len("</answer>")
-    if tail.startswith("</think>\n<answer>") and ends_with_answer:
+    body = text.removesuffix("\n")
+    begin = body.find(JOINT)
+    if begin >= 0 and body[begin + len(JOINT) :].endswith(END):
         return 1.0
-    return 0.1 * (end_of_thought >= 0) + 0.5 * (end >= 0)
+    return 0.1 * ("</think>" in text) + 0.5 * bool(answers(text))
 
 
-def answer_score(text: str, numbers: list[int], target: int) -> float:
-    """1 if the last answer section is an expression of all the numbers that equals the target."""
-    begin = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
-    if begin < 0:
-        return 0.0
-    begin += len("<answer>")
-    end = text.find("</answer>", begin)
-    if end - begin > MAX_LENGTH:
+def answer_score(text: str, numbers: list[int], target: Fraction | int) -> float:
+    """1 if the last answer section is an expression of all the numbers that equals the target.
+
+    White space around the expression does not count.
+    """
+    sections = answers(text)
+    expression = sections[-1].strip() if sections else ""
+    if len(expression) > MAX_LENGTH:
         return 0.0
     try:
-        value = evaluate(text[begin:end], numbers)
+        value = evaluate(expression, numbers)
     except (ValueError, ZeroDivisionError):
         return 0.0
     return float(abs(value - target) < TOLERANCE)
+
+
+def answers(text: str) -> list[str]:
+    """The contents of the answer sections, each from the first <answer> to the next </answer>."""
+    sections, end = [], 0
+    while (begin := text.find(BEGIN, end)) >= 0:
+        begin += len(BEGIN)
+        if (close := text.find(END, begin)) < 0:
+            break
+        sections.append(text[begin:close])
+        end = close + len(END)
+    return sections
 
 
 def evaluate(expression: str, numbers: list[int]) -> Fraction:
@@ -145,10 +158,10 @@ class Problem:
 
     prompt: str
     numbers: list[int]
-    target: int
+    target: Fraction
 
 
-def prompt(numbers: list[int], target: int) -> str:
+def prompt(numbers: list[int], target: Fraction | int | str) -> str:
     """The prompt of a problem, for a model that continues text."""
     return (
         "A user asks a question and an assistant answers it, after thinking it through.\n"
@@ -160,61 +173,65 @@ def prompt(numbers: list[int], target: int) -> str:
     )
 
 
-def load_problems(path: Path) -> list[Problem]:
-    """The problems of a JSON file: a list of {id, context, numbers, target, solution}.
+def load_problems(source: str | Path) -> list[Problem]:
+    """The problems of a source: rows with numbers (or nums) and target, as published.
 
     `context` is the prompt, in the published data. If it is missing or does not end in "<think>",
     `prompt` makes one.
 
+    Args:
+        source: as for `load_rows`.
+
     Raises:
-        ConfigError: the file cannot be read, or an entry has a wrong field.
+        ConfigError: the source cannot be read, or a row has a wrong field.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: not a readable JSON file of Countdown problems: {error}"
-        ) from error
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path}: must hold a list of problems")
     problems = []
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{path}: entry {number} is not an object with numbers and target")
-        position = f"{path}: entry {number} (id {entry.get('id', 'none')})"
-        numbers = _field(position, entry, "numbers", _integers)
-        target = _field(position, entry, "target", int)
-        context = _field(position, entry, "context", str.rstrip, "")
+    for row_position, row in load_rows(str(source)):
+        position = f"{source}: {row_position}"
+        numbers = _field(position, row, "numbers" if "numbers" in row else "nums", _integers)
+        target = _field(position, row, "target", _number)
+        context = _field(position, row, "context", lambda text: str.rstrip(text or ""))
         if not context.endswith("<think>"):
-            context = prompt(numbers, target)
+            # A fraction is put as the data writes it.
+            is_integer = target.denominator == 1
+            context = prompt(numbers, target if is_integer else str(row["target"]).strip())
         problems.append(Problem(context, numbers, target))
     return problems
 
 
+def _number(value: Any) -> Fraction:
+    if isinstance(value, bool):
+        raise TypeError
+    # A float stands for its decimal digits, not for their nearest binary fraction.
+    return Fraction(str(value) if isinstance(value, float) else value)
+
+
 def _integers(values: Any) -> list[int]:
-    return list(map(int, values))
+    values = json.loads(values) if isinstance(values, str) else values  # as in .csv
+    numbers = [_number(value) for value in values]
+    if not numbers or any(number < 0 or number.denominator != 1 for number in numbers):
+        raise ValueError
+    return [int(number) for number in numbers]
 
 
-def _field(
-    position: str, entry: dict, name: str, convert: Callable[[Any], Any], default: Any = None
-) -> Any:
+def _field(position: str, row: dict, name: str, convert: Callable[[Any], Any]) -> Any:
     try:
-        return convert(entry.get(name, default))
-    except (TypeError, ValueError, AttributeError):
+        return convert(row.get(name))
+    except (TypeError, ValueError, ZeroDivisionError):
         raise ConfigError(
-            f"{position}: {name} is {entry.get(name)!r}; an entry has numbers (a list of integers) "
-            "and target (an integer)"
+            f"{position}: {name} is {row.get(name)!r}; a problem has numbers or nums (a list of "
+            "integers, none negative), target (a number), and perhaps context (a prompt)"
         ) from None
 
 
 class Countdown:
-    """Problems, put as raw text; `train` and `test` are JSON files, by default the package's."""
+    """Problems, put as raw text; `train` and `test` are their sources, by default the package's."""
 
     def __init__(self, train: str | None = None, test: str | None = None):
         data = Path(__file__).parent / "data"
         self._problems = {
-            "train": load_problems(Path(train or data / "countdown_train.json")),
-            "test": load_problems(Path(test or data / "countdown_test.json")),
+            "train": load_problems(train or data / "countdown_train.json"),
+            "test": load_problems(test or data / "countdown_test.json"),
         }
 
     def prompts(self, split: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The task for a user's own data: JSON lines, a template for prompts, and a reward function."""
+"""The task for a user's own data: rows of a file, a template for prompts, and a reward function."""
 
 import string
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ class Template:
 
 
 class Jsonl:
-    """Examples from JSON lines or data sets, one source per split: "train", "test" and `tests`.
+    """Examples from files or data sets, one source per split: "train", "test" and `tests`.
 
     The worker processes of `shardes.rewards.scoring` pass each example to the reward function as it
     is in the file.
@@ -68,7 +68,7 @@ class Jsonl:
         if train is None:
             raise ConfigError(
                 "task.train: is required with task.name=jsonl: a file of JSON lines, "
-                "{...} with a prompt"
+                "{...} with a prompt, or another file or data set (see docs/tasks.md)"
             )
         if test is None:
             raise ConfigError(
@@ -97,7 +97,7 @@ class Jsonl:
     def _prompt(self, position: str, example: dict) -> str | list[dict[str, str]]:
         for field in self._template.fields:
             if example.get(field) is None:
-                raise ConfigError(f"{position} has no {field}")
+                raise ConfigError(f"{position} has no {field}{_hint(field, example)}")
         prompt = example.get("prompt")
         if self._template.fields == ["prompt"] and not isinstance(prompt, str):
             if not _is_chat(prompt):
@@ -110,15 +110,36 @@ class Jsonl:
                     f"{position}: prompt is a list of messages; leave task.chat and task.template "
                     "at their defaults"
                 )
+            # An answer left in the data looks the same: continuing it must be meant.
+            if prompt[-1]["role"] == "assistant" and prompt[-1].get("prefix") is not True:
+                raise ConfigError(
+                    f"{position}: prompt ends with a message of role assistant, as if it still "
+                    "held the answer; leave that message out or, if responses are to continue it, "
+                    'give it the field "prefix": true'
+                )
             return prompt
         text = self._template.fill(example)
         return [{"role": "user", "content": text}] if self._chat else text
 
 
-def _is_chat(value: Any) -> TypeGuard[list[dict[str, str]]]:
-    return isinstance(value, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in value
+def _hint(field: str, example: Mapping[str, Any]) -> str:
+    """The end of a message about a missing field: what a row of chat data lacks."""
+    messages = example.get("messages")
+    if field != "prompt" or not _is_chat(messages):
+        return ""
+    is_answer = messages[-1]["role"] == "assistant"
+    without = ", without the last one, of role assistant, which is the answer" if is_answer else ""
+    return f" but messages: name that field prompt{without}"
+
+
+def _is_chat(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
     )

@@ -16,6 +16,12 @@ from typing import Any
 
 from shardes.errors import ConfigError
 
+OTHER_TRAINERS = {
+    "prompts",
+    "completions",
+    "queries",
+    "solution_str",
+}  # parameters of their rewards
 PACKAGES = {"site-packages", "dist-packages"}
 
 
@@ -40,7 +46,9 @@ def load_user_task(reference: str) -> Any:
         raise ConfigError(
             f"{setting}: {name} has no score() and no reward(); see shardes.tasks.Task"
         )
-    if not hasattr(task, "score"):
+    if hasattr(task, "score"):
+        _check_parameters(f"{setting}: score", task.score, ("split", "responses"))
+    else:
         _check_parameters(f"{setting}: reward", task.reward, ("split", "number", "response"))
     return task
 
@@ -115,11 +123,19 @@ def _is_installed(file: Path) -> bool:
 
 def _check_parameters(subject: str, function: Callable, parameters: tuple[str, ...]) -> None:
     try:
-        signature(function).bind(*parameters)
+        taken = signature(function)
+    except (TypeError, ValueError):  # a function written in C may have no signature
+        return
+    names = f"({', '.join(parameters)})"
+    if OTHER_TRAINERS.intersection([*taken.parameters][: len(parameters)]):
+        raise ConfigError(
+            f"{subject} takes {taken}, as another trainer's rewards do; it is called with {names}, "
+            f"so write def {getattr(function, '__name__', 'reward')}{names}; see docs/tasks.md"
+        )
+    try:
+        taken.bind(*parameters)
     except TypeError as error:
-        raise ConfigError(f"{subject} must take ({', '.join(parameters)}): {error}") from None
-    except ValueError:  # a function written in C may have no signature
-        pass
+        raise ConfigError(f"{subject} must take {names}: {error}") from None
 
 
 def _split(key: str, reference: str, form: str) -> tuple[str, str]:

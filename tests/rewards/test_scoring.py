@@ -6,13 +6,17 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError
 from shardes.rewards.scoring import Scorer
+from shardes.rewards.worker import score
 from shardes.tasks import load_task
 
 REWARD = """
@@ -90,6 +94,26 @@ def test_rewards_come_in_the_responses_order(scorer):
     scores = scorer(*GOOD)
     assert scores("train", GOOD) == WORTH
     assert scores("train", GOOD[1:2], [4]) == [7.0]
+
+
+@pytest.mark.parametrize(
+    "value, reply",
+    [
+        (np.float32(0.5), {"reward": 0.5}),
+        (np.int64(3), {"reward": 3.0}),
+        (np.bool_(True), {"reward": 1.0}),
+        (np.array(0.25), {"reward": 0.25}),
+        (torch.tensor(2, dtype=torch.bfloat16), {"reward": 2.0}),
+        (Decimal("0.1"), {"reward": 0.1}),
+        (np.array(np.nan), {"error": "the reward is nan"}),
+        (Decimal("inf"), {"error": "the reward is Infinity"}),
+        (np.array([1.0]), {"error": "the reward is array([1.]), of type ndarray, not a number"}),
+        (np.str_("1"), {"error": "the reward is '1', of type str, not a number"}),
+        (1j, {"error": "the reward is 1j, of type complex, not a number"}),
+    ],
+)
+def test_numbers_of_every_library_are_rewards(value, reply):
+    assert score(lambda response, example: value, ["", {}]) == reply
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The Countdown reward, compared with Python's own parser, and with hostile responses."""
 
 import ast
+import json
 import operator
+import re
 import time
 from fractions import Fraction
 
@@ -9,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardes.tasks.countdown import MAX_DEPTH, answer_score, evaluate, format_score, reward
+from shardes.errors import ConfigError
+from shardes.tasks.countdown import (
+    MAX_DEPTH,
+    Countdown,
+    answer_score,
+    answers,
+    evaluate,
+    format_score,
+    load_problems,
+    prompt,
+    reward,
+)
 
 GOOD = "so 6 * 4 = 24 </think>\n<answer>(1 + 5) * 4</answer>"
 
@@ -30,12 +43,15 @@ def test_a_right_answer_in_the_right_form():
         (GOOD, 1.0),
         ("</think>\n<answer></answer>", 1.0),
         ("two\nlines\n</think>\n<answer>\n1\n</answer>", 1.0),
-        (GOOD + "\n", 0.6),
+        (GOOD + "\n", 1.0),
+        (GOOD + "\n\n", 0.6),
         (GOOD + " done", 0.6),
         (" </think><answer>1</answer>", 0.6),
         (" </think>\n\n<answer>1</answer>", 0.6),
-        (" </think>\n<answer>1</answer>\n<answer>2</answer>", 0.6),
-        (" </think>\nagain </think>\n<answer>1</answer>", 0.6),
+        (" </think>\n<answer>1</answer>\n<answer>2</answer>", 1.0),
+        (" </think>\nagain </think>\n<answer>1</answer>", 1.0),
+        (" </think>\n<answer> then </answer> more </answer>", 1.0),
+        (" </think>\n<answer>1</answer> more", 0.6),
         ("</think>", 0.1),
         ("<answer>1</answer>", 0.5),
         ("<answer>1", 0.0),
@@ -53,6 +69,8 @@ def test_format(response, score):
         ("(1+5)*4", 1),
         ("4 * (5 + 1)", 1),
         ("-(-(1+5))*4", 1),
+        ("\n(1 + 5) * 4\n", 1),
+        ("\t\u00a0(1+5)*4\r\n ", 1),
         ("4--5*+4", 0),
         ("+1*0+24", 0),
         ("4*5+4*1", 0),
@@ -96,6 +114,9 @@ def test_the_tolerance():
     assert answer("1/3*3", [1, 3, 3], 1) == 1
     assert answer("1000000/1000001", [1000000, 1000001], 1) == 1
     assert answer("10000/10001", [10000, 10001], 1) == 0
+    assert answer("800/3", [800, 3], Fraction("266.6666666666667")) == 1
+    assert answer("137/5", [137, 5], Fraction("27.4")) == 1
+    assert answer("137/5", [137, 5], 27) == 0
 
 
 def test_the_last_answer_counts():
@@ -108,9 +129,23 @@ def test_the_last_answer_counts():
     )
     assert answer_score("<think></think>\n<answer>5+1*4</answer><answer>", [1, 5, 4], 9) == 1
     assert answer_score("<think></answer>", [1], 1) == 0
+    assert answer_score("<answer>5*4<answer>1+5*4</answer>", [1, 5, 4], 21) == 0
+
+
+@given(st.lists(st.sampled_from(["</think>", "<answer>", "</answer>", "\n", "1", " "])))
+def test_sections_are_those_of_the_published_patterns(parts):
+    text = "<think>" + "".join(parts)
+    sections = re.findall("<answer>(.*?)</answer>", text, re.DOTALL)
+    if re.match("<think>.*?</think>\n<answer>.*?</answer>$", text, re.DOTALL):
+        expected = 1.0
+    else:
+        expected = 0.1 * ("</think>" in text) + 0.5 * bool(sections)
+    assert format_score(text) == expected
+    assert answers(text) == sections
 
 
 BOMBS = {
+    "answers": "<answer>" * 125_000,
     "power": "9**9**9",
     "a megabyte of brackets": "(" * 500_000 + "1" + ")" * 500_000,
     "a megabyte of signs": "-" * 1_000_000 + "1",
@@ -207,3 +242,59 @@ def test_any_response_has_a_reward(response, numbers, target):
 def test_depth_below_the_limit():
     expression = "(" * (MAX_DEPTH - 5) + "1" + ")" * (MAX_DEPTH - 5)
     assert evaluate(expression, [1]) == 1
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        # as the paper's authors publish them
+        (
+            {"id": 204, "context": "Make 27.4. <think>", "numbers": [137, 5], "target": "27.4"}
+            | {"solution": None},
+            ("Make 27.4. <think>", [137, 5], Fraction(137, 5)),
+        ),
+        # as Countdown-Tasks-3to4 has them
+        ({"target": 98, "nums": [44, 19, 35]}, (prompt([44, 19, 35], 98), [44, 19, 35], 98)),
+        (
+            {"target": 27.4, "nums": [137, 5]},
+            (prompt([137, 5], "27.4"), [137, 5], Fraction("27.4")),
+        ),
+        ({"target": "5.0", "nums": "[2, 3]", "context": None}, (prompt([2, 3], 5), [2, 3], 5)),
+        ({"target": 5.0, "nums": [2.0, "3"]}, (prompt([2, 3], 5), [2, 3], 5)),
+    ],
+)
+def test_published_rows(tmp_path, row, expected):
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for name in ("rows.json", "rows.jsonl"):
+        (problem,) = load_problems(tmp_path / name)
+        assert (problem.prompt, problem.numbers, problem.target) == expected
+
+
+def test_a_target_that_is_no_integer_is_scored(tmp_path):
+    rows = [{"numbers": [800, 3], "target": "266.6666666666667"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task = Countdown(str(tmp_path / "rows.json"), str(tmp_path / "rows.json"))
+    assert task.score("train", [" so </think>\n<answer>\n800 / 3\n</answer>\n"]) == [1.1]
+    assert task.correct("test", ["<answer>3 / 800</answer>"]) == [False]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"nums": [1, 2]}, "target is None"),
+        ({"nums": [1, 2], "target": "many"}, "target is 'many'"),
+        ({"nums": [1, 2], "target": float("inf")}, "target is inf"),
+        ({"nums": [1, 2], "target": True}, "target is True"),
+        ({"nums": [1, 2], "target": "1/0"}, "target is '1/0'"),
+        ({"nums": [1.5, 2], "target": 3}, r"nums is \[1.5, 2\]"),
+        ({"nums": [-1, 2], "target": 3}, r"nums is \[-1, 2\]"),
+        ({"numbers": [], "target": 3}, r"numbers is \[\]"),
+        ({"numbers": "12", "target": 3}, "numbers is '12'"),
+        ({"target": 3}, "nums is None; a problem has numbers or nums"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused(tmp_path, row, message):
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ConfigError, match=rf"rows.json: entry 0 \(id none\): {message}"):
+        load_problems(tmp_path / "rows.json")

@@ -67,6 +67,11 @@ def test_messages_are_used_unchanged(load):
     assert load([{"prompt": MESSAGES}]).prompts("test") == [MESSAGES]
 
 
+def test_a_beginning_of_the_response_is_marked(load):
+    messages = [*MESSAGES, {"role": "assistant", "content": "It", "prefix": True}]
+    assert load([{"prompt": messages}]).prompts("test") == [messages]
+
+
 def test_further_named_test_sets(load, tmp_path):
     (tmp_path / "more.jsonl").write_text('{"prompt": "one\u2028line"}')
     assert load(tests={"more": "more.jsonl"}).prompts("more") == [user("one\u2028line")]
@@ -106,6 +111,18 @@ def test_templates_that_cannot_be_filled(load, template, message):
         ('{"prompt": "x"}\n\n{"prompt"', "data.jsonl: line 3 is not JSON"),
         ([ROWS[0], {"id": 7, "prompts": "x"}], r"data.jsonl: line 2 \(id 7\) has no prompt"),
         ([{"prompt": None}], r"data.jsonl: line 1 \(id none\) has no prompt"),
+        ([{"prompt": []}], r"line 1 \(id none\): prompt is \[\]; it must be a text, or messages"),
+        (
+            [{"prompt": [*user("Hi"), {"role": "assistant", "content": "Ho"}]}],
+            r"line 1 .*: prompt ends with a message of role assistant, as if it still held the "
+            r'answer; leave that message out or, .*"prefix": true',
+        ),
+        (
+            [{"messages": [*user("Hi"), {"role": "assistant", "content": "Ho"}]}],
+            r"line 1 .* has no prompt but messages: name that field prompt, without the last one, "
+            "of role assistant, which is the answer",
+        ),
+        ([{"messages": user("Hi")}], "has no prompt but messages: name that field prompt$"),
         ([{"prompt": 5}], r"line 1 \(id none\): prompt is 5; it must be a text, or messages"),
         (
             [{"prompt": [{"role": "user"}]}],
@@ -177,6 +194,16 @@ def test_a_reward_function_in_a_package_or_installed(tmp_path, monkeypatch):
     assert load_reward_function("operator:eq")("a", {}) is False
 
 
+OTHER_REWARDS = """
+def one(a): pass
+def three(a, b, c): pass
+def trl(prompts, completions, **kwargs): pass
+def columns(completions, answer, **kwargs): pass
+def keywords(*, completions, **kwargs): pass
+def verl(data_source, solution_str, truth, extra=None): pass
+"""
+
+
 @pytest.mark.parametrize(
     "reference, message",
     [
@@ -192,6 +219,14 @@ def test_a_reward_function_in_a_package_or_installed(tmp_path, monkeypatch):
             "other:one",
             r"task.reward=other:one must take \(response, example\): too many positional arguments",
         ),
+        (
+            "other:trl",
+            r"task.reward=other:trl takes \(prompts, completions, \*\*kwargs\), as another "
+            r"trainer's rewards do; it is called with \(response, example\), so write def trl\(",
+        ),
+        ("other:columns", r"other:columns takes \(completions, answer, \*\*kwargs\), as another"),
+        ("other:keywords", r"takes \(\*, completions, \*\*kwargs\), as another"),
+        ("other:verl", r"takes \(data_source, solution_str, truth, extra=None\), as another"),
         ("other:three", r"must take \(response, example\): missing a required argument: 'c'"),
         (
             "fails:judge",
@@ -202,7 +237,7 @@ def test_a_reward_function_in_a_package_or_installed(tmp_path, monkeypatch):
     ],
 )
 def test_reward_functions_that_cannot_be_used(load, tmp_path, reference, message):
-    (tmp_path / "other.py").write_text("def one(a): pass\ndef three(a, b, c): pass\n")
+    (tmp_path / "other.py").write_text(OTHER_REWARDS)
     (tmp_path / "fails.py").write_text("import a_missing_package\n")
     (tmp_path / "exits.py").write_text("import sys\nsys.exit('bye')\n")
     with pytest.raises(ConfigError, match=message):

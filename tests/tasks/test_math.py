@@ -32,6 +32,95 @@ def test_boxed_answers_are_compared_as_mathematics(response, answer, expected):
     assert reward(response, answer) == expected
 
 
+@pytest.mark.parametrize(
+    "response, answer, expected",
+    [
+        (r"so \boxed 2.", "2", 1.0),
+        (r"so $\boxed 2$ and 3", "2", 1.0),
+        (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}", 1.0),
+        (r"$\boxed 2x + 1$", "1 + 2x", 1.0),
+        (r"\fbox{2}", "2", 1.0),
+        (r"\boxed {5}", "5", 1.0),
+        (r"\boxed{104.}", "104", 1.0),
+        (r"\boxed{104}", "104.", 1.0),
+        (r"\boxed{\textbf{(073)}}", "73", 1.0),
+        (r"\boxed{73}", r"\textbf{(073)}", 1.0),
+        (r"\boxed{5}, as \boxed asks", "5", 1.0),
+        (r"\boxed{\{2, 1\}", r"\{1, 2", 0.0),
+    ],
+)
+def test_boxes_are_read_as_published_solutions_write_them(response, answer, expected):
+    assert reward(response, answer) == expected
+
+
+@pytest.mark.parametrize(
+    "response, answer, expected",
+    [
+        (r"\boxed{1} and \boxed{2}", "1,2", 1.0),
+        (r"\(\boxed{2}\), \(\boxed{1}\)", "1,2", 1.0),
+        (r"$\boxed{1}$, $\boxed{2}\text{ or }\boxed{234}$", "1, 2, 234", 1.0),
+        (r"\boxed{2}", "1,2", 0.0),
+        (r"\boxed{2}, no, \boxed{1}", "1,2", 0.0),
+        (r"\boxed{2} or \boxed{3}", "2", 0.0),
+        (r"\boxed{1}, \boxed{234}", "1234", 0.0),
+        (r"\boxed{3} and \boxed{1} and \boxed{2}", "1,2", 0.0),
+    ],
+)
+def test_boxes_that_stand_together_are_one_answer(response, answer, expected):
+    assert reward(response, answer) == expected
+
+
+@pytest.mark.parametrize(
+    "response, answer, expected",
+    [
+        (r"\boxed{\frac{1}{2^{99}}}", r"\frac{1}{2^{98}}", 0.0),
+        (r"\boxed{2^{-98}}", r"\frac{1}{2^{98}}", 1.0),
+        (r"\boxed{\frac{1}{2006!}}", r"\frac{1}{2004!}", 0.0),
+        (r"\boxed{0.333333}", "1/3", 1.0),
+        (r"\boxed{50}", r"50\%", 1.0),
+        (r"\boxed{\cos(5\pi/14)}", r"\sin(\pi/7)", 1.0),
+        (r"\boxed{\?}", r"\?", 1.0),
+    ],
+)
+def test_exact_numbers_are_compared_relative_to_their_size(response, answer, expected):
+    assert reward(response, answer) == expected
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["\\boxed{", "\\boxed{1} ", "\\boxed 1x", "\\boxed{1} and ", "\\boxed ", "\\boxed{1}{"],
+)
+def test_many_boxes_are_read_in_linear_time(hostile):
+    started = time.monotonic()
+    assert reward(hostile * 10_000, "5") == 0.0
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "row, answers",
+    [
+        ({"question": "?", "answer": "48 / 2 = 24\n24 + 48 = 72\n#### 72"}, ["72"]),  # GSM8K
+        ({"question": "?", "answer": "so\n#### 1,200"}, ["1,200"]),
+        ({"problem": "?", "answer": ["9.6", 10]}, ["9.6", "10"]),
+        ({"problem": "?", "answer": "['9.6']"}, ["9.6"]),
+        ({"problem": "?", "answer": '["$\\\\pi$", "3"]'}, [r"\pi", "3"]),
+        ({"problem": "?", "answer": "[1, 2]"}, ["[1, 2]"]),  # an interval
+        ({"problem": "?", "answer": "['a"}, ["['a"]),
+        ({"problem": "?", "answer": r"It is $\boxed{5}$."}, ["5"]),
+        ({"problem": "?", "answer": "", "solution": r"\boxed {5}"}, ["5"]),
+        ({"problem": "?", "answer": None, "solution": r"\fbox{5}"}, ["5"]),
+        ({"problem": "?", "answer": 142.0}, ["142.0"]),
+    ],
+)
+def test_answers_of_published_rows(tmp_path, row, answers):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (problem,) = load_problems(str(tmp_path / "rows.jsonl"))
+    assert problem.answers == answers
+    task = Math(str(tmp_path / "rows.jsonl"))
+    for answer in answers:
+        assert task.score("train", [rf"\boxed{{{answer}}}"]) == [1.0]
+
+
 def test_a_grader_that_does_not_end_is_stopped():
     started = time.monotonic()
     assert reward(r"\boxed{9^{9^{9^{9^{9}}}}}", "5") == 0.0
@@ -50,7 +139,7 @@ def test_the_packaged_problems_are_disjoint_and_their_answers_right():
     }
     assert len(prompts["train"]) == len(prompts["test"]) == 20
     assert not set(prompts["train"]) & set(prompts["test"])
-    answers = [rf"\boxed{{{problem.answer}}}" for problem in task._problems["test"]]
+    answers = [rf"\boxed{{{problem.answers[0]}}}" for problem in task._problems["test"]]
     assert task.score("test", answers) == [1.0] * 20
     assert task.correct("test", ["no"] * 20) == [False] * 20
     assert task.score("test", [answers[3], "?"], [3, 4]) == [1.0, 0.0]
@@ -76,7 +165,19 @@ def test_any_number_of_named_test_sets(tmp_path):
         ("{", "line 1 is not JSON"),
         ("[1]", "line 1 is not an object"),
         ('{"id": "x7", "answer": "1"}', r"line 1 \(id x7\) has no problem"),
+        ('{"question": 5, "answer": "1"}', "line 1 .* has no problem, nor a question"),
         ('{"problem": "?"}', "line 1 .* has no answer"),
+        ('{"problem": "?", "answer": ""}', "line 1 .*: answer is ''; it must be a number"),
+        ('{"problem": "?", "answer": " #### "}', "line 1 .*: answer is ' #### '"),
+        ('{"problem": "?", "answer": []}', r"line 1 .*: answer is \[\]"),
+        ('{"problem": "?", "answer": ["1", ""]}', "line 1 .*: answer is "),
+        ('{"problem": "?", "answer": {"value": 1}}', "line 1 .*: answer is {'value': 1}"),
+        ('{"problem": "?", "answer": NaN}', "line 1 .*: answer is nan"),
+        ('{"problem": "?", "answer": "\\\\frac{1"}', "line 1 .*: answer is "),
+        (
+            json.dumps({"problem": "?", "answer": "1+" * 600}),
+            r"\.\.\. \(1202 characters\); it must",
+        ),
         ('{"problem": "?", "solution": "no box"}', "nor a solution with a box"),
     ],
 )

@@ -31,6 +31,13 @@ class WrongReward:
     def reward(self, response):
         return 0.0
 
+class OtherTrainers:
+    def prompts(self, split):
+        return []
+
+    def score(self, prompts, completions, **columns):
+        return []
+
 class Demanding:
     def __init__(self, value):
         pass
@@ -135,7 +142,7 @@ def test_users_files_of_one_name_do_not_clash(tmp_path):
         (
             None,
             "{own}:Missing",
-            "no class Missing there; it has Own, NoScore, WrongReward, Demanding",
+            "no class Missing there; it has Own, NoScore, WrongReward, OtherTrainers, Demanding",
         ),
         (None, "{own}:helper", "no class helper"),
         (None, "{own}:NoScore", r"NoScore has no score\(\) and no reward\(\)"),
@@ -143,6 +150,12 @@ def test_users_files_of_one_name_do_not_clash(tmp_path):
             None,
             "{own}:WrongReward",
             r"WrongReward: reward must take \(split, number, response\): too many",
+        ),
+        (
+            None,
+            "{own}:OtherTrainers",
+            r": score takes \(prompts, completions, \*\*columns\), as another trainer's rewards "
+            r"do; it is called with \(split, responses\)",
         ),
         (None, "{own}:Demanding", r"Demanding\(\) raised TypeError: .*'value'"),
     ],
