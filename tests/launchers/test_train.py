@@ -6,13 +6,14 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import deepspeed, run, script
+from shardes.distributed.world import Job
 from shardes.errors import ConfigError
 
 train = script("launchers/train.py")
@@ -225,7 +226,7 @@ MISTAKES = {
 def test_mistakes_are_found_before_heavy_work(config, mistake):
     changes, expected = MISTAKES[mistake]
     with pytest.raises(ConfigError) as error:
-        train.prepare([config(*changes)], SimpleNamespace(rank=0, size=4))
+        train.prepare([config(*changes)], Job(0, 4, dist.HashStore()))
     assert "\n" not in str(error.value)
     for part in expected:
         assert part in str(error.value)
@@ -237,13 +238,13 @@ def test_mistakes_are_found_before_heavy_work(config, mistake):
 def test_spoiled_models_are_found_before_heavy_work(config, tied_llama, tmp_path, spoil, expected):
     path = config(("model", "path", spoiled(tmp_path, tied_llama, spoil)))
     with pytest.raises(ConfigError, match=expected):
-        train.prepare([path], SimpleNamespace(rank=0, size=1))
+        train.prepare([path], Job(0, 1, dist.HashStore()))
 
 
 def test_experts_that_autotp_cannot_cut(config, moe_qwen):
     path = config(("model", "path", str(moe_qwen)), ("sharding", "tensor", 2))
     with pytest.raises(ConfigError, match=r"sharding\.tensor=2: AutoTP cannot split .*engine=fsdp"):
-        train.prepare([path], SimpleNamespace(rank=0, size=2))
+        train.prepare([path], Job(0, 2, dist.HashStore()))
 
 
 def test_no_prompts(config, tmp_path):
@@ -254,12 +255,12 @@ def test_no_prompts(config, tmp_path):
         "    def score(self, s, r): return []\n"
     )
     with pytest.raises(ConfigError, match="empty"):
-        train.prepare([path], SimpleNamespace(rank=0, size=1))
+        train.prepare([path], Job(0, 1, dist.HashStore()))
 
 
 def test_a_directory_that_cannot_be_made(config):
     with pytest.raises(ConfigError, match=r"run\.dir=/proc/run"):
-        train.prepare([config(("run", "dir", "/proc/run"))], SimpleNamespace(rank=0, size=1))
+        train.prepare([config(("run", "dir", "/proc/run"))], Job(0, 1, dist.HashStore()))
 
 
 def test_a_port_in_use_is_named(config):

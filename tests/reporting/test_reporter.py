@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,11 @@ def test_wandb_offline(tmp_path, monkeypatch):
     run_id = (tmp_path / "wandb_id").read_text()
     files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
     assert files
-    assert b"reward_mean" in files[0].read_bytes() and b"sigma" in files[0].read_bytes()
+    deadline = time.monotonic() + 30  # W&B's service writes them in a process of its own
+    for file in files:
+        while b"reward_mean" not in file.read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert b"reward_mean" in file.read_bytes() and b"sigma" in file.read_bytes()
 
 
 def test_wandb_offline_begins_with_the_iterations_before(tmp_path, monkeypatch):
