@@ -63,6 +63,7 @@ class JobRoles(ABC):
         self.config, self.clock = prepared.config, Clock()
         self.directory = Path(self.config.run.dir)
         self.resume = self._share_resume_point()
+        self.store = self.run_store()  # before weights are read: ranks may take different times
         self.world, engine, self.sampler = launch.build_replica(
             job, prepared, self.clock, self.joined()
         )
@@ -82,7 +83,6 @@ class JobRoles(ABC):
             watcher.poll,
         )
         stack.callback(self.scorer.close)
-        self.store = self.run_store()
 
     @abstractmethod
     def joined(self) -> tuple[int, int] | None:

@@ -139,6 +139,7 @@ def _encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[lis
 def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> None:
     """Generate, score, and compare with the base model; the primary rank writes the report."""
     started = time.monotonic()
+    store = RunStore.of_job(job)  # before weights are read: ranks may take different times
     world, engine, sampler = launch.build_replica(job, prepared)
     load(prepared.files, engine.shards)
     watcher.expect_polls()
@@ -151,7 +152,7 @@ def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> No
     ]
     queue = WorkQueue(
         world,
-        RunStore.of_job(job).queue("evaluation"),
+        store.queue("evaluation"),
         "evaluation",
         len(pieces),
         prepared.config.run.timeout,

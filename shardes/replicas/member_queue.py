@@ -101,6 +101,7 @@ class PrimaryMemberQueue(MemberQueue):
         super().__init__(queue, iteration, poll)
         self._journal, self._observer = journal, observer
         self._reported = time.monotonic()
+        queue.poll = self.poll  # rewards are journaled while this rank waits, too
         queue.post_known()
 
     def poll(self) -> None:

@@ -55,7 +55,7 @@ class WorkQueue:
     ):
         self._world, self._store, self._name = world, store, name
         self._count, self._timeout, self._known = count, timeout, known
-        self._heartbeats, self._poll, self._clock = heartbeats, poll, clock or Clock()
+        self._heartbeats, self.poll, self._clock = heartbeats, poll, clock or Clock()
         self._unreported = deque(number for number in range(count) if number not in known)
         self._progress = (-1, 0.0)  # results so far, and since when
         self._unposted = deque(range(count))  # pieces whose result this replica has not seen
@@ -172,7 +172,7 @@ class WorkQueue:
                 )
             if now > deadline:
                 return False
-            self._poll()
+            self.poll()
             backoff_sleep(since)
         return True
 

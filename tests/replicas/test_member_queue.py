@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from shardes.errors import ConfigError, RunError
 from shardes.es.population import Iteration, Member, member_seeds
-from shardes.replicas import work_queue
+from shardes.replicas import member_queue, work_queue
 from shardes.replicas.heartbeat import Heartbeats
 from shardes.replicas.member_queue import IterationResults, PrimaryMemberQueue
 from shardes.replicas.protocol import MemberResult, RunStore
@@ -76,9 +76,9 @@ def replica(
         heartbeats=heartbeats,
     )
     log = Log([])
-    member_queue = PrimaryMemberQueue(queue, iteration, lambda: None, log, log)
-    member_queue.log = log
-    return member_queue
+    members_queue = PrimaryMemberQueue(queue, iteration, lambda: None, log, log)
+    members_queue.log = log
+    return members_queue
 
 
 def heartbeats(store: dist.Store, number: int, timeout: float = 1.0) -> Heartbeats:
@@ -162,6 +162,22 @@ def test_every_reward_is_journaled_once_whoever_posts_it_and_however_many_there_
     assert journaled == [(n, float(n), 10 * n, []) for n in range(10) if n != 4]
     assert primary.log.tokens == sum(10 * n for n in range(10) if n != 4)
     assert primary.results().members[4] == known[4]
+
+
+def test_rewards_are_journaled_while_the_primary_rank_waits(store, monkeypatch):
+    monkeypatch.setattr(member_queue, "REPORT_INTERVAL", 0.1)
+    with heartbeats(store, 0, timeout=60.0) as beating:
+        primary, other = (replica(store, r, [7, 8, 9], heartbeats=beating) for r in range(2))
+        assert [next(claims(other)), next(claims(other))] == [0, 1]
+        for number in claims(primary):
+            primary.post(number, result(0, 2.0))
+        waiting = threading.Thread(target=lambda: list(primary._queue.orphans()))
+        waiting.start()
+        other.post(0, result(1, 0.0))
+        time.sleep(1.5)
+        assert sorted(reward.member for reward in primary.log.rewards) == [0, 2]
+        other.post(1, result(1, 1.0))
+        waiting.join()
 
 
 def test_a_dead_replicas_member_is_taken_over_and_a_live_ones_is_not(store):
