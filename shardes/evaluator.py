@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 
 from shardes.config.schema import Config
 from shardes.distributed.world import World
+from shardes.errors import ConfigError
 from shardes.es.center import Center
 from shardes.es.population import Iteration, select
 from shardes.es.statistics import mean
-from shardes.inference.sampler import Sampler
+from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.replicas.coordinator import Coordinator
 from shardes.replicas.work_queue import WorkQueue
 from shardes.reporting.reporter import Reporter
-from shardes.rewards.scoring import Scorer
+from shardes.rewards.scoring import REMEDY, Scorer
 from shardes.tasks import Split, Task
 
 SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and the metrics
@@ -113,7 +114,14 @@ class Evaluator:
             prompts = self._split_prompts(pending.iteration, split)[part]
             self._center.load_into_model()
             responses = self._sampler.generate(prompts, poll=self._poll)
+            failures = self._failures(pending, responses)
+            if failures and self._config.task.on_error == "fail":
+                raise ConfigError(f"prompts of {split}: {next(iter(failures.values()))}; {REMEDY}")
             pending.queue.post(number, json.dumps(responses))
+
+    def _failures(self, pending: PendingEvaluation, responses: list[list[int]]) -> dict[int, str]:
+        model = f"the center before iteration {pending.iteration.index}"
+        return invalid_logits(responses, model, self._config.model.dtype)
 
     def _split_prompts(self, iteration: Iteration, split: Split) -> list[list[int]]:
         return iteration.prompts if split == "train" else self._prompts[split]
@@ -161,7 +169,7 @@ class PrimaryEvaluator(Evaluator):
                 if piece_split == split:
                     tokens[part] = responses
             texts = self._sampler.texts(tokens)
-            rewards = self._scorer(split, texts, numbers)
+            rewards = self._scorer(split, texts, numbers, self._failures(pending, tokens))
             metrics[name] = mean(rewards)
             if split == "test" and hasattr(self._task, "correct"):
                 metrics["held_out_accuracy"] = mean(self._task.correct(split, texts))

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from shardes.clock import Clock
 from shardes.config import loading
@@ -22,9 +22,13 @@ from shardes.distributed.world import Job, World, agree, form_replica, join_job,
 from shardes.engines import Engine, build, check_model, open_model, reason
 from shardes.errors import ConfigError, RunError
 from shardes.inference.generation import Decoder, decoder
+from shardes.inference.limits import check_decoding, check_prompts
+from shardes.inference.processors import checkpoint_generation_config
+from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
 from shardes.reporting import loggers
-from shardes.sharding.weight_files import WeightFiles, model_directory
+from shardes.sharding.model_directory import model_directory
+from shardes.sharding.weight_files import WeightFiles
 from shardes.tasks import Task, configured_task
 
 RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
@@ -66,6 +70,8 @@ def check(config: Config, job: Job) -> PreparedRun:
             "runs on every rank, with all permissions of this user"
         )
     files, module = open_model(directory, getattr(torch, config.model.dtype.value), trusted)
+    for warning in files.warnings if job.rank == 0 else ():
+        warn(warning)
     check_model(config, module)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
@@ -73,14 +79,17 @@ def check(config: Config, job: Job) -> PreparedRun:
         raise ConfigError(
             f"model.path={directory}: no usable tokenizer: {reason(error)}"
         ) from error
+    check_decoding(config.model.path, module)
+    settings = config.generation
     decode = decoder(
         tokenizer,
-        GenerationConfig.from_pretrained(directory)
-        if (directory / "generation_config.json").exists()
-        else GenerationConfig.from_model_config(module.config),
-        max_new_tokens=config.generation.max_new_tokens,
-        stop=config.generation.stop,
-        batch_tokens=config.generation.batch_tokens,
+        checkpoint_generation_config(
+            directory, module, settings.max_new_tokens, settings.logits_processors
+        ),
+        max_new_tokens=settings.max_new_tokens,
+        stop=settings.stop,
+        batch_tokens=settings.batch_tokens,
+        logits_processors=settings.logits_processors,
     )
     return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
 
@@ -95,6 +104,18 @@ def _check_score_takes_numbers(settings: TaskConfig, task: Task) -> None:
             "task.prompts_per_iteration: the task's score must take the numbers of the prompts as "
             "a third argument: score(split, responses, which=None); see shardes.tasks.Task"
         ) from None
+
+
+def encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list[int]]:
+    """The token ids of a split's prompts.
+
+    Raises:
+        ConfigError: a prompt cannot be encoded, or the model cannot take it.
+    """
+    prompts = encode(prepared.tokenizer, prepared.task.prompts(split), date)
+    model, new_tokens = prepared.config.model.path, prepared.config.generation.max_new_tokens
+    check_prompts(model, prepared.module, split, prompts, new_tokens)
+    return prompts
 
 
 def shared_date(job: Job, read: Callable[[], str]) -> datetime:
@@ -167,6 +188,13 @@ def launch(
     sources = prepared.sources if prepared else {}
     if not agree(job, problem, settings, complain, sources) or prepared is None:
         return 2
+    return _work(job, prepared, work)
+
+
+def _work(
+    job: Job, prepared: Prepared, work: Callable[[Job, Prepared, ShutdownWatcher], None]
+) -> int:
+    """Do the work and leave the job; returns the exit code."""
     code, timeout = 1, prepared.config.run.timeout
     watcher = ShutdownWatcher(job)
     try:

@@ -43,7 +43,7 @@ from shardes.trainer import Trainer
 
 @dataclass
 class PreparedTraining(PreparedRun):
-    """`prompts` are the token ids of each split's; `run` is there on rank 0 of the job."""
+    """`prompts` are token ids by split; `run` is set on rank 0 of the job only."""
 
     prompts: dict[str, list[list[int]]]
     run: RunDirectory | JoinedRun | None
@@ -90,7 +90,7 @@ class JobRoles(ABC):
 
     @abstractmethod
     def run_store(self) -> RunStore:
-        """The run's store, or on a rank that needs only the records, one that has these."""
+        """The run's store; on a client job's other ranks, the store with copies of the records."""
 
     @abstractmethod
     def reporter(self) -> Reporter: ...
@@ -184,7 +184,7 @@ class JobRoles(ABC):
                 "that all hosts share"
             )
         files = WeightFiles(Path(source))
-        files.stack(self.prepared.module)
+        files.map_names(self.prepared.module)
         return files
 
 
@@ -250,6 +250,8 @@ class PrimaryJob(JobRoles):
             )
         for note in run.notes:
             reporter.say(note)
+        if applied := self.prepared.decoder.applied:
+            reporter.say(f"greedy decoding applies the checkpoint's generation config: {applied}")
         if self.config.replicas.port is not None:
             gateway = gateway_open(self.config, self.prepared.files, self.world, self.store, run)
             address = self.stack.enter_context(gateway)

@@ -18,7 +18,7 @@ from shardes.es.center import Center
 from shardes.es.population import Iteration, select
 from shardes.es.statistics import mean, std
 from shardes.evaluator import Evaluator
-from shardes.inference.sampler import Sampler
+from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.replicas.consistency import ConsistencyCheck, check_digest
 from shardes.replicas.coordinator import Coordinator
 from shardes.replicas.member_queue import IterationResults, MemberQueue
@@ -124,7 +124,10 @@ class Trainer:
 
         def score() -> None:
             texts = self.sampler.texts(responses)
-            rewards = self.scorer("train", texts, iteration.prompt_numbers)
+            seed = iteration.members[number].seed
+            model = f"member {number} of iteration {iteration.index} (seed {seed})"
+            failures = invalid_logits(responses, model, self.config.model.dtype)
+            rewards = self.scorer("train", texts, iteration.prompt_numbers, failures)
             result = MemberResult(
                 reward=mean(rewards),
                 tokens=sum(map(len, responses)),

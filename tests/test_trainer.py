@@ -12,6 +12,7 @@ import yaml
 from shardes.commands import train
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import join_job, leave_job
+from shardes.errors import ConfigError
 from shardes.es.fitness import coefficients, fitness
 from shardes.es.population import Member, member_seeds
 from shardes.es.update import Update
@@ -120,3 +121,21 @@ def test_the_same_iteration_is_derived_again(trainer):
     assert trainer.iteration(2) == trainer.iteration(2)
     assert trainer.iteration(2).seeds != trainer.iteration(1).seeds
     assert trainer.iteration(2).prompts != trainer.iteration(1).prompts
+
+
+def test_logits_that_are_not_finite_name_the_model_that_gave_them(trainer):
+    trainer.replay_journal()
+    iteration = trainer.iteration(0)
+    for shard in trainer.center._shards:
+        trainer.center.values(shard).fill_(torch.nan)
+    reason = r"gave logits that are NaN or infinite, in model\.dtype=float32; .*task\.on_error"
+    member = rf"prompt \d of train: member 0 of iteration 0 \(seed {iteration.seeds[0]}\)"
+    with pytest.raises(ConfigError, match=f"{member} {reason}"):
+        trainer.evaluate_members(iteration)
+    with pytest.raises(ConfigError, match=f"train: the center before iteration 0 {reason}"):
+        trainer.evaluator.start(iteration)
+    trainer.config.task.on_error = "-2"
+    trainer.evaluator.start(trainer.iteration(1))
+    metrics = trainer.evaluator.take_metrics()
+    assert metrics["center_reward"] == metrics["held_out_reward"] == -2
+    assert metrics["evaluation_scoring_failures"] == 3

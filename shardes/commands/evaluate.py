@@ -35,13 +35,13 @@ from shardes.distributed.world import Job
 from shardes.errors import ConfigError, RunError
 from shardes.es.statistics import interval, mean, proportion_interval
 from shardes.inference.log_probs import k3
-from shardes.inference.prompts import encode
-from shardes.inference.sampler import Sampler
+from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.launch import PreparedRun
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
 from shardes.rewards.scoring import Scorer
-from shardes.sharding.weight_files import WeightFiles, load, model_directory
+from shardes.sharding.model_directory import model_directory
+from shardes.sharding.weight_files import WeightFiles, load
 from shardes.storage.resume import recorded_date
 
 EXAMPLES = """examples:
@@ -111,7 +111,7 @@ def prepare(argv: list[str], job: Job) -> PreparedEvaluation:
     base = None
     if arguments.model and arguments.samples:
         base = WeightFiles(model_directory(base_path))
-        base.stack(prepared.module)
+        base.map_names(prepared.module)
         base.check({name: param.shape for name, param in prepared.module.named_parameters()})
     if not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
@@ -128,7 +128,7 @@ def _encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[lis
             f"--split {split}: taken for a split's name; write settings (key=value) before --split"
         )
     try:
-        return encode(prepared.tokenizer, prepared.task.prompts(split), date)
+        return launch.encode_split(prepared, split, date)
     except KeyError:
         known = ", ".join(["train", "test", *prepared.config.task.tests])
         raise ConfigError(
@@ -164,6 +164,7 @@ def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> No
     }
     if prepared.base:
         load(prepared.base, engine.shards)
+        prepared.base.load_buffers(prepared.module)
     for number, result in results.items():
         if result.tuned:
             prompts = _piece_prompts(prepared, pieces[number])
@@ -223,12 +224,14 @@ def _split_report(
         ]
         tokens = [row for part in parts for row in part.tokens]
         divergences = [
-            k3(tuned, base)
+            k3(tuned, base) if tuned else None  # a response that is not complete has none
             for part in parts
             for tuned, base in zip(part.tuned, part.base, strict=True)
         ]
         texts = sampler.texts(tokens)
-        rewards = scorer(split, texts)
+        config = prepared.config
+        failures = invalid_logits(tokens, config.model.path, config.model.dtype)
+        rewards = scorer(split, texts, failures=failures)
         correct = task.correct(split, texts) if hasattr(task, "correct") else None
         for row, text in enumerate(texts):
             responses.append(
@@ -240,7 +243,7 @@ def _split_report(
                     response=text,
                 )
                 | ({"correct": correct[row]} if correct else {})
-                | ({"kl": divergences[row]} if divergences else {})
+                | ({"kl": divergences[row]} if divergences and tokens[row] else {})
             )
     report = dict(greedy=figures([row for row in responses if row["sample"] == 0]))
     if prepared.samples:
@@ -273,10 +276,11 @@ def figures(rows: list[dict]) -> dict[str, float | tuple[float, float]]:
         "tokens": mean([row["tokens"] for row in rows]),
     }
     for key in ("reward", "kl"):
-        if key in rows[0]:
+        if any(key in row for row in rows):
             by_prompt: dict[int, list[float]] = {}
             for row in rows:
-                by_prompt.setdefault(row["prompt"], []).append(row[key])
+                if key in row:
+                    by_prompt.setdefault(row["prompt"], []).append(row[key])
             means = [mean(values) for values in by_prompt.values()]
             report |= {key: mean(means), f"{key}_interval": interval(means)}
     if "correct" in rows[0]:

@@ -27,7 +27,6 @@ from shardes.config import loading as settings
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
 from shardes.errors import RunError
-from shardes.inference.prompts import encode
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
 from shardes.planning.memory import rank_memory
@@ -99,6 +98,8 @@ def dry_run(argv: list[str], ranks: int) -> int:
     print(f"# layout: {ranks} ranks, {prepared.replicas} replicas × {degrees}")
     print(f"# prompts: {counts}")
     on_host = f"{sum(memory.host.values()) / 1e9:.3g} GB on its host"
+    if applied := prepared.decoder.applied:
+        print(f"# greedy decoding: {applied} (the checkpoint's generation config)")
     print(f"# memory of a rank: about {on_device}{on_host}")
     print(settings.to_yaml(config), end="")
     return 0
@@ -106,8 +107,7 @@ def dry_run(argv: list[str], ranks: int) -> int:
 
 def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:
     """The token ids of both splits' prompts."""
-    task, tokenizer = prepared.task, prepared.tokenizer
-    return {split: encode(tokenizer, task.prompts(split), date) for split in ("train", "test")}
+    return {split: launch.encode_split(prepared, split, date) for split in ("train", "test")}
 
 
 def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None:

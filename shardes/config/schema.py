@@ -52,6 +52,11 @@ class Fitness(Enum):
     centered_rank = "centered_rank"
 
 
+class LogitsProcessors(Enum):
+    checkpoint = "checkpoint"
+    none = "none"
+
+
 class Schedule(Enum):
     linear = "linear"
     cosine = "cosine"
@@ -228,6 +233,13 @@ class GenerationConfig:
         [],
         "strings that end a response, besides the end-of-sequence tokens; they stay in the text",
         limit=Limit("must not hold an empty string", all),
+        decides_center=True,
+    )
+    logits_processors: LogitsProcessors = _setting(
+        LogitsProcessors.checkpoint,
+        "greedy decoding: checkpoint applies what the model's generation config has, such as "
+        "repetition_penalty, as transformers' generate does; none takes the largest logit, as vLLM "
+        "does with SamplingParams(temperature=0)",
         decides_center=True,
     )
     batch_tokens: int = _setting(

@@ -6,14 +6,17 @@ from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shardes.config.schema import Config, DType, EngineName, Offload
 from shardes.distributed.world import World
 from shardes.engines.vocabulary import VocabularySlice
 from shardes.errors import ConfigError
+from shardes.sharding.model_directory import check_unquantised
 from shardes.sharding.regions import ParameterShard
 from shardes.sharding.weight_files import WeightFiles
+
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
 
 
 class Engine(Protocol):
@@ -53,10 +56,14 @@ def build(config: Config, module: PreTrainedModel, world: World) -> Engine:
 def open_model(
     directory: Path, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[WeightFiles, PreTrainedModel]:
-    """A model directory's weight files and its `empty_model`, checked against each other."""
+    """A model directory's weight files and its `empty_model`, checked against each other.
+
+    The module's persistent buffers are loaded, and parameters are tied as the files require.
+    """
     files, module = WeightFiles(directory), empty_model(directory, dtype, trust_remote_code)
-    files.stack(module)
+    files.map_names(module)
     files.check({name: param.shape for name, param in module.named_parameters()})
+    files.load_buffers(module)
     return files, module
 
 
@@ -71,8 +78,9 @@ def empty_model(
 
     Raises:
         ConfigError: config.json is missing, unreadable, or of an architecture unknown to
-            transformers.
+            transformers, or the model is quantised.
     """
+    check_unquantised(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
@@ -105,20 +113,51 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
         raise ConfigError(
             f"model.dtype=bfloat16: {torch.cuda.get_device_name()} lacks it; use float16 or float32"
         )
-    heads = getattr(module.config, "num_key_value_heads", None) or module.config.num_attention_heads
-    tensor = config.sharding.tensor
-    if tensor > heads:
+    if module.config.model_type == "recurrent_gemma":
         raise ConfigError(
-            f"sharding.tensor={tensor}: {config.model.path} has {heads} key-value heads, "
-            "and a tensor rank needs at least one"
+            f"model.path={config.model.path}: the state of {type(module).__name__} changes with "
+            "the padding of a batch, and so would its responses; use another model"
         )
+    tensor, heads = config.sharding.tensor, _key_value_heads(module.config)
+    if tensor > 1:
+        _check_tensor(config, module, heads)
     if config.engine is EngineName.fsdp:
         _check_fsdp(config, module, heads)
     elif tensor > 1:
         _check_autotp(config, module)
 
 
-def _check_fsdp(config: Config, module: PreTrainedModel, heads: int) -> None:
+def _key_value_heads(config: PreTrainedConfig) -> list[int]:
+    """The numbers of key-value heads that layers of a model have; empty: it has no attention."""
+    text = config.get_text_config()
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return [1]
+    counts = next((count for name in KEY_VALUE_HEADS if (count := getattr(text, name, None))), None)
+    by_layer = counts if isinstance(counts, list) else [counts]
+    numbers = {*by_layer, getattr(text, "num_global_key_value_heads", None)}
+    return sorted(number for number in numbers if number)
+
+
+def _check_tensor(config: Config, module: PreTrainedModel, heads: list[int]) -> None:
+    tensor, path = config.sharding.tensor, config.model.path
+    if not heads:
+        raise ConfigError(
+            f"sharding.tensor={tensor}: {path} has no attention heads to split; "
+            "use sharding.shard instead"
+        )
+    if tensor > heads[0]:
+        raise ConfigError(
+            f"sharding.tensor={tensor}: {path} has {heads[0]} key-value heads, "
+            "and a tensor rank needs at least one"
+        )
+    if module.config.model_type == "doge":
+        raise ConfigError(
+            f"sharding.tensor={tensor}: transformers' plan for {type(module).__name__} splits its "
+            "heads, but not their attention mask; use sharding.shard instead"
+        )
+
+
+def _check_fsdp(config: Config, module: PreTrainedModel, heads: list[int]) -> None:
     shard, tensor = config.sharding.shard, config.sharding.tensor
     if shard == 1 and config.sharding.offload is Offload.cpu:
         raise ConfigError(
@@ -133,21 +172,44 @@ def _check_fsdp(config: Config, module: PreTrainedModel, heads: int) -> None:
                 f"sharding.{key}={degree}: "
                 f"transformers has no plan to shard {type(module).__name__}"
             )
-    if heads % tensor:
-        raise ConfigError(
-            f"sharding.tensor={tensor}: does not divide the {heads} key-value heads of "
-            f"{config.model.path}, as engine=fsdp requires; engine=deepspeed splits heads unevenly"
-        )
+    for count in heads:
+        if count % tensor:
+            raise ConfigError(
+                f"sharding.tensor={tensor}: does not divide the {count} key-value heads of "
+                f"{config.model.path}, as engine=fsdp requires; engine=deepspeed splits heads "
+                "unevenly"
+            )
 
 
 def _check_autotp(config: Config, module: PreTrainedModel) -> None:
     from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 
+    tensor, name = config.sharding.tensor, type(module).__name__
+    if not module.tp_plan and not _splits_without_plan(module.config):
+        raise ConfigError(
+            f"sharding.tensor={tensor}: transformers has no plan to split {name}, and AutoTP's own "
+            "is not known to be right; use sharding.shard instead"
+        )
+    if module.config.model_type == "codegen":
+        raise ConfigError(
+            f"sharding.tensor={tensor}: AutoTP splits {name} wrongly; use engine=fsdp, or "
+            "sharding.shard instead"
+        )
     try:
         TPPlanConverter.convert(module.tp_plan)
     except ValueError as error:
         sentence = str(error).split(". ")[0]
         raise ConfigError(
-            f"sharding.tensor={config.sharding.tensor}: AutoTP cannot split {config.model.path} "
+            f"sharding.tensor={tensor}: AutoTP cannot split {config.model.path} "
             f"({sentence}); use engine=fsdp, or sharding.shard instead"
         ) from None
+
+
+def _splits_without_plan(config: PreTrainedConfig) -> bool:
+    """Whether AutoTP's guess from the names of the layers is right; docs/models.md has the tests.
+
+    Of others it is a crash, or another model: Persimmon's answers differ without any error.
+    """
+    if config.model_type == "falcon":
+        return config.new_decoder_architecture and not config.alibi
+    return config.model_type in ("biogpt", "gpt_neo", "opt", "stablelm", "xglm")

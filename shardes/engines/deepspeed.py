@@ -79,8 +79,10 @@ class DeepSpeedEngine:
     def __init__(self, module: PreTrainedModel, world: World, sharding: ShardingConfig):
         shards = world.mesh.shape[0]
         shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
-        module.requires_grad_(False).eval()
+        module.eval()
         self._runtime, shm_all_reduce = _initialize(module, world, sharding)
+        # Not earlier: AutoTP registers gradient hooks where a plan asks for them (Qwen3's norms).
+        module.requires_grad_(False)
         if world.device.type == "cpu":
             _use_fast_linear(module, shm_all_reduce or dist.all_reduce)
         for buffer in module.buffers():
@@ -193,9 +195,25 @@ def _deepspeed_config(module: nn.Module, tensors: int, offload: Offload) -> dict
         pinned = torch.cuda.is_available()
         config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     if tensors > 1:
-        head = type(getattr(module, "lm_head", None)) is nn.Linear
-        config["tensor_parallel"] = {"autotp_size": tensors, "vocab_parallel_lm_head": head}
+        config["tensor_parallel"] = {
+            "autotp_size": tensors,
+            "vocab_parallel_lm_head": _can_slice_head(module),
+        }
     return config
+
+
+def _can_slice_head(module: nn.Module) -> bool:
+    """Whether AutoTP can slice the head along the vocabulary.
+
+    It cannot if an embedding that is tied to the head does more than look up rows: Gemma's scales
+    them.
+    """
+    head = getattr(module, "lm_head", None)
+    return type(head) is nn.Linear and all(
+        type(embedding).forward is nn.Embedding.forward
+        for embedding in module.modules()
+        if isinstance(embedding, nn.Embedding) and embedding.weight is head.weight
+    )
 
 
 def _set_available(param: ZeroParameter, flat: torch.Tensor) -> None:

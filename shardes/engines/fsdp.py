@@ -58,7 +58,7 @@ class FSDPEngine:
         self.device = world.device
         self.vocabulary = None
         if vocab_parallel:
-            first, _ = _chunk(module.config.vocab_size, *_axis(world, "tensor"))
+            first, _ = _chunk(module.config.get_text_config().vocab_size, *_axis(world, "tensor"))
             self.vocabulary = VocabularySlice(first, world.mesh.get_group("tensor"))
         self._module = module
         self.shards = [

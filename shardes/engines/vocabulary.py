@@ -15,8 +15,9 @@ class VocabularySlice:
     first: int
     group: dist.ProcessGroup  # the ranks that hold the slices
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """The token with the largest logit of all slices, of equal ones the first.
+    def max(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logit of all slices and its token, of equal ones the first; NaN counts as the
+        largest.
 
         Ranks exchange a value and an index per row, not logits.
 
@@ -24,12 +25,20 @@ class VocabularySlice:
             logits: shape (rows, slice).
 
         Returns:
-            Shape (rows,).
+            Values, float64, and tokens, each of shape (rows,).
         """
         value, index = logits.max(-1)
         maxima = self._gather(torch.stack([value.double(), (index + self.first).double()], -1))
-        best = maxima[:, :, 0].argmax(0)
-        return maxima[:, :, 1].gather(0, best[None])[0].long()
+        best = maxima[:, :, 0].argmax(0)[None]
+        values, tokens = (maxima[:, :, i].gather(0, best)[0] for i in (0, 1))
+        return values, tokens.long()
+
+    def complete(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """The logits of all slices, float32, shape (rows, vocab_size), on every rank."""
+        full = logits.new_zeros(len(logits), vocab_size, dtype=torch.float32)
+        full[:, self.first : self.first + logits.shape[1]] = logits
+        dist.all_reduce(full, group=self.group)  # each element has one summand that is not zero
+        return full
 
     def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The log-probability of each token, in float32.

@@ -81,3 +81,9 @@ def make_cache(config: PretrainedConfig) -> BatchCache | None:
     attention = (DynamicLayer, DynamicSlidingWindowLayer)
     layers = DynamicCache(config=config).layers
     return BatchCache() if all(type(layer) in attention for layer in layers) else None
+
+
+def is_recurrent(config: PretrainedConfig) -> bool:
+    """Whether no layer of a model attends to earlier tokens: each keeps a state instead."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and not any(isinstance(layer, DynamicLayer) for layer in layers)

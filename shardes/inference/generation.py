@@ -1,8 +1,8 @@
 """Decoding of prompts, greedy or sampled.
 
-Greedy decoding gives the tokens of transformers' `generate(do_sample=False)`. A sampled response is
-a function of the model, the prompt and a seed: neither the batch nor the sharding of the model
-matters.
+Greedy decoding gives the tokens of transformers' `generate(do_sample=False)`, called for each
+prompt alone. A sampled response is a function of the model, the prompt and a seed. Neither the
+batch nor the sharding of the model matters.
 
 A row leaves the batch, and the key-value cache, when its response ends. In models some of whose
 layers keep a state other than keys and values, rows stay until the last response ends.
@@ -23,10 +23,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from shardes.config.schema import LogitsProcessors
 from shardes.distributed.store import no_poll
 from shardes.engines.vocabulary import VocabularySlice
-from shardes.inference.cache import BatchCache, make_cache
+from shardes.inference import rope
+from shardes.inference.cache import BatchCache, is_recurrent, make_cache
 from shardes.inference.forward_sync import announce_forward, join_forwards
+from shardes.inference.processors import RowProcessors, active_keys
+from shardes.inference.stop_strings import StopStrings
+
+INVALID = -1  # in place of a token that was chosen by a logit that is NaN or infinite
 
 
 @dataclass
@@ -34,11 +40,14 @@ class Decoder:
     """Decodes prompts, given and returned as token ids, in batches.
 
     A response ends with an `eos` token, with the token that completes one of the `stop` strings
-    (both are part of it), or after `max_new_tokens`. The tokenizer serves to find stop strings. The
-    memory of the key-value cache is reused by later batches and calls.
+    (both are part of it), or after `max_new_tokens`. A response is empty if logits on its way were
+    NaN or infinite. The tokenizer serves to find stop strings. The memory of the key-value cache is
+    reused by later batches and calls.
 
     Args:
         batch_tokens: largest number of tokens of a batch, prompts and responses, with padding.
+        generation: the generation config whose logits processors greedy decoding applies; None:
+            none, the token with the largest logit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +55,16 @@ class Decoder:
     eos: frozenset[int]
     stop: Sequence[str]
     batch_tokens: int
+    generation: GenerationConfig | None = None
     _cache: BatchCache | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._stop_strings = StopStrings(self.tokenizer, self.stop) if self.stop else None
+
+    @property
+    def applied(self) -> str:
+        """The keys of the generation config that change greedy tokens, as "key=value, ..."."""
+        return active_keys(self.generation) if self.generation else ""
 
     def __call__(
         self,
@@ -64,7 +82,7 @@ class Decoder:
             module: a causal language model of transformers.
             prompts: token ids, at least one per prompt.
             seeds: one of 64 bits per prompt, to sample its response from the model's distribution
-                at temperature 1. None: greedy decoding.
+                at temperature 1, without logits processors. None: greedy decoding.
             vocabulary: the slice of the vocabulary that this rank's logits cover. None: they cover
                 all.
             sync_forwards: the group whose ranks must make the same number of forward passes,
@@ -74,66 +92,86 @@ class Decoder:
         """
         responses: list[list[int]] = [[] for _ in prompts]
         device = next(module.parameters()).device
+        scaling = rope.length_scaling(module)
         with torch.no_grad():
-            for rows in self._batches(prompts):
-                batch = self._decode_batch(
-                    module,
+            for rows in self._batches(prompts, scaling):
+                if scaling:
+                    rope.reset(module)
+                batch = _Batch(
                     [prompts[row] for row in rows],
                     None if seeds is None else [seeds[row] for row in rows],
-                    vocabulary,
-                    sync_forwards,
-                    poll,
+                    self.max_new_tokens,
+                    device,
                 )
-                for row, response in zip(rows, batch, strict=True):
+                self._decode(module, batch, scaling, vocabulary, sync_forwards, poll)
+                for row, response in zip(rows, batch.responses, strict=True):
                     responses[row] = response
             join_forwards(module, device, sync_forwards)
         return responses
 
-    def _batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        return batches(list(map(len, prompts)), self.max_new_tokens, self.batch_tokens)
-
-    def _decode_batch(
-        self, module, prompts, seeds, vocabulary, sync_forwards, poll
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], scaling: rope.LengthScaling | None = None
     ) -> list[list[int]]:
-        device = next(module.parameters()).device
-        ids, mask, positions = _pad_left(prompts, self.max_new_tokens, device)
-        width = ids.shape[1]  # tokens of a row so far, with padding
-        cache = self._empty_cache(module, mask.shape[1])
-        cache_argument = {_cache_parameter(module): cache}
-        vocab_size = module.config.get_text_config().vocab_size
-        responses: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # the prompt's number, for each row of the batch
-        active = [True] * len(rows)
+        return batches(list(map(len, prompts)), self.max_new_tokens, self.batch_tokens, scaling)
+
+    def _decode(self, module, batch: "_Batch", scaling, vocabulary, sync_forwards, poll) -> None:
+        """Decode a batch to the end of its responses."""
+        processors = self._processors(module, batch)
+        name = _cache_parameter(module)
+        cache = self._empty_cache(module, batch.ids.shape[1])
+        first = 0  # of the tokens that the next forward pass computes
+        recurrent = is_recurrent(module.config)
         for step in itertools.count():
             poll()
-            announce_forward(device, sync_forwards)
+            announce_forward(batch.ids.device, sync_forwards)
+            width = batch.width
+            is_crossing = scaling is not None and step > 0 and width - 1 in scaling.boundaries
+            if is_crossing and rope.drops_cache(module, batch.ids[:, :width], name, cache):
+                cache, first = self._empty_cache(module, batch.ids.shape[1]), 0
             logits = module(
-                input_ids=ids,
-                attention_mask=mask[:, :width],
-                position_ids=positions,
+                input_ids=batch.ids[:, first:width],
+                # A state has no padding in it, and Mamba takes a mask for one of its inputs.
+                attention_mask=None if first and recurrent else batch.mask[:, :width],
+                position_ids=batch.positions[:, first:width],
                 use_cache=True,
                 logits_to_keep=1,
-                **cache_argument,
+                **{name: cache},
             ).logits[:, -1]
-            if seeds is not None:
-                noise = gumbel([seeds[row] for row in rows], step, vocab_size, device)
-                logits = _add_noise(logits, noise, vocabulary)
-            tokens = logits.argmax(-1) if vocabulary is None else vocabulary.argmax(logits)
-            for i, token in enumerate(tokens.tolist()):
-                if active[i]:
-                    response = responses[rows[i]]
-                    response.append(token)
-                    active[i] = not self._is_finished(response)
+            tokens, finite = _choose(module, batch, step, logits, processors, vocabulary)
+            batch.append(tokens)
+            active = self._active(batch, tokens.where(finite, INVALID).tolist())
             if not any(active):
                 break
             if not all(active) and cache is self._cache:
-                kept = _compact(active)
-                indices = torch.tensor(kept, device=device)
-                cache.batch_select_indices(indices)
-                tokens, mask, positions = tokens[indices], mask[indices], positions[indices]
-                rows, active = [rows[i] for i in kept], [True] * len(kept)
-            ids, positions, width = tokens[:, None], positions[:, -1:] + 1, width + 1
-        return responses
+                cache.batch_select_indices(batch.keep(active))
+            first = width
+
+    def _processors(self, module: PreTrainedModel, batch: "_Batch") -> RowProcessors | None:
+        if self.generation is None or batch.seeds is not None:
+            return None
+        lengths = list(map(len, batch.prompts))
+        processors = RowProcessors(
+            module, self.generation, self.max_new_tokens, lengths, batch.ids.device
+        )
+        return processors if processors.active else None
+
+    def _active(self, batch: "_Batch", tokens: list[int]) -> list[bool]:
+        """Add each row's token to its response; whether the rows' responses go on."""
+        active = batch.active
+        for i, token in enumerate(tokens):
+            if active[i]:
+                response = batch.responses[batch.rows[i]]
+                response.append(token)
+                active[i] = len(response) < self.max_new_tokens and token not in self.eos
+                if token == INVALID:
+                    response.clear()
+                    active[i] = False
+        going = [i for i, is_active in enumerate(active) if is_active]
+        if self._stop_strings and going:
+            ends = self._stop_strings.end([batch.responses[batch.rows[i]] for i in going])
+            for i, is_end in zip(going, ends, strict=True):
+                active[i] = not is_end
+        return active
 
     def _empty_cache(self, module: PreTrainedModel, length: int) -> Cache:
         if self._cache is None:
@@ -143,16 +181,6 @@ class Decoder:
         self._cache.begin(length)
         return self._cache
 
-    def _is_finished(self, response: list[int]) -> bool:
-        if len(response) >= self.max_new_tokens or response[-1] in self.eos:
-            return True
-        if not self.stop:
-            return False
-        # A token has at least one character, so these tokens hold any stop string that the last one
-        # completes. A few more in front do no harm.
-        tail = self.tokenizer.decode(response[-max(map(len, self.stop)) - 4 :])
-        return any(stop in tail for stop in self.stop)
-
 
 def decoder(
     tokenizer: PreTrainedTokenizerBase,
@@ -161,25 +189,138 @@ def decoder(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     batch_tokens: int = 65536,
+    logits_processors: LogitsProcessors = LogitsProcessors.checkpoint,
 ) -> Decoder:
-    """A decoder with the end-of-sequence tokens of a model's generation config."""
+    """A decoder with the settings of a model's generation config.
+
+    Args:
+        stop: strings that end a response.
+        logits_processors: whether greedy decoding applies the config's logits processors and stop
+            strings.
+    """
     eos = generation.eos_token_id
     ids = frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-    return Decoder(tokenizer, max_new_tokens, ids, tuple(stop), batch_tokens)
+    strings = list(stop)
+    applied = logits_processors is LogitsProcessors.checkpoint
+    if applied and (own := getattr(generation, "stop_strings", None)):
+        strings += [own] if isinstance(own, str) else own
+    return Decoder(
+        tokenizer,
+        max_new_tokens,
+        ids,
+        tuple(strings),
+        batch_tokens,
+        generation if applied else None,
+    )
 
 
-def batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
+def batches(
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    batch_tokens: int,
+    scaling: rope.LengthScaling | None = None,
+) -> list[list[int]]:
     """The numbers of the prompts of each batch: of similar lengths, within the token budget.
 
     A prompt that exceeds the budget alone has a batch of its own.
+
+    Args:
+        scaling: prompts of different regimes have batches of their own.
     """
     grouped: list[list[int]] = []
+    last_regime = 0
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        tokens = lengths[row] + max_new_tokens
-        if not grouped or (len(grouped[-1]) + 1) * tokens > batch_tokens:
+        length = lengths[row]
+        tokens = length + max_new_tokens
+        regime = scaling.regime(length, tokens - 1) if scaling else 0
+        full = not grouped or (len(grouped[-1]) + 1) * tokens > batch_tokens
+        if full or regime != last_regime:
             grouped.append([])
         grouped[-1].append(row)
+        last_regime = regime
     return grouped
+
+
+@dataclass
+class _Batch:
+    """The rows of a batch: prompts, padded on the left, and responses so far.
+
+    Attributes:
+        ids, mask, positions: token ids, attention mask and positions, shape (rows, width of the
+            prompts + max_new_tokens); the mask also covers new tokens.
+        width: tokens of a row so far, with padding.
+        rows: the prompt's number, for each row.
+        active: whether a row's response goes on.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int] | None
+    max_new_tokens: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.responses: list[list[int]] = [[] for _ in self.prompts]
+        self.rows = list(range(len(self.prompts)))
+        self.active = [True] * len(self.prompts)
+        self.width = max(map(len, self.prompts))
+        new = self.max_new_tokens
+        padding = [self.width - len(prompt) for prompt in self.prompts]
+        ids = [
+            [0] * n + list(prompt) + [0] * new
+            for n, prompt in zip(padding, self.prompts, strict=True)
+        ]
+        mask = [[0] * n + [1] * (self.width + new - n) for n in padding]
+        self.ids = torch.tensor(ids, device=self.device)
+        self.mask = torch.tensor(mask, device=self.device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Add one token to each row."""
+        self.ids[:, self.width] = tokens
+        self.width += 1
+
+    def keep(self, active: list[bool]) -> torch.Tensor:
+        """Drop the rows that are not active; row i becomes the former row `indices[i]`, of the
+        indices returned.
+        """
+        kept = _compact(active)
+        indices = torch.tensor(kept, device=self.device)
+        self.ids, self.mask, self.positions = (
+            tensor[indices] for tensor in (self.ids, self.mask, self.positions)
+        )
+        self.rows, self.active = [self.rows[i] for i in kept], [True] * len(kept)
+        return indices
+
+
+def _choose(
+    module: PreTrainedModel,
+    batch: _Batch,
+    step: int,
+    logits: torch.Tensor,
+    processors: RowProcessors | None,
+    vocabulary: VocabularySlice | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's next token, and whether the largest of its logits is finite: one NaN makes it NaN.
+
+    Args:
+        logits: shape (rows, vocabulary or this rank's slice of it).
+    """
+    vocab_size = module.config.get_text_config().vocab_size
+    if processors is not None:
+        if vocabulary is not None:
+            logits = vocabulary.complete(logits, vocab_size)
+        width = batch.width
+        scores = processors(batch.ids[:, :width], batch.mask[:, :width], batch.rows, logits)
+        return scores.argmax(-1), logits.amax(-1).isfinite()
+    if batch.seeds is not None:
+        seeds = [batch.seeds[row] for row in batch.rows]
+        logits = _add_noise(logits, gumbel(seeds, step, vocab_size, batch.device), vocabulary)
+    if vocabulary is not None:
+        maxima, tokens = vocabulary.max(logits)
+    else:
+        tokens = logits.argmax(-1)
+        maxima = logits.gather(-1, tokens[:, None])[:, 0]
+    return tokens, maxima.isfinite()
 
 
 def gumbel(seeds: Sequence[int], step: int, vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -200,19 +341,6 @@ def gumbel(seeds: Sequence[int], step: int, vocab_size: int, device: torch.devic
 def _cache_parameter(module: PreTrainedModel) -> str:
     """The name of the cache's parameter, which depends on the version of transformers."""
     return "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
-
-
-def _pad_left(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, attention mask and positions of a batch; the mask also covers new tokens."""
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = [[0] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * n + [1] * (width + max_new_tokens - n) for n in padding]
-    mask_tensor = torch.tensor(mask, device=device)
-    positions = (mask_tensor[:, :width].cumsum(-1) - 1).clamp(min=0)
-    return torch.tensor(ids, device=device), mask_tensor, positions
 
 
 def _add_noise(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from shardes.distributed.store import no_poll
 from shardes.engines.vocabulary import VocabularySlice
+from shardes.inference import rope
 from shardes.inference.forward_sync import announce_forward, join_forwards
 
 MAX_LOGITS = 1 << 27  # of one forward pass, over all its rows
@@ -27,14 +28,19 @@ def log_probs(
 
     Args:
         prompts: token ids, at least one per prompt.
-        responses: token ids, one response per prompt, none empty.
+        responses: token ids, one response per prompt.
         vocabulary, sync_forwards: as for `Decoder`.
         poll: called before every forward pass; what it raises ends the computation.
     """
     values: list[list[float]] = [[] for _ in prompts]
     device = next(module.parameters()).device
     with torch.no_grad():
-        for rows in _batches(responses, module.config.get_text_config().vocab_size):
+        scaling = rope.length_scaling(module)
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        regimes = [scaling.regime(length, length) if scaling else 0 for length in lengths]
+        for rows in _batches(responses, module.config.get_text_config().vocab_size, regimes):
+            if scaling:
+                rope.reset(module)
             poll()
             announce_forward(device, sync_forwards)
             batch = _score(
@@ -50,11 +56,16 @@ def log_probs(
     return values
 
 
-def _batches(responses: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
-    """The numbers of the responses of each batch: of similar lengths, within MAX_LOGITS."""
+def _batches(
+    responses: Sequence[Sequence[int]], vocab_size: int, regimes: Sequence[int]
+) -> list[list[int]]:
+    """The numbers of the responses of each batch: of similar lengths, within MAX_LOGITS, of equal
+    regimes (see `rope.LengthScaling`).
+    """
     batches: list[list[int]] = []
-    for row in sorted(range(len(responses)), key=lambda r: len(responses[r])):
-        if not batches or (len(batches[-1]) + 1) * len(responses[row]) * vocab_size > MAX_LOGITS:
+    for row in sorted(range(len(responses)), key=lambda r: (regimes[r], len(responses[r]))):
+        full = not batches or (len(batches[-1]) + 1) * len(responses[row]) * vocab_size > MAX_LOGITS
+        if full or regimes[batches[-1][-1]] != regimes[row]:
             batches.append([])
         batches[-1].append(row)
     return batches

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardes.clock import Clock
+from shardes.config.schema import DType
 from shardes.distributed.store import no_poll
 from shardes.distributed.world import World, all_gather
 from shardes.engines import Engine
@@ -46,7 +47,10 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         poll: Callable[[], None] = no_poll,
     ) -> list[list[int]]:
-        """The response to each prompt, as token ids; see `Decoder` for `seeds` and `poll`."""
+        """The response to each prompt, as token ids; see `Decoder` for `seeds` and `poll`.
+
+        It is empty where the logits were NaN or infinite, on every rank of the replica.
+        """
         share_seeds = None if seeds is None else seeds[self._share]
         with self._gathered() as (module, parallelism):
             tokens = self._decoder(
@@ -104,3 +108,16 @@ class Sampler:
             by_rank = tables.view(self._ranks, rows, 1 + width)
             by_prompt = by_rank.transpose(0, 1).reshape(-1, 1 + width)[:count].tolist()
             return [row[1 : 1 + int(row[0])] for row in by_prompt]
+
+
+def invalid_logits(responses: Sequence[list[int]], model: str, dtype: DType) -> dict[int, str]:
+    """Which responses of `Sampler.generate` the model could not complete, and why.
+
+    Args:
+        model: its name in the reasons.
+    """
+    reason = (
+        f"{model} gave logits that are NaN or infinite, in model.dtype={dtype.value}; use a dtype "
+        "of larger range (bfloat16, float32) or a smaller es.sigma, and check the base model"
+    )
+    return {row: reason for row, response in enumerate(responses) if not response}

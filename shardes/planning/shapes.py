@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shardes.config.schema import Config, EngineName
 from shardes.engines import empty_model
 from shardes.errors import ConfigError
-from shardes.sharding.weight_files import download
+from shardes.sharding.model_directory import download
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 

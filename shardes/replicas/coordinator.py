@@ -122,10 +122,13 @@ class PrimaryCoordinator(Coordinator):
     def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
         record = iteration_record(self._es, iteration, results.members)
         if not any(record.coefficients) and iteration.alpha:
+            failed = sum(member.failures.get("scoring_failures", 0) for member in results.members)
+            advice = "a larger es.sigma or a finer reward would tell the members apart"
+            if failed:
+                advice = f"{failed} responses could not be scored and got task.on_error"
             self._warn(
                 f"warning: iteration {iteration.index}: all {len(record.rewards)} rewards are "
-                f"{record.rewards[0]}, so nothing is learned; a larger es.sigma or a finer reward "
-                "would tell the members apart"
+                f"{record.rewards[0]}, so nothing is learned; {advice}"
             )
         self._journal.append(record)
         self._store.publish(record)

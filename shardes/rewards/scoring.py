@@ -2,14 +2,16 @@
 
 A task with `score` is called once for all responses, in this process. A task with `reward`, and a
 user's reward function, are called for one response at a time in worker processes. A response that
-could not be scored there gets the reward task.on_error, or ends the run.
+could not be scored there gets the reward task.on_error, or ends the run. So does a response that a
+model could not complete.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError
@@ -17,6 +19,11 @@ from shardes.rewards.worker_pool import ScoringFailure, WorkerPool
 from shardes.tasks import Task
 from shardes.tasks.jsonl import Jsonl
 
+NOTHING: Mapping[int, str] = MappingProxyType({})
+REMEDY = (
+    "to give such responses a fixed reward instead, set task.on_error to it (and list "
+    "task.on_error in resume.allow_changes)"
+)
 FAILURES = ("scoring_failures", "scoring_timeouts")  # the timeouts are among the failures
 
 
@@ -37,16 +44,22 @@ class Scorer:
         self._failures: Counter[str] = Counter()
 
     def __call__(
-        self, split: str, responses: list[str], which: Sequence[int] | None = None
+        self,
+        split: str,
+        responses: list[str],
+        which: Sequence[int] | None = None,
+        failures: Mapping[int, str] = NOTHING,
     ) -> list[float]:
         """One reward per response.
 
         Args:
             which: the numbers of the prompts that were answered; None: all of the split.
+            failures: why a response is not complete, by its position in `responses`.
 
         Raises:
-            ConfigError: the task failed in this process, or in a worker with task.on_error=fail, or
-                returned a wrong number of rewards. The prompts and responses are then saved.
+            ConfigError: a response is not complete, with task.on_error=fail; or the task failed in
+                this process, or in a worker with task.on_error=fail, or returned a wrong number of
+                rewards. The prompts and responses are then saved.
         """
         prompts = self._task.prompts(split)
         numbers = range(len(prompts)) if which is None else which
@@ -54,9 +67,25 @@ class Scorer:
             dict(prompt=prompts[number], response=response)
             for number, response in zip(numbers, responses, strict=True)
         ]
+        if failures and self._settings.on_error == "fail":
+            position, problem = next(iter(failures.items()))
+            raise ConfigError(f"prompt {numbers[position]} of {split}: {problem}; {REMEDY}")
         if hasattr(self._task, "score"):
-            return self._score_all(self._task.score, split, responses, which, rows)
-        return self._score_each(split, responses, numbers, rows)
+            rewards = self._score_all(self._task.score, split, responses, which, rows)
+        else:
+            complete = [i for i in range(len(responses)) if i not in failures]
+            scored = self._score_each(
+                split,
+                [responses[i] for i in complete],
+                [numbers[i] for i in complete],
+                [rows[i] for i in complete],
+            )
+            by_position = dict(zip(complete, scored, strict=True))
+            rewards = [by_position.get(i, 0.0) for i in range(len(responses))]
+        self._failures["scoring_failures"] += len(failures)
+        for i in failures:
+            rewards[i] = float(self._settings.on_error)
+        return rewards
 
     def take_failures(self) -> dict[str, int]:
         """How many responses got task.on_error since the last call, by the names of FAILURES."""
@@ -106,8 +135,7 @@ class Scorer:
             file = self._save([rows[failure.job] | {"error": str(failure)}])
             raise ConfigError(
                 f"task: scoring prompt {numbers[failure.job]} of {split}: {failure}; prompt and "
-                f"response: {file}; to give such responses a fixed reward instead, set "
-                "task.on_error to it (and list task.on_error in resume.allow_changes)"
+                f"response: {file}; {REMEDY}"
             ) from None
         failures = {
             number: result

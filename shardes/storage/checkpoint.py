@@ -9,9 +9,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from shardes.errors import ConfigError
 from shardes.sharding.digest import digest
+from shardes.sharding.model_directory import INDEX
 from shardes.sharding.regions import BLOCK, Region
-from shardes.sharding.weight_files import INDEX, WeightFiles, by_part, companions
+from shardes.sharding.weight_files import WeightFiles, by_part
 from shardes.storage.files import checksum, sha256s, sync
 
 MANIFEST = "manifest.json"
@@ -35,13 +35,17 @@ DTYPES = {
 
 @dataclass
 class TensorPlace:
-    """The place of one tensor in a file: elements `first` to `first + numel - 1` of a parameter."""
+    """The place of one tensor in a file: elements `first` to `first + numel - 1` of a parameter.
+
+    `param` is empty for tensors that no parameter is loaded from.
+    """
 
     param: str
     first: int
     numel: int
     file: str
     offset: int  # bytes from the start of the file
+    nbytes: int
 
 
 class Checkpoint:
@@ -49,10 +53,11 @@ class Checkpoint:
 
     Args:
         base: the checkpoint has the tensors of these files (experts one by one), their config and
-            tokenizer.
+            tokenizer. Tensors that belong to no parameter are copied.
         params: the parameters to write.
         shard_size: maximum size of the weights in one file, such as "5GB"; a single tensor may be
             larger.
+        replaced: values of tensors that would be copied.
     """
 
     def __init__(
@@ -62,16 +67,25 @@ class Checkpoint:
         params: Iterable[str],
         dtype: torch.dtype,
         shard_size: str,
+        replaced: Mapping[str, torch.Tensor] | None = None,
     ):
         self._final, self._directory = directory, directory.with_name(directory.name + PARTIAL)
-        self._base, self._dtype = base, dtype
+        self._base, self._dtype, self._replaced = base, dtype, replaced or {}
         self._places: dict[str, list[TensorPlace]] = {param: [] for param in params}
+        self._copies: dict[str, list[TensorPlace]] = {param: [] for param in self._places}
+        self._kept: dict[str, TensorPlace] = {}
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._handles: dict[str, int] = {}
-        param_of = {part: param for param in self._places for part in base.parts(param)}
+        param_of = {
+            tensor: param
+            for param in self._places
+            for tensor in [*base.parts(param), *base.copies(param)]
+        }
+        sizes = {tensor: base.tensors[tensor].numel * dtype.itemsize for tensor in param_of}
+        kept = {name: info.nbytes for name, info in base.tensors.items() if name not in param_of}
         split = split_state_dict_into_shards_factory(
-            {part: prod(base.shape(part)) * dtype.itemsize for part in param_of},
+            sizes | kept,
             get_storage_size=lambda size: size,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=shard_size,
@@ -80,26 +94,39 @@ class Checkpoint:
         if split.is_sharded:
             self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         for file, tensors in split.filename_to_tensors.items():
-            self._place(file, tensors, param_of)
+            self._place(file, tensors, param_of, sizes | kept)
 
-    def _place(self, file: str, tensors: Sequence[str], param_of: dict[str, str]) -> None:
+    def _place(
+        self,
+        file: str,
+        tensors: Sequence[str],
+        param_of: Mapping[str, str],
+        sizes: Mapping[str, int],
+    ) -> None:
         """Settle a file's header, and the places of its tensors in it."""
         header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in tensors:
-            shape = list(self._base.shape(name))
-            start, end = end, end + prod(shape) * self._dtype.itemsize
-            dtype = DTYPES[self._dtype][0]
+            info = self._base.tensors[name]
+            start, end = end, end + sizes[name]
+            dtype = DTYPES[self._dtype][0] if name in param_of else info.dtype
+            shape = list(info.shape)
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._headers[file] = struct.pack("<Q", len(text)) + text
         self._sizes[file] = len(self._headers[file]) + end
         for name in tensors:
-            places = self._places[param_of[name]]
-            first, numel = sum(place.numel for place in places), prod(self._base.shape(name))
+            param, numel = param_of.get(name, ""), self._base.tensors[name].numel
             offset = len(self._headers[file]) + header[name]["data_offsets"][0]
-            places.append(TensorPlace(param_of[name], first, numel, file, offset))
+            place = TensorPlace(param, 0, numel, file, offset, sizes[name])
+            if not param:
+                self._kept[name] = place
+            elif name in self._base.copies(param):
+                self._copies[param].append(place)
+            else:
+                place.first = sum(part.numel for part in self._places[param])
+                self._places[param].append(place)
 
     @property
     def files(self) -> list[str]:
@@ -107,13 +134,15 @@ class Checkpoint:
         return list(self._headers)
 
     def create(self) -> None:
-        """Create the directory: weight files of full size without weights, config and tokenizer."""
+        """Create the directory: weight files of full size without parameters, config, tokenizer."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
-        for name in companions(self._base.directory):
+        for name in self._base.copied_files:
+            (self._directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._base.directory / name, self._directory / name)
         config = json.loads((self._base.directory / "config.json").read_text())
         config.pop("torch_dtype", None)
+        config.pop("transformers_weights", None)  # names the base's file
         config["dtype"] = DTYPES[self._dtype][1]
         (self._directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if self._index:
@@ -122,6 +151,18 @@ class Checkpoint:
             with open(self._directory / name, "wb") as file:
                 file.write(header)
                 file.truncate(self._sizes[name])
+        for name, place in self._kept.items():
+            with open(self._directory / place.file, "r+b") as file:
+                file.seek(place.offset)
+                file.writelines(self._kept_bytes(name))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _kept_bytes(self, name: str) -> Iterable[bytes]:
+        """The bytes of a tensor that belongs to no parameter, in blocks."""
+        if name not in self._replaced:
+            return self._base.raw(name)
+        return [self._replaced[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes()]
 
     def write(self, param: str, regions: Sequence[Region], values: torch.Tensor) -> None:
         """Write elements of a parameter.
@@ -132,10 +173,15 @@ class Checkpoint:
         places = self._places[param]
         offset = 0
         for region in regions:
-            for part, pieces in by_part(region, places[0].numel):
+            for part, pieces in by_part(region, [place.numel for place in places]):
                 for piece in pieces:
                     self._write(places[part], piece, values[offset : offset + piece.numel])
                     offset += piece.numel
+        for place in self._copies[param]:
+            offset = 0
+            for region in regions:
+                self._write(place, region, values[offset : offset + region.numel])
+                offset += region.numel
 
     def _write(self, place: TensorPlace, region: Region, values: torch.Tensor) -> None:
         if place.file not in self._handles:
@@ -161,21 +207,25 @@ class Checkpoint:
                 os.close(handle)
 
     def read_back(self, name: str) -> tuple[str, int]:
-        """The SHA-256 of a file on disk, and the digest of its elements."""
-        sha, total = hashlib.sha256(), 0
+        """The SHA-256 of a file on disk, and the digest of the parameters' elements in it."""
+        sha, total, size = hashlib.sha256(), 0, self._dtype.itemsize
+        counted = [place for places in self._places.values() for place in places]
+        copied = [place for places in self._copies.values() for place in places]
         places = [
-            place for places in self._places.values() for place in places if place.file == name
+            place for place in [*counted, *copied, *self._kept.values()] if place.file == name
         ]
+        digested = {place.offset for place in counted if place.file == name}
         with open(self._directory / name, "rb", buffering=0) as file:
             sha.update(file.read(len(self._headers[name])))
             for place in sorted(places, key=lambda place: place.offset):
-                for first in range(0, place.numel, BLOCK):
-                    count = min(BLOCK, place.numel - first)
-                    data = bytearray(file.read(count * self._dtype.itemsize))
+                for first in range(0, place.nbytes, BLOCK * size):
+                    data = bytearray(file.read(min(BLOCK * size, place.nbytes - first)))
                     sha.update(data)
-                    regions = [Region.contiguous(place.first + first, count)]
-                    values = torch.frombuffer(data, dtype=self._dtype)
-                    total += digest(place.param, regions, values, threads=False)
+                    if place.offset in digested:
+                        start, count = place.first + first // size, len(data) // size
+                        values = torch.frombuffer(data, dtype=self._dtype)
+                        regions = [Region.contiguous(start, count)]
+                        total += digest(place.param, regions, values, threads=False)
         return sha.hexdigest(), total % 2**64
 
     def publish(self, iteration: int, digest: str, shas: dict[str, str], card: str = "") -> None:
@@ -187,7 +237,12 @@ class Checkpoint:
         """
         if card:
             (self._directory / "README.md").write_text(card)
-        others = sorted(path.name for path in self._directory.iterdir() if path.name not in shas)
+        names = (
+            path.relative_to(self._directory).as_posix()
+            for path in self._directory.rglob("*")
+            if path.is_file()
+        )
+        others = sorted(name for name in names if name not in shas)
         shas = shas | sha256s(self._directory, others)
         for name in others:
             sync(self._directory / name)

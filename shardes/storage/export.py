@@ -12,8 +12,10 @@ from shardes.engines import open_model
 from shardes.errors import ConfigError
 from shardes.es.statistics import mean
 from shardes.sharding.digest import digest, format_digest
+from shardes.sharding.model_directory import model_directory
 from shardes.sharding.regions import Region
-from shardes.sharding.weight_files import WeightFiles, model_directory
+from shardes.sharding.tensor_names import tensor_names
+from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.checkpoint import DTYPES, Checkpoint
 from shardes.storage.external import ExternalCheckpoint
 from shardes.storage.files import differing, fingerprint
@@ -37,6 +39,7 @@ class ExportSource:
         digest: the digest that the center must have, if known.
         card: text of the model card; "": none.
         warnings: messages for the user.
+        replaced: values of tensors of `base` that belong to no parameter.
     """
 
     base: WeightFiles
@@ -47,6 +50,7 @@ class ExportSource:
     digest: str | None = None
     card: str = ""
     warnings: list[str] = field(default_factory=list)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def center_of_run(
@@ -75,7 +79,7 @@ def center_of_run(
     source, first = files, 0
     if snapshot:
         source, first = WeightFiles(snapshot.directory), snapshot.iteration
-        source.stack(module)
+        source.map_names(module)
     dtype = DTYPES_BY_NAME[history.settings["model.dtype"]]
     # With es.restore=subtract the live weights are the center, so each update was rounded to their
     # dtype, and a replay lacks the rounding errors that the members left behind.
@@ -106,16 +110,34 @@ def external_checkpoint(directory: Path, base: str | None) -> ExportSource:
         )
     files, module = open_model(model_directory(base), torch.float32)
     shapes = _shapes(module)
+    try:
+        names = tensor_names(module, checkpoint.shapes, checkpoint.equal)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}; is it another model's?") from None
+    if _shapes(module) != shapes:
+        raise ConfigError(f"{directory}: {names.warnings[0]}; the base {base} has them as one")
     for name, shape in shapes.items():
-        if checkpoint.shapes.get(name) != shape:
+        parts = names.parts.get(name, [])
+        sizes = [checkpoint.shapes[part] for part in parts]
+        fits = sizes == [shape] or (len(sizes) > 1 and sum(map(prod, sizes)) == prod(shape))
+        if not fits:
             raise ConfigError(
-                f"{directory}: {name} is {checkpoint.shapes.get(name, 'missing')}, "
+                f"{directory}: {name} is {sizes[0] if sizes else 'missing'}, "
                 f"in {base} it is {shape}"
             )
-    unknown = sorted(checkpoint.shapes.keys() - module.state_dict().keys())
+    unknown = [tensor for tensor in names.unused if tensor not in files.tensors]
     if unknown:
         raise ConfigError(f"{directory}: {base} has no {unknown[0]}; is it another model's?")
-    return ExportSource(files, shapes, lambda name, _: checkpoint.read(name), torch.float32)
+
+    def read(name: str, numel: int) -> torch.Tensor:
+        return torch.cat([checkpoint.read(part) for part in names.parts[name]])
+
+    replaced = {
+        tensor: checkpoint.read(names.buffers[buffer]).to(files.tensor(tensor).dtype)
+        for buffer, tensor in files.buffers.items()
+        if buffer in names.buffers
+    }
+    return ExportSource(files, shapes, read, torch.float32, replaced=replaced)
 
 
 def write_export(source: ExportSource, out: Path, dtype: torch.dtype, shard_size: str) -> None:
@@ -124,7 +146,7 @@ def write_export(source: ExportSource, out: Path, dtype: torch.dtype, shard_size
     Raises:
         ConfigError: the weights read or written have another digest than they must have.
     """
-    checkpoint = Checkpoint(out, source.base, source.shapes, dtype, shard_size)
+    checkpoint = Checkpoint(out, source.base, source.shapes, dtype, shard_size, source.replaced)
     total = 0
     try:
         checkpoint.create()

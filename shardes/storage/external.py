@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shardes.errors import ConfigError
+from shardes.sharding.model_directory import INDEX, SINGLE
+from shardes.sharding.weight_files import WeightFiles
 
 
 class ExternalCheckpoint:
@@ -26,17 +28,26 @@ class ExternalCheckpoint:
     def __init__(self, directory: Path):
         if not any(directory.glob("*.safetensors")):
             raise ConfigError(f"{directory}: {_hint(directory)}")
+        self._directory = directory
+        whole = (directory / SINGLE).exists() or (directory / INDEX).exists()
+        if whole and not any(directory.glob("shard-*.safetensors")):
+            # Of several files, those that transformers would load.
+            tensors = WeightFiles(directory).tensors
+            self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            self._chunks: dict[str, list[tuple[str, Any]]] = {
+                name: [(tensor.file, None)] for name, tensor in tensors.items()
+            }
+            return
         try:
             metadata = HuggingFaceStorageReader(str(directory)).read_metadata()
         except (SafetensorError, OSError, ValueError) as error:
             raise ConfigError(f"{directory}: not readable: {error}") from error
-        self._directory = directory
         self.shapes = {
             name: tuple(entry.size)
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._chunks: dict[str, list[tuple[str, Any]]] = {name: [] for name in self.shapes}
+        self._chunks = {name: [] for name in self.shapes}
         for index, info in metadata.storage_data.items():
             self._chunks[index.fqn].append((info.relative_path, index.offset))
 
@@ -54,7 +65,7 @@ class ExternalCheckpoint:
                 tensor = chunk.new_empty(self.shapes[name])
             place = tuple(
                 slice(start, start + size)
-                for start, size in zip(offset or (), chunk.shape, strict=True)
+                for start, size in zip(offset or [0] * chunk.dim(), chunk.shape, strict=True)
             )
             tensor[place] = chunk
             num_read += chunk.numel()
@@ -64,6 +75,10 @@ class ExternalCheckpoint:
                 f"not {prod(self.shapes[name])}"
             )
         return tensor.flatten()
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same values."""
+        return torch.equal(self.read(one), self.read(other))
 
 
 def _hint(directory: Path) -> str:

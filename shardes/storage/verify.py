@@ -7,8 +7,8 @@ import torch
 from shardes.engines import open_model
 from shardes.errors import ConfigError
 from shardes.sharding.digest import digest, format_digest
+from shardes.sharding.model_directory import model_directory
 from shardes.sharding.regions import Region
-from shardes.sharding.weight_files import model_directory
 from shardes.storage import snapshots
 from shardes.storage.files import differing, fingerprint
 from shardes.storage.journal import History
@@ -55,7 +55,7 @@ def replayed_digests(history: History, base: str | None) -> list[str]:
 
 
 def differences(one: History, other: History) -> list[str]:
-    """How two runs differ: settings, base models, and the first iteration that both have done."""
+    """How two runs differ: settings, base models, sources, and the first differing iteration."""
     lines = [
         f"settings: {key}: {one.header.settings.get(key)} and {other.header.settings.get(key)}"
         for key in differing(one.header.settings, other.header.settings)
@@ -63,6 +63,7 @@ def differences(one: History, other: History) -> list[str]:
     lines += [
         f"base model: {name} differs" for name in differing(one.header.files, other.header.files)
     ]
+    lines += [f"{key} differs" for key in differing(one.header.sources, other.header.sources)]
     for record, counterpart in zip(one.records, other.records, strict=False):
         if keys := [key for key in vars(record) if vars(record)[key] != vars(counterpart)[key]]:
             pairs = zip(record.rewards, counterpart.rewards, strict=False)

@@ -29,6 +29,7 @@ DECIDE_THE_CENTER = [
     "es.evolve",
     "generation.max_new_tokens",
     "generation.stop",
+    "generation.logits_processors",
     "task.name",
     "task.path",
     "task.train",

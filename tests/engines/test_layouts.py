@@ -4,16 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from models import paper_coefficients
+from reference import Reference
 from shardes.es.population import member_seeds
-from shardes.inference.generation import gumbel
-from shardes.noise import gaussian
-from shardes.sharding.digest import digest, format_digest
-from shardes.sharding.regions import Region
-from workers.layout import ENDS, PROMPTS, RESPONSES, REWARDS, SEEDS
+from workers.layout import ENDS, PROCESSORS, PROMPTS, RESPONSES, REWARDS, SEEDS
 
 LAYOUTS = {  # engine, replicas, shard, tensor
     "1 rank": ("deepspeed", 1, 1, 1),
@@ -76,83 +71,23 @@ def references(directories) -> dict[str, dict]:
     return {name: expected_results(directory) for name, directory in directories.items()}
 
 
-class Reference:
-    """The whole model in one piece: transformers' own tokens, and the centers by the definition."""
-
-    def __init__(self, directory: Path):
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        self.weights = {
-            name: param.detach().clone().view(-1) for name, param in self.model.named_parameters()
-        }
-
-    def digest(self) -> str:
-        total = sum(
-            digest(name, [Region.contiguous(0, weight.numel())], weight)
-            for name, weight in self.weights.items()
-        )
-        return format_digest(total)
-
-    def generate(self) -> list[list[int]]:
-        responses = []
-        for prompt in PROMPTS:
-            ids = torch.tensor([prompt])
-            out = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=24,
-                eos_token_id=ENDS,
-            )
-            responses.append(out[0, len(prompt) :].tolist())
-        return responses
-
-    def logits(self, prompt: list[int], response: list[int]) -> torch.Tensor:
-        with torch.no_grad():
-            return self.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :]
-
-    def sample(self, prompt: list[int], seed: int) -> list[int]:
-        response: list[int] = []
-        while len(response) < 24 and (not response or response[-1] not in ENDS):
-            size = self.model.config.vocab_size
-            noise = gumbel([seed], len(response), size, self.model.device)
-            response.append((self.logits(prompt, response)[-1] + noise[0]).argmax().item())
-        return response
-
-    def log_probs(self, prompt: list[int], response: list[int]) -> list[float]:
-        values = self.logits(prompt, response)[:-1].log_softmax(-1)
-        return [row[token].item() for row, token in zip(values, response, strict=True)]
-
-    def perturb(self, seed: int, sigma: float) -> None:
-        """Perturb the model, but not `weights`."""
-        with torch.no_grad():
-            for name, param in self.model.named_parameters():
-                param += sigma * gaussian(seed, name, 0, param.numel()).view(param.shape)
-
-    def update(self, iteration: int, rewards: list[float]) -> None:
-        seeds = member_seeds(5, iteration, len(rewards))
-        coefficients = paper_coefficients(rewards, 0.05)
-        for name, weight in self.weights.items():
-            total = torch.zeros_like(weight)
-            for seed, coefficient in zip(seeds, coefficients, strict=True):
-                total += gaussian(seed, name, 0, weight.numel()) * coefficient
-            weight += total
-
-
 def expected_results(directory: Path) -> dict:
     """What every layout must give; see tests/workers/layout.py."""
     reference = Reference(directory)
     expected = {
         "base": reference.digest(),
-        "tokens": reference.generate(),
-        "sampled": list(map(reference.sample, PROMPTS, SEEDS)),
+        "tokens": reference.generate(PROMPTS, 24, ENDS),
+        "processed tokens": reference.generate(PROMPTS, 24, ENDS, **PROCESSORS),
+        "sampled": [reference.sample(*row, 24, ENDS) for row in zip(PROMPTS, SEEDS, strict=True)],
         "log_probs": list(map(reference.log_probs, PROMPTS, RESPONSES)),
         "numel": sum(weight.numel() for weight in reference.weights.values()),
     }
     reference.perturb(7, 0.05)
-    expected["member tokens"] = reference.generate()
+    expected["member tokens"] = reference.generate(PROMPTS, 24, ENDS)
     expected["digests"] = []
     for iteration, rewards in enumerate(REWARDS):
-        reference.update(iteration, rewards)
+        seeds = member_seeds(5, iteration, len(rewards))
+        reference.update(seeds, paper_coefficients(rewards, 0.05))
         expected["digests"].append(reference.digest())
     return expected
 
@@ -178,7 +113,7 @@ def test_responses_end_at_different_lengths(references):
         assert len({len(tokens) for tokens in expected["tokens"]}) > 1, name
 
 
-@pytest.mark.parametrize("key", ["tokens", "member tokens", "sampled"])
+@pytest.mark.parametrize("key", ["tokens", "processed tokens", "member tokens", "sampled"])
 def test_tokens_are_those_of_transformers_on_every_rank(results, references, key):
     for rank, model, dtype, values in cases(results):
         if dtype == "float32":
@@ -191,6 +126,11 @@ def test_log_probabilities_are_those_of_transformers_on_every_rank(results, refe
         pairs = zip(values["log_probs"], references[model]["log_probs"], strict=True)
         for log_probs, expected in pairs:
             assert log_probs == pytest.approx(expected, abs=tolerance), (rank, model, dtype)
+
+
+def test_every_rank_sees_logits_that_are_not_finite(results):
+    for _, _, _, values in cases(results):
+        assert values["invalid tokens"] == [[]] * len(PROMPTS)
 
 
 def test_the_center_is_restored_after_a_failure(results):

@@ -200,7 +200,7 @@ def test_the_record_says_which_prompts_were_asked_and_the_metrics_where_the_rewa
         WeightFiles(varied["one"] / "snapshots" / "iteration_4"),
     )
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
-        numel = int(np.prod(base.shape(name)))
+        numel = int(np.prod(base.tensors[name].shape))
         before, after = torch.empty(numel), torch.empty(numel)
         base.read(name, [Region.contiguous(0, numel)], before)
         tuned.read(name, [Region.contiguous(0, numel)], after)

@@ -7,10 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shardes.engines import empty_model
 from shardes.errors import ConfigError
 from shardes.sharding import weight_files
+from shardes.sharding.model_directory import model_directory
 from shardes.sharding.regions import Region, cut
-from shardes.sharding.weight_files import WeightFiles, model_directory
+from shardes.sharding.weight_files import WeightFiles
+from shardes.storage.external import ExternalCheckpoint
 
 
 @pytest.fixture
@@ -101,6 +104,54 @@ def test_missing_parameters_and_other_shapes(tied_llama):
         reader.check({"lm_head.weight": (263, 32)})
     with pytest.raises(ConfigError, match=r"\(263, 32\).*\(263, 40\)"):
         reader.check({"model.embed_tokens.weight": (263, 40)})
+
+
+def test_model_safetensors_comes_before_an_index_that_was_left(biased_qwen, tied_llama, tmp_path):
+    directory = shutil.copytree(biased_qwen, tmp_path / "both")
+    shutil.copy(tied_llama / "model.safetensors", directory)
+    assert WeightFiles(directory).tensors == WeightFiles(tied_llama).tensors
+    assert ExternalCheckpoint(directory).shapes.keys() == WeightFiles(tied_llama).tensors.keys()
+
+
+FP8 = '{"quantization_config": {"quant_method": "fp8"}}'
+OTHER_DIRECTORIES = {
+    "fp8": ({"config.json": FP8}, r"quantised.*\(fp8\).*FineGrainedFP8Config\(dequantize=True\)"),
+    "nested": ({"config.json": f'{{"text_config": {FP8}}}'}, r"quantised.*\(fp8\)"),
+    "gptq": (
+        {"quantize_config.json": "{}", "gptq_model-4bit-128g.bin": ""},
+        "quantize_config.json",
+    ),
+    "bin": ({"pytorch_model.bin": ""}, r"pytorch_model\.bin: files of PyTorch.*pass COPY"),
+    "adapter": (
+        {"adapter_config.json": '{"base_model_name_or_path": "own/er"}'},
+        "for own/er.*peft",
+    ),
+    "gguf": ({"model.Q4_0.gguf": ""}, r"gguf_file"),
+    "mistral": ({"consolidated.safetensors": ""}, "Mistral's own format"),
+    "distributed": ({"shard-00001-model-00001.safetensors": ""}, "shardes export"),
+    "variant": ({"model.fp16.safetensors": ""}, "rename"),
+    "consolidated too": (
+        {"model.safetensors": "", "shard-00001-model-00001.safetensors": ""},
+        "distributed checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_DIRECTORIES)
+def test_other_directories_are_named(kind, tmp_path):
+    files, message = OTHER_DIRECTORIES[kind]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        WeightFiles(tmp_path)
+    assert str(error.value).startswith(f"model.path={tmp_path}: ") and "\n" not in str(error.value)
+
+
+def test_a_plan_of_a_quantised_model_is_refused(tied_llama, tmp_path):
+    config = json.loads((tied_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | json.loads(FP8)))
+    with pytest.raises(ConfigError, match="quantised"):
+        empty_model(tmp_path, torch.float32)
 
 
 def test_a_path_without_a_model(tmp_path):

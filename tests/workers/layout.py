@@ -26,6 +26,7 @@ PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
 RESPONSES = [[30 + n] * n for n in (4, 1, 9, 2, 6)]
 SEEDS = [2**63 + 5, 1, 2, 3, 4]
 ENDS = [*range(24), 256]  # many end-of-sequence tokens, so that responses differ in length
+PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=3)
 REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
 VARIANTS = [
     (torch.float32, Gather.member, Offload.none),
@@ -60,16 +61,20 @@ def main(argv: list[str]) -> int:
 
 def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig, world) -> dict:
     files, module = WeightFiles(directory), empty_model(directory, dtype)
-    files.stack(module)
+    files.map_names(module)
     engine = kind(module, world, sharding)
     center = open_center(Restore.copy, engine.shards, world, files)
     generation = GenerationConfig(eos_token_id=ENDS)
     decode = decoder(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
     sampler = Sampler(world, engine, decode, decode.tokenizer)
+    generation = GenerationConfig(eos_token_id=ENDS, **PROCESSORS)
+    decode = decoder(decode.tokenizer, generation, max_new_tokens=24)
+    processed = Sampler(world, engine, decode, decode.tokenizer)
     center.load_into_model()
     results = {
         "base": center.digest(),
         "tokens": sampler.generate(PROMPTS),
+        "processed tokens": processed.generate(PROMPTS),
         "sampled": sampler.generate(PROMPTS, SEEDS),
         "log_probs": sampler.log_probs(PROMPTS, RESPONSES),
         "numel": sum(s.numel for s in engine.shards if s.counted),
@@ -102,4 +107,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
             type(engine._runtime.optimizer).__name__,
             engine._runtime.basic_optimizer,
         ]
+    for shard in engine.shards:
+        shard.values.fill_(torch.nan)
+    results["invalid tokens"] = sampler.generate(PROMPTS)
     return results
