@@ -33,7 +33,9 @@ from shardes.es.center import CopyCenter
 from shardes.replicas import joining
 from shardes.storage import journal
 
-TOOLS = {"train": train, "export": export, "layout": script("tests/workers/layout.py")}
+TOOLS = {"train": train, "export": export} | {
+    name: script(f"tests/workers/{name}.py") for name in ("layout", "architectures")
+}
 
 
 def die() -> None:
