@@ -2,12 +2,13 @@
 
 All replicas share out the prompts, and none waits for the others: the responses must be complete
 only when the center is about to move. The primary rank scores them afterwards, while the next
-iteration's members are evaluated.
+iteration's members are evaluated. What they scored is in the journal before it is acted on, so no
+center is evaluated twice.
 """
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from shardes.config.schema import Config
 from shardes.distributed.world import World
@@ -17,9 +18,10 @@ from shardes.es.population import Iteration, select
 from shardes.es.statistics import mean
 from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.replicas.coordinator import Coordinator
-from shardes.replicas.work_queue import WorkQueue
+from shardes.replicas.work_queue import NOTHING, WorkQueue
 from shardes.reporting.reporter import Reporter
 from shardes.rewards.scoring import REMEDY, Scorer
+from shardes.storage.journal import Evaluation, Journal
 from shardes.tasks import Split, Task
 
 SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and the metrics
@@ -36,7 +38,7 @@ class PendingEvaluation:
     queue: WorkQueue
     pieces: list[tuple[Split, slice]]
     distance: dict[str, float]
-    metrics: dict[str, float] = field(default_factory=dict)  # once it has been scored
+    complete: bool = False
 
 
 class Evaluator:
@@ -47,6 +49,11 @@ class Evaluator:
         distance: returns metrics of the center's distance from the base model; called by every rank
             of a replica.
         poll: called between decode steps.
+        known: metrics of evaluations that the journal has, by iteration.
+        best: the iteration before which the center was the best; None if none is known.
+
+    Attributes:
+        evaluations: the metrics of all evaluations, by iteration; complete on the primary rank.
     """
 
     def __init__(
@@ -59,17 +66,20 @@ class Evaluator:
         prompts: dict[str, list[list[int]]],
         distance: Callable[[], dict[str, float]],
         poll: Callable[[], None],
+        known: Mapping[int, dict[str, float]] = NOTHING,
+        best: int | None = None,
     ):
         self._config, self._world, self._center, self._sampler = config, world, center, sampler
         self._coordinator, self._prompts = coordinator, prompts
         self._distance, self._poll = distance, poll
         self._pending: PendingEvaluation | None = None
-        self.history: list[dict[str, float]] = []  # metrics of this start's evaluations
+        self.evaluations = dict(known)
+        self._best = best
 
     def due(self, t: int) -> bool:
-        """Whether the center before iteration t is evaluated."""
+        """Whether the center before iteration t, which is not the final one, is to be evaluated."""
         every = self._config.eval.every
-        return t == 0 or (every > 0 and t % every == 0)
+        return t not in self.evaluations and (t == 0 or (every > 0 and t % every == 0))
 
     def start(self, iteration: Iteration) -> None:
         """Answer this replica's share of both splits' prompts with the center."""
@@ -86,27 +96,32 @@ class Evaluator:
 
         Then the center may move.
         """
-        if self._pending:
+        if self._pending and not self._pending.complete:
             self._answer(self._pending, self._pending.queue.orphans())
+            self._pending.complete = True
 
-    def is_best(self) -> bool:
-        """Whether the center under evaluation is the best so far, if the best one is to be kept.
+    def is_best(self, t: int) -> bool:
+        """Whether the center before iteration t is the best so far, if the best one is to be kept.
 
-        Every rank calls this; it waits until the evaluation is complete. Replicas other than 0,
-        which write no snapshots, return False.
+        Every rank calls this; it waits until a pending evaluation is complete. Replicas other than
+        0, which write no snapshots, return False.
         """
-        if not self._config.checkpoint.best or self._pending is None:
+        if not self._config.checkpoint.best:
             return False
         self.complete()
-        return bool(self._world.run_on_leader(self._improves))
+        return bool(self._world.run_on_leader(lambda: self._find_best() == t))
 
-    def take_metrics(self) -> dict[str, float]:
-        """The metrics of the evaluation that was started last, once; on the primary rank."""
+    def finish(self, t: int) -> dict[str, float]:
+        """Finish the evaluation of the center before iteration t, if there is one.
+
+        Returns its metrics; empty on ranks other than the primary.
+        """
         self._pending = None
         return {}
 
-    def _improves(self) -> bool:
-        return False
+    def _find_best(self) -> int | None:
+        """The iteration before which the center was the best, with any pending evaluation."""
+        return None
 
     def _answer(self, pending: PendingEvaluation, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -128,54 +143,55 @@ class Evaluator:
 
 
 class PrimaryEvaluator(Evaluator):
-    """The evaluator of the primary rank: it scores the responses and remembers the best center's
-    reward.
+    """The evaluator of the primary rank: it scores the responses, and journals what they scored."""
 
-    Args:
-        best: the best held-out reward before this start.
-    """
-
-    def __init__(self, *, task: Task, scorer: Scorer, reporter: Reporter, best: float, **shared):
+    def __init__(
+        self, *, task: Task, scorer: Scorer, reporter: Reporter, journal: Journal, **shared
+    ):
         super().__init__(**shared)
-        self._task, self._scorer, self._reporter, self._best = task, scorer, reporter, best
+        self._task, self._scorer, self._reporter = task, scorer, reporter
+        self._journal = journal
 
-    def take_metrics(self) -> dict[str, float]:
+    def finish(self, t: int) -> dict[str, float]:
+        self._score_pending()
+        return self.evaluations.get(t, {})
+
+    def _find_best(self) -> int | None:
+        self._score_pending()
+        return self._best
+
+    def _score_pending(self) -> None:
         if self._pending is None:
-            return {}
-        metrics = self._score(self._pending)
-        self.history.append(metrics)
-        self._pending = None
-        return metrics
+            return
+        evaluation = self._score(self._pending)
+        self._journal.append(evaluation)
+        t, self._pending = evaluation.iteration, None
+        self.evaluations[t] = evaluation.metrics
+        reward = evaluation.metrics["held_out_reward"]
+        if self._best is None or reward > self.evaluations[self._best]["held_out_reward"]:
+            self._best = t
 
-    def _improves(self) -> bool:
-        assert self._pending
-        reward = self._score(self._pending)["held_out_reward"]
-        improves = reward > self._best
-        self._best = max(self._best, reward)
-        return improves
-
-    def _score(self, pending: PendingEvaluation) -> dict[str, float]:
+    def _score(self, pending: PendingEvaluation) -> Evaluation:
         """The center's rewards on both splits and its distance from the base; its responses become
         samples.
         """
-        if pending.metrics:
-            return pending.metrics
         results = list(map(json.loads, pending.queue.collect()))
-        metrics = {}
+        iteration, metrics = pending.iteration, {}
+        all_rewards: dict[str, list[float]] = {}
         for split, name in SPLITS.items():
-            numbers = pending.iteration.prompt_numbers if split == "train" else None
-            tokens: list[list[int]] = [[] for _ in self._split_prompts(pending.iteration, split)]
+            numbers = iteration.prompt_numbers if split == "train" else None
+            tokens: list[list[int]] = [[] for _ in self._split_prompts(iteration, split)]
             for (piece_split, part), responses in zip(pending.pieces, results, strict=True):
                 if piece_split == split:
                     tokens[part] = responses
             texts = self._sampler.texts(tokens)
             rewards = self._scorer(split, texts, numbers, self._failures(pending, tokens))
-            metrics[name] = mean(rewards)
+            metrics[name], all_rewards[split] = mean(rewards), rewards
             if split == "test" and hasattr(self._task, "correct"):
                 metrics["held_out_accuracy"] = mean(self._task.correct(split, texts))
             prompts = select(self._task.prompts(split), numbers)
-            self._reporter.samples(pending.iteration.index, split, prompts, texts, rewards)
+            self._reporter.samples(iteration.index, split, prompts, texts, rewards)
         failures = self._scorer.take_failures().items()
         failed = {f"evaluation_{name}": count for name, count in failures}
-        pending.metrics = metrics | failed | pending.distance
-        return pending.metrics
+        metrics |= failed | pending.distance
+        return Evaluation(iteration.index, iteration.digest, metrics, all_rewards)

@@ -33,7 +33,12 @@ from shardes.replicas.coordinator import (
 from shardes.replicas.heartbeat import ClientHeartbeats, Heartbeats, end_run
 from shardes.replicas.joining import JoinedRun, gateway_open
 from shardes.replicas.protocol import MemberResult, RunStore
-from shardes.reporting.reporter import ConsoleReporter, Reporter, RunReporter
+from shardes.reporting.reporter import (
+    ConsoleReporter,
+    Reporter,
+    RunReporter,
+    add_recorded_evaluations,
+)
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.resume import ResumePoint, RunDirectory
@@ -135,18 +140,22 @@ class JobRoles(ABC):
             prompts=self.prepared.prompts,
             distance=distance,
             poll=self.watcher.poll,
+            known=self.resume.evaluations,
+            best=self.resume.best,
         )
         if not isinstance(reporter, RunReporter):
             return Evaluator(**shared)
+        assert isinstance(self.prepared.run, RunDirectory)
         return PrimaryEvaluator(
             **shared,
             task=self.prepared.task,
             scorer=self.scorer,
             reporter=reporter,
-            best=reporter.best_held_out,
+            journal=self.prepared.run.journal,
         )
 
     def _snapshots(self, reporter: Reporter) -> Snapshots:
+        run = self.prepared.run
         if self.world.replica != 0:
             return NoSnapshots()
         return SnapshotWriter(
@@ -155,6 +164,8 @@ class JobRoles(ABC):
             self.world,
             self.center,
             self.prepared.files,
+            run.journal.run if isinstance(run, RunDirectory) else "",
+            self.resume.best,
             reporter.say,
             self.config.run.timeout,
         )
@@ -196,6 +207,7 @@ class PrimaryJob(JobRoles):
     ):
         if isinstance(prepared.run, RunDirectory):
             stack.callback(prepared.run.close)
+            add_recorded_evaluations(Path(prepared.config.run.dir), prepared.run.resume)
         super().__init__(job, prepared, watcher, stack)
 
     def joined(self) -> None:
@@ -207,13 +219,15 @@ class PrimaryJob(JobRoles):
     def reporter(self) -> Reporter:
         if not self.world.is_primary:
             return Reporter()
-        return RunReporter(self.config, self.resume.reward_means, self.world.layout)
+        return RunReporter(self.config, self.resume, self.world.layout)
 
     def coordinator(self, reporter: Reporter) -> Coordinator:
         world, store, run = self.world, self.store, self.prepared.run
         shared: dict[str, Any] = dict(
             known={
-                number: MemberResult(reward.reward, reward.tokens, 0, time.time(), reward.scores)
+                number: MemberResult(
+                    reward.reward, reward.tokens, 0, time.time(), reward.scores, reward.failures
+                )
                 for number, reward in self.resume.rewards.items()
             },
             timeout=self.config.run.timeout,

@@ -69,6 +69,7 @@ class Trainer:
         self.coordinator, self.consistency, self.snapshots = coordinator, consistency, snapshots
         self.reporter, self.resume, self.clock, self.poll = reporter, resume, clock, poll
         self.trace = trace
+        self.saved = -1 if resume.source is None else resume.source_iteration  # as a snapshot
         self.digest = ""  # of the center
         self.members_evaluated = 0  # by this replica
         self.reward_means = list(resume.reward_means)
@@ -105,7 +106,7 @@ class Trainer:
         self.digest = self.center.digest()
         self.reward_means.append(mean(record.rewards))
         metrics = iteration_metrics(record, results, seconds, self.clock.take()) | update_metrics
-        self.reporter.log_iteration(metrics | self.evaluator.take_metrics())
+        self.reporter.log_iteration(metrics | self.evaluator.finish(record.iteration))
 
     def evaluate_members(self, iteration: Iteration) -> IterationResults:
         """Evaluate members for this replica until every member has a reward."""
@@ -153,10 +154,14 @@ class Trainer:
         self.consistency.check(t, self.digest)
         if self.evaluator.due(t):
             self.evaluator.start(iteration)
-        best = self.evaluator.is_best()
-        if best or self.snapshots.due(t):
+        if self.snapshots.due(t):
             self.save_snapshot(t)
-        if best:
+        self.keep_if_best(t)
+
+    def keep_if_best(self, t: int) -> None:
+        """Keep a snapshot of the center before iteration t if no center was better so far."""
+        if self.evaluator.is_best(t):
+            self.save_snapshot(t)
             self.snapshots.keep_best(t)
 
     def finish(self) -> None:
@@ -165,15 +170,15 @@ class Trainer:
         self.coordinator.finish(iterations, self.digest)
         if self.config.checkpoint.every:
             self.save_snapshot(iterations)
-        # An iteration without members: for its prompts.
-        self.evaluator.start(self.iteration(iterations))
+        if iterations not in self.evaluator.evaluations:
+            # An iteration without members: for its prompts.
+            self.evaluator.start(self.iteration(iterations))
         self.evaluator.complete()
-        if self.evaluator.is_best():
-            self.snapshots.keep_best(iterations)
+        self.keep_if_best(iterations)
+        self.evaluator.finish(iterations)
         self.snapshots.finish()
-        self.evaluator.take_metrics()
         seconds = time.monotonic() - self.started
-        self.reporter.summary(self.reward_means, self.evaluator.history, self.digest, seconds)
+        self.reporter.summary(self.reward_means, self.evaluator.evaluations, self.digest, seconds)
 
     def iteration(self, t: int) -> Iteration:
         return Iteration.derive(self.config, t, self.digest, self.prompts["train"])
@@ -196,19 +201,36 @@ class Trainer:
                     f"the center before iteration {record.iteration}", self.digest, record.digest
                 )
             self.poll()
-            self.center.update(record.update)
-            self.digest = self.center.digest()
+            self.replay(record)
         if exact:
             check_digest(
                 f"the center before iteration {resume.iteration}", self.digest, resume.target
             )
         self.coordinator.start(resume.iteration, self.digest)
 
+    def replay(self, record: Record) -> None:
+        """Update the center by a record of the journal, and do what a stop kept from being done:
+        the newest iteration's evaluation and metrics, and a snapshot of the best center.
+        """
+        t = record.iteration
+        newest = t + 1 == self.resume.iteration
+        if newest and self.evaluator.due(t):
+            self.evaluator.start(self.iteration(t))
+            self.evaluator.complete()
+        self.keep_if_best(t)
+        self.snapshots.wait_written()
+        metrics = record_metrics(record) | self.center.update(record.update)
+        self.digest = self.center.digest()
+        if newest:
+            self.reporter.repair_iteration(metrics | self.evaluator.finish(t))
+
     def save_snapshot(self, t: int) -> None:
-        """Start to save the center before iteration t, unless it was read from that snapshot."""
-        resume = self.resume
-        if t == resume.iteration and resume.source is not None and not resume.records:
+        """Start to save the center before iteration t, unless that was done or it was read from
+        there.
+        """
+        if t == self.saved:
             return
+        self.saved = t
         self.snapshots.begin(t, self.digest)
         if self.config.es.restore is Restore.subtract:
             self.snapshots.wait_written()  # the live weights are about to be perturbed
@@ -225,17 +247,23 @@ def iteration_metrics(
     record: Record, results: IterationResults, seconds: float, clock: dict[str, float]
 ) -> dict[str, float]:
     """An iteration's row of metrics.jsonl, as the primary rank sees it."""
+    return record_metrics(record) | {
+        "seconds": seconds,
+        **{f"seconds_{part}": clock[part] for part in PARTS},
+        "seconds_idle": results.idle_seconds,
+        "exchanged_bytes": results.exchanged_bytes,
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
+
+
+def record_metrics(record: Record) -> dict[str, float]:
+    """What the journal knows of an iteration's row of metrics.jsonl."""
     return {
         "iteration": record.iteration,
         "reward_mean": mean(record.rewards),
         "reward_std": std(record.rewards),
         "reward_min": min(record.rewards),
         "reward_max": max(record.rewards),
-        "seconds": seconds,
-        **{f"seconds_{part}": clock[part] for part in PARTS},
-        "seconds_idle": results.idle_seconds,
-        "exchanged_bytes": results.exchanged_bytes,
-        "peak_resident_bytes": peak_resident_bytes(),
-        "generated_tokens": sum(member.tokens for member in results.members),
-        **{name: sum(m.failures.get(name, 0) for m in results.members) for name in FAILURES},
+        "generated_tokens": record.tokens,
+        **{name: record.failures.get(name, 0) for name in FAILURES},
     }

@@ -64,6 +64,7 @@ def iteration_table(history: History, saved: dict[int, Path]) -> Table:
         rewards, starts = record.rewards, resumed.count(record.iteration)
         notes = [f"resumed {starts}×"] if starts else []
         notes += ["snapshot"] if record.iteration in saved else []
+        notes += ["best held-out"] if record.iteration == history.best else []
         numbers = [
             f"{value:.4g}"
             for value in (mean(rewards), std(rewards), max(rewards), record.sigma, record.alpha)

@@ -10,13 +10,14 @@ rounding leaves is measured.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 
 from shardes.clock import Clock
 from shardes.config.schema import Restore
 from shardes.distributed.world import World
+from shardes.errors import RunError
 from shardes.es.population import Member
 from shardes.es.update import Update, evolves
 from shardes.noise import add_noise
@@ -111,6 +112,9 @@ class Center(ABC):
     def distance(self) -> dict[str, float]:
         """Distance from the base model: the L2 norm of θ − θ₀, and that over the norm of θ₀;
         collective.
+
+        Raises:
+            RunError: θ is not finite.
         """
         moved = total = 0.0
         for shard in self._shards:
@@ -121,6 +125,11 @@ class Center(ABC):
                 moved += torch.sum((theta - origin).double() ** 2).item()
                 total += torch.sum(origin.double() ** 2).item()
         moved, total = self._world.sum(moved, total)
+        if not isfinite(moved):
+            raise RunError(
+                "the center has weights that are NaN or infinite: es.alpha or es.sigma is too "
+                "large. Start again from an earlier snapshot with a smaller one"
+            )
         return {"distance": sqrt(moved), "distance_relative": sqrt(moved / total)}
 
     def _unmoved(self, unchanged: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ A rank's role is chosen once, in `shardes.roles`. The trainer makes the same cal
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from shardes.clock import Clock
@@ -122,9 +123,8 @@ class PrimaryCoordinator(Coordinator):
     def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
         record = iteration_record(self._es, iteration, results.members)
         if not any(record.coefficients) and iteration.alpha:
-            failed = sum(member.failures.get("scoring_failures", 0) for member in results.members)
             advice = "a larger es.sigma or a finer reward would tell the members apart"
-            if failed:
+            if failed := record.failures.get("scoring_failures"):
                 advice = f"{failed} responses could not be scored and got task.on_error"
             self._warn(
                 f"warning: iteration {iteration.index}: all {len(record.rewards)} rewards are "
@@ -186,6 +186,9 @@ def iteration_record(es: ESConfig, iteration: Iteration, results: list[MemberRes
     them.
     """
     weights = fitness(es, [result.scores or [result.reward] for result in results])
+    failures: Counter[str] = Counter()
+    for result in results:
+        failures.update(result.failures)
     return Record(
         iteration.index,
         iteration.seeds,
@@ -198,4 +201,6 @@ def iteration_record(es: ESConfig, iteration: Iteration, results: list[MemberRes
         es.decay_to.value,
         es.evolve,
         iteration.prompt_numbers,
+        sum(result.tokens for result in results),
+        dict(+failures),  # those that happened
     )

@@ -125,6 +125,14 @@ class PrimaryMemberQueue(MemberQueue):
         for number, text in self._queue.news():
             result = MemberResult.from_json(text)
             self._journal.append(
-                Reward(index, number, result.reward, result.tokens, digest, result.scores)
+                Reward(
+                    index,
+                    number,
+                    result.reward,
+                    result.tokens,
+                    digest,
+                    result.scores,
+                    result.failures,
+                )
             )
             self._observer.member_finished(result.tokens)

@@ -1,6 +1,7 @@
 """Files of JSON objects, one per line."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,8 +17,11 @@ def read(file: Path) -> list[dict[str, Any]]:
     return list(map(json.loads, lines))
 
 
-def append(file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
+def append(file: TextIO, rows: Iterable[dict[str, Any]], durable: bool = False) -> None:
     """Append objects to an open file, and flush it.
+
+    Args:
+        durable: on return they are on disk.
 
     Raises:
         RunError: the file cannot be written.
@@ -25,6 +29,8 @@ def append(file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
     try:
         file.write(_lines(rows))
         file.flush()
+        if durable:
+            os.fsync(file.fileno())
     except OSError as error:
         raise RunError(
             f"{file.name}: cannot be written ({error}). The journal is complete: once there is "

@@ -8,7 +8,7 @@ of a replica that joined the run prints lines (ConsoleReporter). All other ranks
 import json
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from shardes.reporting import json_lines
 from shardes.reporting.attempts import Attempt
 from shardes.reporting.loggers import Loggers
 from shardes.reporting.progress import Terminal
+from shardes.storage.resume import ResumePoint
 
 METRICS, SAMPLES, EXTREMES = "metrics.jsonl", "samples.jsonl", "extremes.jsonl"
 BETTER = {"best": operator.gt, "worst": operator.lt}
@@ -43,6 +44,9 @@ class Reporter:
     def log_iteration(self, metrics: dict[str, float]) -> None:
         """Record an iteration's metrics, and print a line that sums them up."""
 
+    def repair_iteration(self, metrics: dict[str, float]) -> None:
+        """Record the metrics of the iteration replayed last, if a stop came before that."""
+
     def samples(
         self,
         iteration: int,
@@ -51,12 +55,12 @@ class Reporter:
         responses: Sequence[str],
         rewards: Sequence[float],
     ) -> None:
-        """Record the center's responses to a split's prompts."""
+        """Record the center's responses to a split's prompts; on return they are on disk."""
 
     def summary(
         self,
         reward_means: Sequence[float],
-        evaluations: Sequence[dict[str, float]],
+        evaluations: Mapping[int, dict[str, float]],
         digest: str,
         seconds: float,
     ) -> None:
@@ -64,7 +68,7 @@ class Reporter:
 
         Args:
             reward_means: the mean reward of every iteration.
-            evaluations: this start's evaluations of the center; the last is the final center's.
+            evaluations: the metrics of the centers that were evaluated, by iteration.
             digest: the final center's.
         """
 
@@ -83,27 +87,24 @@ class RunReporter(Reporter):
     """The terminal, the metrics files of the run directory, and the loggers.
 
     Args:
-        reward_means: the mean rewards of the iterations before this start.
+        resume: where this start begins.
         layout: how the ranks are laid out.
-
-    Attributes:
-        best_held_out: the best held-out reward of the iterations before this start; -inf if none.
     """
 
-    def __init__(
-        self, config: Config, reward_means: Sequence[float] = (), layout: dict | None = None
-    ):
+    def __init__(self, config: Config, resume: ResumePoint, layout: dict | None = None):
         self._directory = directory = Path(config.run.dir)
-        _trim_files(directory, reward_means)
-        self._first_evaluation = next(iter(_evaluations(directory)), None)
-        self.best_held_out = _best_held_out(directory)
+        self._recorded = _trim_files(directory, resume)
+        best = resume.evaluations.get(-1 if resume.best is None else resume.best, {})
         self._attempt = Attempt(directory, config, layout or {})
         self._metrics, self._samples, self._extremes = (
             open(directory / name, "a", encoding="utf-8") for name in (METRICS, SAMPLES, EXTREMES)
         )
         es = config.es
         self._terminal = Terminal(
-            es.iterations, es.population_size, len(reward_means), self.best_held_out
+            es.iterations,
+            es.population_size,
+            resume.iteration,
+            best.get("held_out_reward", -math.inf),
         )
         self._loggers = Loggers(
             config.tracking.loggers, directory, settings.nested(config), self.say
@@ -146,6 +147,11 @@ class RunReporter(Reporter):
         self._loggers.log(metrics, iteration)
         self._attempt.log_line(self._terminal.log_iteration(metrics))
 
+    def repair_iteration(self, metrics: dict[str, float]) -> None:
+        if int(metrics["iteration"]) not in self._recorded:
+            json_lines.append(self._metrics, [metrics])
+            self._loggers.log(metrics, int(metrics["iteration"]))
+
     def samples(
         self,
         iteration: int,
@@ -157,16 +163,16 @@ class RunReporter(Reporter):
         json_lines.append(self._samples, [
             dict(iteration=iteration, split=split, prompt=prompt, response=response, reward=reward)
             for prompt, response, reward in zip(prompts, responses, rewards, strict=True)
-        ])  # fmt: skip
+        ], durable=True)  # fmt: skip
 
     def summary(
         self,
         reward_means: Sequence[float],
-        evaluations: Sequence[dict[str, float]],
+        evaluations: Mapping[int, dict[str, float]],
         digest: str,
         seconds: float,
     ) -> None:
-        first, last = self._first_evaluation or evaluations[0], evaluations[-1]
+        first, last = (evaluations[iteration(evaluations)] for iteration in (min, max))
         names = [
             name
             for name in ("center_reward", "held_out_reward", "held_out_accuracy")
@@ -178,8 +184,7 @@ class RunReporter(Reporter):
             "reward_mean_last": reward_means[-1],
             **{f"{name}_first": first[name] for name in names if name in first},
             **{f"{name}_last": last[name] for name in names},
-            "distance": last["distance"],
-            "distance_relative": last["distance_relative"],
+            **{name: last[name] for name in ("distance", "distance_relative") if name in last},
             "digest": digest,
             "seconds": seconds,
         }
@@ -202,35 +207,47 @@ class RunReporter(Reporter):
                 self.say(f"warning: {file.name} is incomplete: {error}")
 
 
-def _best_held_out(directory: Path) -> float:
-    """The best held-out reward in a run directory's metrics; -inf if none was measured."""
-    return max((row["held_out_reward"] for row in _evaluations(directory)), default=-math.inf)
+def _trim_files(directory: Path, resume: ResumePoint) -> set[int]:
+    """Make the files end where the journal does; returns the iterations that have metrics.
 
-
-def _evaluations(directory: Path) -> list[dict[str, float]]:
-    """The metrics of the iterations whose center was evaluated."""
-    return [row for row in json_lines.read(directory / METRICS) if "held_out_reward" in row]
-
-
-def _trim_files(directory: Path, reward_means: Sequence[float]) -> None:
-    """Make the files end before iteration len(reward_means).
-
-    Each iteration before it has one line of metrics: only its mean reward if the run ended after
-    the journal's record and before the metrics were written.
+    An iteration whose metrics are missing gets what the resume point knows of it. Only the last of
+    those that are replayed stays without: see `Reporter.repair_iteration`.
     """
-    metrics = {row["iteration"]: row for row in json_lines.read(directory / METRICS)}
-    json_lines.replace(
-        directory / METRICS,
-        [
-            metrics.get(iteration, {"iteration": iteration, "reward_mean": reward_mean})
-            for iteration, reward_mean in enumerate(reward_means)
-        ],
+    rows = {row["iteration"]: row for row in json_lines.read(directory / METRICS)}
+    metrics = {}
+    for t, reward_mean in enumerate(resume.reward_means):
+        known = {"iteration": t, "reward_mean": reward_mean} | resume.evaluations.get(t, {})
+        if t in rows or t + 1 < resume.iteration or not resume.records:
+            metrics[t] = rows.get(t, known)
+    json_lines.replace(directory / METRICS, metrics.values())
+    # A stop may have come after an evaluation's samples and before its entry in the journal.
+    complete = resume.iteration - bool(resume.records)
+    for name, end in ((SAMPLES, complete), (EXTREMES, resume.iteration)):
+        kept = [
+            row
+            for row in json_lines.read(directory / name)
+            if row["iteration"] < end
+            or (name == SAMPLES and row["iteration"] in resume.evaluations)
+        ]
+        json_lines.replace(directory / name, kept)
+    return set(metrics)
+
+
+def add_recorded_evaluations(directory: Path, resume: ResumePoint) -> None:
+    """Complete a resume point by the evaluations in a run's metrics, if its journal has none, as
+    those of earlier versions.
+    """
+    if resume.evaluations:
+        return
+    for row in json_lines.read(directory / METRICS):
+        if row["iteration"] < resume.iteration and "held_out_reward" in row:
+            names = ("center_reward", "held_out_reward", "held_out_accuracy", "distance")
+            resume.evaluations[row["iteration"]] = {n: row[n] for n in names if n in row}
+    resume.best = max(
+        resume.evaluations,
+        key=lambda t: resume.evaluations[t]["held_out_reward"],
+        default=None,
     )
-    for name in (SAMPLES, EXTREMES):
-        rows = json_lines.read(directory / name)
-        json_lines.replace(
-            directory / name, [row for row in rows if row["iteration"] < len(reward_means)]
-        )
 
 
 def peak_resident_bytes() -> int:

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +228,14 @@ class Checkpoint:
                         total += digest(place.param, regions, values, threads=False)
         return sha.hexdigest(), total % 2**64
 
-    def publish(self, iteration: int, digest: str, shas: dict[str, str], card: str = "") -> None:
+    def publish(self, manifest: "Manifest", card: str = "") -> None:
         """Write the manifest and rename the complete directory to its final name.
 
         Args:
-            shas: SHA-256s of the safetensors files.
+            manifest: with the SHA-256s of the safetensors files; the other files are added.
             card: text of a README.md; "": none.
         """
+        shas = manifest.files
         if card:
             (self._directory / "README.md").write_text(card)
         names = (
@@ -246,7 +247,7 @@ class Checkpoint:
         shas = shas | sha256s(self._directory, others)
         for name in others:
             sync(self._directory / name)
-        body = asdict(Manifest(iteration, digest, dict(sorted(shas.items()))))
+        body = asdict(replace(manifest, files=dict(sorted(shas.items()))))
         text = json.dumps(body | {"checksum": _checksum(body)}, indent=2) + "\n"
         (self._directory / MANIFEST).write_text(text)
         sync(self._directory / MANIFEST)
@@ -268,11 +269,15 @@ class Checkpoint:
 
 @dataclass
 class Manifest:
-    """The content of a checkpoint: the center before `iteration`, and each file's SHA-256."""
+    """The content of a checkpoint: the center before `iteration`, and each file's SHA-256.
+
+    `run` is the checksum of the journal's header, which tells runs apart; "" if unknown.
+    """
 
     iteration: int
     digest: str
     files: dict[str, str]
+    run: str = ""
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -16,7 +16,7 @@ from shardes.sharding.model_directory import model_directory
 from shardes.sharding.regions import Region
 from shardes.sharding.tensor_names import tensor_names
 from shardes.sharding.weight_files import WeightFiles
-from shardes.storage.checkpoint import DTYPES, Checkpoint
+from shardes.storage.checkpoint import DTYPES, Checkpoint, Manifest
 from shardes.storage.external import ExternalCheckpoint
 from shardes.storage.files import differing, fingerprint
 from shardes.storage.journal import History, Record
@@ -40,6 +40,7 @@ class ExportSource:
         card: text of the model card; "": none.
         warnings: messages for the user.
         replaced: values of tensors of `base` that belong to no parameter.
+        run: the checksum of the journal's header, if it is a run's center.
     """
 
     base: WeightFiles
@@ -51,6 +52,7 @@ class ExportSource:
     card: str = ""
     warnings: list[str] = field(default_factory=list)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    run: str = ""
 
 
 def center_of_run(
@@ -75,7 +77,7 @@ def center_of_run(
             f"{files.directory}: not the model that the run began with ({names} differ); "
             "pass that model's directory as --base"
         )
-    snapshot, warnings = latest_valid_snapshot([directory], iteration, history.digest)
+    snapshot, warnings = latest_valid_snapshot([directory], iteration, history.digest, history.run)
     source, first = files, 0
     if snapshot:
         source, first = WeightFiles(snapshot.directory), snapshot.iteration
@@ -93,6 +95,7 @@ def center_of_run(
         history.digest(iteration) if exact or first == iteration else None,
         model_card(history, iteration, dtype),
         warnings,
+        run=history.run,
     )
 
 
@@ -166,7 +169,8 @@ def write_export(source: ExportSource, out: Path, dtype: torch.dtype, shard_size
         if dtype == torch.float32 and digest_on_disk != center_digest:
             raise ConfigError(f"{out}: the files on disk differ from what was written")
         shas = {file: sha for file, (sha, _) in hashes.items()}
-        checkpoint.publish(source.iteration, center_digest, shas, source.card)
+        manifest = Manifest(source.iteration, center_digest, shas, source.run)
+        checkpoint.publish(manifest, source.card)
     except BaseException:
         checkpoint.discard()
         raise

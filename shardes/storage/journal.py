@@ -1,9 +1,9 @@
 """The journal of a run, `journal.jsonl`: with the base model, enough to rebuild every center.
 
-The first line is the header. Rewards of members, records of iterations, resumptions and the finish
-follow in the order in which they happen. Each line is a JSON object that ends with a checksum over
-all lines so far, so that a line that was changed, lost or moved is detected. A line is on disk
-before the run acts on it.
+The first line is the header. Rewards of members, records of iterations, evaluations of centers,
+resumptions and the finish follow in the order in which they happen. Each line is a JSON object that
+ends with a checksum over all lines so far, so that a line that was changed, lost or moved is
+detected. A line is on disk before the run acts on it.
 """
 
 import json
@@ -19,7 +19,7 @@ from shardes.storage.files import checksum, sync
 
 JOURNAL = "journal.jsonl"
 FORMAT = 2
-READABLE = (1, 2)  # format 1 has no sources and no date
+READABLE = (1, 2)  # format 1 has no sources, no date and no evaluations
 CHECKSUM_KEY = ', "checksum": "'
 
 
@@ -47,7 +47,8 @@ class Reward:
     """The reward of one member of an unfinished iteration.
 
     `digest` is that of the center before the iteration. With es.standardize_prompts, `scores` are
-    the member's rewards by prompt.
+    the member's rewards by prompt. `failures` counts its responses that could not be scored, by
+    metric.
     """
 
     kind: ClassVar = "reward"
@@ -57,6 +58,7 @@ class Reward:
     tokens: int
     digest: str
     scores: list[float] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,7 +67,8 @@ class Record:
 
     `digest` is that of the center before the iteration, on which the rewards were measured. The two
     members of an antithetic pair share a seed, so there are half as many seeds and coefficients as
-    rewards. `prompts` are the numbers of the training prompts used; None: all.
+    rewards. `prompts` are the numbers of the training prompts used; None: all. `tokens` and
+    `failures` are sums over the members.
     """
 
     kind: ClassVar = "iteration"
@@ -80,10 +83,27 @@ class Record:
     decay_to: str = "zero"
     evolve: str | None = None
     prompts: list[int] | None = None
+    tokens: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
 
     @property
     def update(self) -> Update:
         return Update(self.seeds, self.coefficients, self.weight_decay, self.decay_to, self.evolve)
+
+
+@dataclass
+class Evaluation:
+    """What the center before `iteration`, which has this digest, scored itself.
+
+    `metrics` are those of metrics.jsonl, and `rewards` those of every response, by split. The
+    responses are in samples.jsonl before this entry is in the journal.
+    """
+
+    kind: ClassVar = "evaluation"
+    iteration: int
+    digest: str
+    metrics: dict[str, float]
+    rewards: dict[str, list[float]]
 
 
 @dataclass
@@ -110,8 +130,10 @@ class Finish:
     digest: str
 
 
-Entry = Header | Reward | Record | Resumption | Finish
-ENTRIES = {entry.kind: entry for entry in (Header, Reward, Record, Resumption, Finish)}
+Entry = Header | Reward | Record | Evaluation | Resumption | Finish
+ENTRIES = {entry.kind: entry for entry in (Header, Reward, Record, Evaluation, Resumption, Finish)}
+# Where a setting that begins so is changed, held-out rewards before and after do not compare.
+EVALUATED_WITH = ("model.", "generation.", "task.")
 
 
 @dataclass
@@ -122,6 +144,10 @@ class History:
         settings: the header's, with later changes applied; `files`, `sources`, `date` likewise.
         records: by iteration.
         rewards: those of the unfinished iteration, by member.
+        evaluations: by iteration.
+        best: the iteration before which the center had the highest held-out reward, of those that
+            compare; None if there is none.
+        run: the checksum of the header, which tells this run from others.
         ends: `ends[k]` is the length in bytes of the lines up to the record of iteration k - 1.
         end: length in bytes of all complete lines; `checksum` is that of the last one.
         incomplete_line: a message about an incomplete last line, which is ignored; "" if there is
@@ -136,6 +162,9 @@ class History:
     date: str = ""
     records: list[Record] = field(default_factory=list)
     rewards: dict[int, Reward] = field(default_factory=dict)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    best: int | None = None
+    run: str = ""
     resumptions: list[Resumption] = field(default_factory=list)
     finish: Finish | None = None
     ends: list[int] = field(default_factory=list)
@@ -147,10 +176,15 @@ class History:
         """The digest of the center before `iteration`, if the journal has it."""
         if iteration < len(self.records):
             return self.records[iteration].digest
-        entries: list[Reward | Finish] = [*self.rewards.values()]
+        entries: list[Reward | Evaluation | Finish] = [*self.rewards.values()]
+        entries += self.evaluations.values()
         if self.finish:
             entries.append(self.finish)
         return next((entry.digest for entry in entries if entry.iteration == iteration), None)
+
+    def held_out_reward(self, iteration: int) -> float:
+        """That of the center before `iteration`, which has been evaluated."""
+        return self.evaluations[iteration].metrics["held_out_reward"]
 
     @property
     def is_empty(self) -> bool:
@@ -158,20 +192,30 @@ class History:
         return not self.records and not self.rewards
 
     def change_settings(self, changes: dict[str, Any]) -> None:
-        """Apply changed settings; rewards measured under the old ones are dropped."""
+        """Apply changed settings; what the unfinished iteration measured under the old ones is
+        dropped.
+        """
         for key, value in changes.items():
             if key == "model.path":
                 self.files = value
             else:
                 self.settings[key] = value
         if changes:
-            self.rewards = {}
+            self._drop_measured(any(key.startswith(EVALUATED_WITH) for key in changes))
 
     def change_sources(self, sources: dict[str, str], date: str) -> None:
-        """Apply changed sources, and a date; rewards that other sources gave are dropped."""
+        """Apply changed sources, and a date; what the unfinished iteration measured with others is
+        dropped.
+        """
         if sources and self.sources:
-            self.rewards = {}
+            self._drop_measured(True)
         self.sources, self.date = sources or self.sources, date or self.date
+
+    def _drop_measured(self, evaluates_otherwise: bool) -> None:
+        self.rewards = {}
+        if evaluates_otherwise:
+            self.evaluations.pop(len(self.records), None)
+            self.best = None
 
     def _add(self, entry: Entry) -> None:
         if isinstance(entry, Record):
@@ -185,6 +229,15 @@ class History:
                     f"a reward of iteration {entry.iteration} during iteration {len(self.records)}"
                 )
             self.rewards[entry.member] = entry
+        elif isinstance(entry, Evaluation):
+            if len(self.records) - entry.iteration not in (0, 1):
+                raise ValueError(
+                    f"an evaluation of iteration {entry.iteration} during {len(self.records)}"
+                )
+            self.evaluations[entry.iteration] = entry
+            reward = entry.metrics["held_out_reward"]
+            if self.best is None or reward > self.held_out_reward(self.best):
+                self.best = entry.iteration
         elif isinstance(entry, Finish):
             self.finish = entry
         elif isinstance(entry, Resumption):
@@ -213,6 +266,7 @@ def read(path: Path) -> History | None:
             entry, previous = _decode(line.decode(), previous)
             if history is None:
                 history = _begin(path, entry)
+                history.run = previous
             else:
                 history._add(entry)
         except ConfigError:
@@ -280,6 +334,7 @@ class Journal:
     def __init__(self, path: Path, history: History | None):
         self._path = path
         self._file = open(path, "r+b" if path.exists() else "x+b", buffering=0)
+        self.run = history.run if history else ""  # the checksum of the header
         self._end = history.end if history else 0
         self._checksum = history.checksum if history else ""
         self._file.truncate(self._end)
@@ -312,6 +367,7 @@ class Journal:
                 "once it can be written, start the same command again to continue"
             ) from error
         self._end, self._checksum = self._end + len(line.encode()), line_checksum
+        self.run = self.run or line_checksum
 
     def close(self) -> None:
         self._file.close()

@@ -4,9 +4,10 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shardes.config.loading import center_settings, to_yaml
 from shardes.config.schema import CENTER_SETTINGS, Config
@@ -40,6 +41,8 @@ class ResumePoint:
         records: iterations to replay on the source.
         rewards: those of the members of `iteration` that have been evaluated already.
         reward_means: the mean rewards of all iterations before.
+        evaluations: the metrics of the centers that have been evaluated, by iteration.
+        best: the iteration before which the center was the best; None if none was evaluated.
     """
 
     iteration: int = 0
@@ -49,25 +52,28 @@ class ResumePoint:
     records: list[Record] = field(default_factory=list)
     rewards: dict[int, Reward] = field(default_factory=dict)
     reward_means: list[float] = field(default_factory=list)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    best: int | None = None
 
     @classmethod
     def after(
-        cls,
-        records: Sequence[Record],
-        snapshot: Snapshot | None,
-        target: str | None,
-        rewards: Mapping[int, Reward] | None = None,
+        cls, records: Sequence[Record], snapshot: Snapshot | None, target: str | None, **known: Any
     ) -> "ResumePoint":
-        """The point after `records`, those of all iterations so far."""
+        """The point after `records`, those of all iterations so far; `known` are further fields."""
         return cls(
             len(records),
             str(snapshot.directory) if snapshot else None,
             snapshot.digest if snapshot else None,
             target,
             list(records[snapshot.iteration if snapshot else 0 :]),
-            dict(rewards or {}),
-            [mean(record.rewards) for record in records],
+            reward_means=[mean(record.rewards) for record in records],
+            **known,
         )
+
+    @property
+    def source_iteration(self) -> int:
+        """The iteration before which the center is read from the source."""
+        return self.iteration - len(self.records)
 
     @property
     def origin(self) -> str:
@@ -85,6 +91,7 @@ class ResumePoint:
         values["rewards"] = {
             int(member): Reward(**reward) for member, reward in values["rewards"].items()
         }
+        values["evaluations"] = {int(t): metrics for t, metrics in values["evaluations"].items()}
         return cls(**values)
 
 
@@ -302,9 +309,14 @@ def _resume_point(
             f"es.iterations={config.es.iterations}: the run in {history.path.parent} has "
             f"{iteration} already; shardes export --iteration exports the center of an earlier one"
         )
-    snapshot, warnings = latest_valid_snapshot(runs, iteration, history.digest)
+    snapshot, warnings = latest_valid_snapshot(runs, iteration, history.digest, history.run)
     resume = ResumePoint.after(
-        history.records, snapshot, history.digest(iteration), history.rewards
+        history.records,
+        snapshot,
+        history.digest(iteration),
+        rewards=history.rewards,
+        evaluations={t: evaluation.metrics for t, evaluation in history.evaluations.items()},
+        best=history.best,
     )
     evaluated = f", of which {len(resume.rewards)} members are evaluated" if resume.rewards else ""
     notes = [history.incomplete_line] if history.incomplete_line else []

@@ -9,6 +9,7 @@ import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,14 @@ from shardes.errors import ConfigError, RunError
 from shardes.es.center import Center
 from shardes.sharding.digest import format_digest
 from shardes.sharding.weight_files import WeightFiles
-from shardes.storage.checkpoint import MANIFEST, PARTIAL, Checkpoint, verify
+from shardes.storage.checkpoint import (
+    MANIFEST,
+    PARTIAL,
+    Checkpoint,
+    Manifest,
+    read_manifest,
+    verify,
+)
 
 BEST = "best"  # a symbolic link to the snapshot with the highest held-out reward
 
@@ -63,18 +71,22 @@ class Snapshot:
     digest: str
 
 
-def verify_snapshot(directory: Path, iteration: int, digest: str | None) -> Snapshot:
+def verify_snapshot(directory: Path, iteration: int, digest: str | None, run: str = "") -> Snapshot:
     """Check a snapshot's files, and that it is the center before `iteration`.
 
     Args:
         digest: the digest that the center must have; None if unknown.
+        run: the checksum of the run's header; "" if unknown.
 
     Raises:
         ConfigError: a file is damaged, or it is another center; names the file or directory.
     """
-    manifest = verify(directory)
+    manifest = read_manifest(directory)
+    if "" not in (run, manifest.run) and manifest.run != run:
+        raise ConfigError(f"{directory}: belongs to another run that had this directory")
     if manifest.iteration != iteration:
         raise ConfigError(f"{directory}: holds the center before iteration {manifest.iteration}")
+    verify(directory)
     if digest not in (None, manifest.digest):
         raise ConfigError(
             f"{directory}: its digest is {manifest.digest}, the journal's is {digest}"
@@ -83,13 +95,14 @@ def verify_snapshot(directory: Path, iteration: int, digest: str | None) -> Snap
 
 
 def latest_valid_snapshot(
-    runs: Sequence[Path], iteration: int, digest: Callable[[int], str | None]
+    runs: Sequence[Path], iteration: int, digest: Callable[[int], str | None], run: str = ""
 ) -> tuple[Snapshot | None, list[str]]:
     """The latest valid snapshot of the center before `iteration`, or before an earlier one.
 
     Args:
         runs: the run directories to search.
         digest: returns the digest that the center before an iteration must have; None if unknown.
+        run: the checksum of the run's header; "" if unknown.
 
     Returns:
         The snapshot, and a warning for each later one that is invalid.
@@ -97,13 +110,13 @@ def latest_valid_snapshot(
     warnings: list[str] = []
     candidates = [
         (number, path)
-        for run in runs
-        for number, path in by_iteration(run).items()
+        for directory in runs
+        for number, path in by_iteration(directory).items()
         if number <= iteration
     ]
     for number, path in sorted(candidates, reverse=True):
         try:
-            return verify_snapshot(path, number, digest(number)), warnings
+            return verify_snapshot(path, number, digest(number), run), warnings
         except ConfigError as error:
             warnings.append(f"WARNING: a snapshot is not used: {error}")
     return None, warnings
@@ -164,6 +177,8 @@ class SnapshotWriter(Snapshots):
 
     Args:
         base: the base model, whose config and tokenizer are copied to each snapshot.
+        run_id: the checksum of the journal's header, on the primary rank.
+        best: the iteration before which the center was the best so far; None if unknown.
         warn: reports a snapshot that could not be written.
         timeout: seconds that a rank waits for another.
     """
@@ -175,14 +190,18 @@ class SnapshotWriter(Snapshots):
         world: World,
         center: Center,
         base: WeightFiles,
+        run_id: str,
+        best: int | None,
         warn: Callable[[str], None],
         timeout: float,
     ):
         self._run, self._config, self._world, self._center = run, config, world, center
-        self._base, self._warn, self._timeout = base, warn, timeout
+        self._base, self._run_id, self._warn, self._timeout = base, run_id, warn, timeout
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
-        self._best: int | None = best_iteration(run)
+        self._best = best
+        self._linking = threading.Lock()
+        self._link_best()
 
     def due(self, iteration: int) -> bool:
         return self._config.every > 0 and iteration > 0 and iteration % self._config.every == 0
@@ -202,14 +221,12 @@ class SnapshotWriter(Snapshots):
 
     def keep_best(self, iteration: int) -> None:
         self._best = iteration
-        if self._thread is None:
-            self._link_best()
+        self._link_best()
 
     def finish(self) -> None:
         if self._thread:
             self._thread.join()
             self._thread = None
-            self._link_best()
 
     def _save(self, iteration: int, digest: str) -> None:
         # Collectives belong to the main thread: these threads wait for each other in the store.
@@ -226,6 +243,7 @@ class SnapshotWriter(Snapshots):
             self._read_back(checkpoint, progress)
             if self._world.is_primary:
                 self._publish(checkpoint, progress, iteration, digest)
+                self._link_best()
                 self._prune()
         except SnapshotFailed:
             pass  # the primary rank reports the error of the rank that failed
@@ -270,26 +288,41 @@ class SnapshotWriter(Snapshots):
         digest_on_disk = format_digest(sum(total for _, total in hashes.values()))
         if digest_on_disk != digest:
             raise RunError(f"its digest on disk is {digest_on_disk}, the center's is {digest}")
-        checkpoint.publish(iteration, digest, {file: sha for file, (sha, _) in hashes.items()})
+        shas = {file: sha for file, (sha, _) in hashes.items()}
+        checkpoint.publish(Manifest(iteration, digest, shas, self._run_id))
 
     def _path(self, iteration: int) -> Path:
         return snapshot_directory(self._run) / f"iteration_{iteration}"
 
+    def _own(self) -> dict[int, Path]:
+        """This run's snapshots, the newest first: others may be left from an earlier run."""
+        own = {}
+        for iteration, path in by_iteration(self._run).items():
+            with suppress(ConfigError):  # a damaged manifest
+                if read_manifest(path).run in ("", self._run_id):
+                    own[iteration] = path
+        return own
+
     def _link_best(self) -> None:
-        """Let the link `best` point to the best snapshot, once that has been published."""
-        if self._best is None or not (self._world.is_primary and self._config.best):
+        """Let the link `best` point to the best snapshot, if that has been published.
+
+        Called when a snapshot is published and when the best one is known, whichever comes first.
+        """
+        if not (self._world.is_primary and self._config.best):
             return
-        target, link = self._path(self._best), snapshot_directory(self._run) / BEST
-        if target.is_dir():
+        with self._linking:
+            if self._best not in self._own():
+                return
+            link = snapshot_directory(self._run) / BEST
             partial = link.with_name(BEST + PARTIAL)
             partial.unlink(missing_ok=True)
-            partial.symlink_to(target.name)
+            partial.symlink_to(self._path(self._best).name)
             partial.rename(link)  # replaces the old link atomically
 
     def _prune(self) -> None:
-        """Remove all but the newest snapshots and the best one."""
+        """Remove all but the newest snapshots of this run and the best one."""
         best = best_iteration(self._run)
-        for iteration, path in list(by_iteration(self._run).items())[self._config.keep :]:
+        for iteration, path in list(self._own().items())[self._config.keep :]:
             if iteration != best:
                 removed = path.with_name(path.name + PARTIAL)
                 path.rename(removed)

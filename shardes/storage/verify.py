@@ -19,7 +19,7 @@ def snapshot_problems(directory: Path, history: History) -> dict[int, str | None
     problems: dict[int, str | None] = {}
     for iteration, path in snapshots.by_iteration(directory).items():
         try:
-            snapshots.verify_snapshot(path, iteration, history.digest(iteration))
+            snapshots.verify_snapshot(path, iteration, history.digest(iteration), history.run)
             problems[iteration] = None
         except ConfigError as error:
             problems[iteration] = str(error)

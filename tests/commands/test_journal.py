@@ -15,7 +15,7 @@ from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.regions import Region
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage import journal
-from shardes.storage.checkpoint import Checkpoint
+from shardes.storage.checkpoint import Checkpoint, Manifest
 from shardes.storage.files import fingerprint
 
 
@@ -51,7 +51,7 @@ def directory(tmp_path, tied_llama):
                 checkpoint.write(name, [Region.contiguous(0, theta.numel())], theta)
             checkpoint.flush()
             shas = {file: checkpoint.read_back(file)[0] for file in checkpoint.files}
-            checkpoint.publish(2, total(), shas)
+            checkpoint.publish(Manifest(2, total(), shas))
         written.append(journal.Record(iteration, seeds, rewards, coefficients, 0.01, 0.01, total()))
         for name, theta in thetas.items():
             add_noise(theta, name, [Region.contiguous(0, theta.numel())], seeds, coefficients)

@@ -12,6 +12,7 @@ from shardes.config.schema import Config, ModelConfig, RunConfig
 from shardes.reporting.charts import ticks
 from shardes.reporting.reporter import RunReporter
 from shardes.storage.journal import JOURNAL, Finish, Header, Journal, Record, Resumption
+from shardes.storage.resume import ResumePoint
 
 EVIL = (
     "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m "
@@ -55,7 +56,7 @@ def run(tmp_path) -> Path:
     (directory / "config.yaml").write_text(to_yaml(config))
     journal = Journal(directory / JOURNAL, None)
     journal.append(Header("models/small", {}, center_settings(config)))
-    reporter = RunReporter(config)
+    reporter = RunReporter(config, ResumePoint())
     for iteration in range(3):
         if iteration == 2:
             journal.append(Resumption(2, {"es.alpha": [0.1, 0.2]}))
@@ -82,7 +83,7 @@ def run(tmp_path) -> Path:
     journal.append(Finish(3, "f" * 16))
     journal.close()
     last = dict(center_reward=1.0, held_out_reward=1.25, distance=2.0, distance_relative=0.1)
-    reporter.summary([0.5, 1.5, 2.5], [last], "f" * 16, 6.0)
+    reporter.summary([0.5, 1.5, 2.5], {3: last}, "f" * 16, 6.0)
     reporter.close()
     return directory
 

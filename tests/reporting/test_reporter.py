@@ -19,6 +19,7 @@ from shardes.reporting.attempts import Attempt, record_failure
 from shardes.reporting.loggers import Loggers
 from shardes.reporting.reporter import RunReporter
 from shardes.reporting.system_info import variables
+from shardes.storage.resume import ResumePoint
 
 OWN = """
 import json
@@ -209,7 +210,7 @@ def test_the_bar_on_a_terminal(tmp_path):
     thread = threading.Thread(target=read)
     thread.start()
     with open(writer, "w") as terminal, contextlib.redirect_stdout(terminal):
-        reporter = RunReporter(settings_of(tmp_path))
+        reporter = RunReporter(settings_of(tmp_path), ResumePoint())
         reporter.log_iteration(METRICS | {"held_out_reward": 0.25})
         reporter.member_finished(600)
         reporter.progress(1, 2)
@@ -224,7 +225,7 @@ def test_the_bar_on_a_terminal(tmp_path):
 
 
 def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
-    reporter = RunReporter(settings_of(tmp_path))
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
     reporter.progress(0, 1)
     reporter.log_iteration(METRICS)
     reporter.close()
@@ -235,7 +236,9 @@ def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
 
 def test_extremes_are_the_first_best_and_worst_and_are_trimmed_on_resume(tmp_path):
     for begin in (0, 1):
-        reporter = RunReporter(settings_of(tmp_path), [1.0] * begin)
+        reporter = RunReporter(
+            settings_of(tmp_path), ResumePoint(begin, reward_means=[1.0] * begin)
+        )
         for iteration in range(begin, 2):
             for member, rewards in enumerate(([1, 1, 1], [2, 0, 2], [2, 0, -1])):
                 reporter.responses(member, "abc", ["answer 0", "answer 1", "answer 2"], rewards)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from shardes.engines import open_model
 from shardes.errors import ConfigError
 from shardes.sharding.model_directory import model_directory, tokenizer_files
-from shardes.storage.checkpoint import Checkpoint, verify
+from shardes.storage.checkpoint import Checkpoint, Manifest, verify
 
 LETTERS = "abcdefghijklmnop"
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_has_the_tokenizer(kind, tied_llama, tmp_path):
     checkpoint = Checkpoint(tmp_path / "out", files, params, torch.float32, "5GB")
     checkpoint.create()
     shas = {file: checkpoint.read_back(file)[0] for file in checkpoint.files}
-    checkpoint.publish(0, "", shas)
+    checkpoint.publish(Manifest(0, "", shas))
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
     assert verify(tmp_path / "out").files.keys() >= names | {
         "additional_chat_templates/tools.jinja"

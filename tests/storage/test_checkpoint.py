@@ -12,7 +12,7 @@ from shardes.engines import open_model
 from shardes.errors import ConfigError
 from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.regions import Region, cut
-from shardes.storage.checkpoint import Checkpoint, read_manifest, verify
+from shardes.storage.checkpoint import Checkpoint, Manifest, read_manifest, verify
 
 
 def open_files(directory):
@@ -46,7 +46,8 @@ def write(out, directory, dtype=torch.float32, shard_size="5GB", change=0.0):
     checkpoint.flush()
     hashes = {file: checkpoint.read_back(file) for file in checkpoint.files}
     assert format_digest(sum(part for _, part in hashes.values())) == format_digest(total)
-    checkpoint.publish(12, format_digest(total), {file: sha for file, (sha, _) in hashes.items()})
+    shas = {file: sha for file, (sha, _) in hashes.items()}
+    checkpoint.publish(Manifest(12, format_digest(total), shas))
     return out
 
 

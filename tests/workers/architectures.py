@@ -25,7 +25,7 @@ from shardes.inference.generation import decoder
 from shardes.inference.limits import check_decoding
 from shardes.inference.sampler import Sampler
 from shardes.sharding.weight_files import WeightFiles
-from shardes.storage.checkpoint import Checkpoint
+from shardes.storage.checkpoint import Checkpoint, Manifest
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5)]
 RESPONSES = [[30 + n] * n for n in (4, 1, 9)]
@@ -105,4 +105,4 @@ def write(center: Center, files: WeightFiles, export: Path) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         shas = {file: checkpoint.read_back(file)[0] for file in checkpoint.files}
-        checkpoint.publish(1, "", shas)
+        checkpoint.publish(Manifest(1, "", shas))
