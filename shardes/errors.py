@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+MAX_REASON = 1000  # characters of an exception's own text in a message
+
 
 class ConfigError(ValueError):
     """A user's mistake. The message names the key, its value and what to do. Exit code 2."""
@@ -10,6 +12,15 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """The run cannot continue. The message says why and what to do. Exit code 1."""
+
+
+def described(error: BaseException) -> str:
+    """The type and text of an exception, in one line."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # from the code of its class
+        text = ""
+    return f"{type(error).__name__}: {text[:MAX_REASON]}" if text else type(error).__name__
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) -> str:

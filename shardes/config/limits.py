@@ -1,12 +1,14 @@
 """Limits on the values of settings."""
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
+
+LARGEST_REWARD = 1e100  # sums of squares over a population are far from overflow
+REWARD_RANGE = f"a number from -{LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,16 @@ def is_pattern(text: str) -> bool:
     return True
 
 
-def is_finite(text: str) -> bool:
-    """Whether a text is a finite number."""
+def is_reward(value: Any) -> bool:
+    """Whether a value can be a reward: a number from -LARGEST_REWARD to LARGEST_REWARD."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= LARGEST_REWARD
+
+
+def is_reward_text(text: str) -> bool:
+    """Whether a text is a number that can be a reward."""
     try:
-        return math.isfinite(float(text))
+        return is_reward(float(text))
     except ValueError:
         return False
 

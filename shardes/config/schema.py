@@ -12,10 +12,11 @@ from omegaconf import MISSING
 
 from shardes.config.limits import (
     POSITIVE,
+    REWARD_RANGE,
     Limit,
     at_least,
-    is_finite,
     is_pattern,
+    is_reward_text,
     is_size,
     required,
 )
@@ -314,8 +315,8 @@ class TaskConfig:
         "fail",
         "if a worker cannot score a response: fail ends the run; a number becomes its reward",
         limit=Limit(
-            "must be fail, or the reward of a response that cannot be scored: a finite number",
-            lambda value: value == "fail" or is_finite(value),
+            f"must be fail, or the reward of a response that cannot be scored: {REWARD_RANGE}",
+            lambda value: value == "fail" or is_reward_text(value),
         ),
         decides_center=True,
     )

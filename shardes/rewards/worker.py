@@ -3,15 +3,15 @@
     python worker.py PARENT MEMORY KEY PATH
 
 It loads the user's reward: the function or class that PATH names; KEY is the setting it comes from,
-task.reward or task.path. It then writes a line {}. After that each line of input is a JSON array of
-arguments, and each line of output {"reward": number} or {"error": message}. The user's code prints
-to stderr. The process ends when its parent, process PARENT, ends, even if that is killed.
+task.reward or task.path. It then writes a line {"request": 0}. After that each line of input is a
+JSON array of a request's number and its arguments, and each line of output {"request": number,
+"reward": number} or {"request": number, "error": message}. The user's code prints to stderr. The
+process ends when its parent, process PARENT, ends, even if that is killed.
 """
 
 import ctypes
 import io
 import json
-import math
 import numbers
 import os
 import resource
@@ -84,15 +84,26 @@ def score(function: Callable[..., Any], arguments: list) -> dict:
         if not isinstance(value, numbers.Real | Decimal):
             error = f"the reward is {value!r}"[:MAX_ERROR]
             return {"error": f"{error}, of type {type(value).__name__}, not a number"}
-        if not math.isfinite(value):
-            return {"error": f"the reward is {value}"}
-        return {"reward": float(value)}
+        return {"reward": float(value)}  # whether it is in range: see worker_pool
     except BaseException as error:
+        from shardes.errors import described  # only now importable in a worker
+
         end = isinstance(error, MemoryError) or not isinstance(error, Exception)
-        return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR], "end": end}
+        return {"error": described(error), "end": end}
+
+
+def answer(replies: TextIO, process: int, request: int, content: dict) -> None:
+    """Write a reply, in process `process` only.
+
+    A child that the user's code forked may return here, too: it ends.
+    """
+    if os.getpid() != process:
+        os._exit(1)
+    print(json.dumps({"request": request, **content}), file=replies, flush=True)
 
 
 def main(parent: str, memory: str, key: str, path: str) -> None:
+    process = os.getpid()
     end_with_parent(int(parent))
     requests, replies = take_pipes()
     set_import_path()
@@ -105,11 +116,12 @@ def main(parent: str, memory: str, key: str, path: str) -> None:
             load_reward_function(path) if key == "task.reward" else load_user_task(path).reward
         )
     except ConfigError as error:
-        print(json.dumps({"error": str(error)}), file=replies, flush=True)
+        answer(replies, process, 0, {"error": str(error)})
         return
-    print(json.dumps({}), file=replies, flush=True)
+    answer(replies, process, 0, {})
     for line in requests:
-        print(json.dumps(score(function, json.loads(line))), file=replies, flush=True)
+        request, arguments = json.loads(line)
+        answer(replies, process, request, score(function, arguments))
 
 
 if __name__ == "__main__":

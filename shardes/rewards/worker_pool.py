@@ -1,8 +1,9 @@
 """Worker processes that call a user's reward, several at a time, within limits of time and memory.
 
 A worker is a program of its own (shardes/rewards/worker.py), started rather than forked, because
-this process holds GPU contexts, threads and store connections. It talks JSON over pipes. A worker
-that hangs, crashes or runs out of memory is replaced.
+this process holds GPU contexts, threads and store connections. It talks JSON over pipes. A reply
+carries the number of its request, so that no response gets another one's reward. A worker that
+hangs, crashes, runs out of memory or writes anything else is replaced.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError
 
@@ -44,6 +46,7 @@ class Worker:
 
     def __init__(self, process: Process):
         self._process = process
+        self._requests = 0  # sent so far
 
     @classmethod
     async def start(cls, memory: float, key: str, path: str) -> "Worker":
@@ -79,9 +82,13 @@ class Worker:
             ScoringFailure: the code gave no reward.
         """
         reply = await self._request(job, timeout)
-        if "reward" not in reply:
-            raise ScoringFailure(reply["error"], reply.get("end", False))
-        return reply["reward"]
+        if "error" in reply:
+            raise ScoringFailure(str(reply["error"]), bool(reply.get("end")))
+        reward: Any = reply.get("reward")
+        if not is_reward(reward):
+            reason = f"the reward is {str(reward)[:100]}, not {REWARD_RANGE}"
+            raise ScoringFailure(reason, worker_lost=False)
+        return float(reward)
 
     async def _request(self, job: list | None, timeout: float) -> dict:
         try:
@@ -89,7 +96,8 @@ class Worker:
         except (asyncio.TimeoutError, TimeoutError):
             reason = f"not done within {timeout:g} s"
             raise ScoringFailure(reason, worker_lost=True, timed_out=True) from None
-        except (OSError, ValueError) as error:  # the user's code closed or wrote to the pipes
+        # The user's code closed or wrote to the pipes, or forked a process that did.
+        except (OSError, ValueError, RecursionError) as error:
             reason = f"its process sent no valid reply: {error}"
             raise ScoringFailure(reason, worker_lost=True) from None
 
@@ -97,15 +105,20 @@ class Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin and stdout
         if job is not None:
+            self._requests += 1
+            request = json.dumps([self._requests, job], default=str)
             with suppress(ConnectionError):  # the process has ended: there will be no reply either
-                stdin.write(json.dumps(job, default=str).encode() + b"\n")
+                stdin.write(request.encode() + b"\n")
                 await stdin.drain()
         line = await stdout.readline()
         if not line:
             code = await self._process.wait()
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise ScoringFailure(f"it ended its process ({cause})", worker_lost=True)
-        return json.loads(line)
+        reply = json.loads(line)
+        if not isinstance(reply, dict) or reply.get("request") != self._requests:
+            raise ValueError(f"{line[:80]!r} to request {self._requests}")
+        return reply
 
     @property
     def alive(self) -> bool:

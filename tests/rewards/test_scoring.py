@@ -20,7 +20,7 @@ from shardes.rewards.worker import score
 from shardes.tasks import load_task
 
 REWARD = """
-import ctypes, os, subprocess, sys, time
+import ctypes, fcntl, json, os, subprocess, sys, time
 
 print("loaded: this is not a reply")
 
@@ -31,6 +31,21 @@ def reward(response, example):
 def loop():
     while True:
         pass
+
+def replies():
+    # the worker's own pipe
+    fds = [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
+    (fd,) = [fd for fd in fds if is_pipe(fd) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY]
+    return fd
+
+def is_pipe(fd):
+    try:
+        return "pipe" in os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # that of listdir
+        return False
+
+def forge(**reply):
+    os.write(replies(), json.dumps(reply).encode() + b"\\n")
 
 def grandchild():
     child = subprocess.Popen(["sleep", "1000"])
@@ -105,8 +120,7 @@ def test_rewards_come_in_the_responses_order(scorer):
         (np.array(0.25), {"reward": 0.25}),
         (torch.tensor(2, dtype=torch.bfloat16), {"reward": 2.0}),
         (Decimal("0.1"), {"reward": 0.1}),
-        (np.array(np.nan), {"error": "the reward is nan"}),
-        (Decimal("inf"), {"error": "the reward is Infinity"}),
+        (Decimal("-inf"), {"reward": -np.inf}),  # refused in the run's process
         (np.array([1.0]), {"error": "the reward is array([1.]), of type ndarray, not a number"}),
         (np.str_("1"), {"error": "the reward is '1', of type str, not a number"}),
         (1j, {"error": "the reward is 1j, of type complex, not a number"}),
@@ -132,8 +146,7 @@ def test_numbers_of_every_library_are_rewards(value, reply):
         ("ctypes.string_at(0)", r"it ended its process \(SIGSEGV\)"),
         ("os.kill(os.getpid(), 9)", r"it ended its process \(SIGKILL\)"),
         ("[bytearray(10**8) for _ in range(20)]", "MemoryError"),
-        ("float('nan')", "the reward is nan"),
-        ("float('-inf')", "the reward is -inf"),
+        ("float('nan')", "the reward is nan, not a number from -1e.100 to 1e.100"),
         ("'1.0'", "the reward is '1.0', of type str, not a number"),
         ("None", "the reward is None, of type NoneType, not a number"),
         ("[1.0]", r"the reward is \[1.0\], of type list, not a number"),
@@ -164,6 +177,51 @@ def test_a_reward_that_often_fails_harms_no_other_response(scorer):
     scores = scorer(*responses, on_error="0", workers=3)
     assert scores("train", responses) == [0.0, 2.0] * 6
     assert scores.take_failures()["scoring_failures"] == 6
+
+
+FORGED = {
+    "forge(request=0, reward=5)": "its process sent no valid reply: b'{",
+    "forge(reward=5)": "its process sent no valid reply: b'{",
+    "os.write(replies(), b'[]\\n')": "its process sent no valid reply: b'[]",
+    "os.write(replies(), b'stray')": "its process sent no valid reply: Expecting value",
+    "os.write(replies(), b'\\n')": "its process sent no valid reply: Expecting value",
+    "os.write(replies(), b'[' * 50000 + b'\\n')": "its process sent no valid reply: ",
+    "os.write(replies(), b'x' * 10**6)": "its process sent no valid reply: ",
+    "float('-inf')": "the reward is -inf, not a number from -1e+100 to 1e+100",
+    "1.1e100": "the reward is 1.1e+100, not a number from",
+    "10**400": "OverflowError: int too large to convert to float",
+}
+
+
+def test_replies_that_are_not_a_reward_for_the_request_are_failures(scorer, tmp_path):
+    responses = [response for forged in FORGED for response in ("0.5", forged, "-1e100")]
+    scores = scorer(*responses, workers=2, on_error="-1")
+    assert scores("train", responses) == [0.5, -1.0, -1e100] * len(FORGED)
+    assert scores.take_failures()["scoring_failures"] == len(FORGED)
+    errors = {row["response"]: row["error"] for row in json.loads(scores.saved.read_text())}
+    wrong = [errors[forged] for forged, error in FORGED.items() if error not in errors[forged]]
+    assert not wrong and len(errors) == len(FORGED)
+
+
+def test_a_second_reply_is_not_taken_for_that_of_the_next_response(scorer):
+    # The first reply is a forged one, so that the true one remains.
+    responses = ["forge(request=2, reward=5)", *GOOD]
+    scores = scorer(*responses, workers=1, on_error="-1")
+    assert scores("train", GOOD[:1], [0]) == [1.5]
+    assert scores("train", responses) == [5.0, -1.0, *WORTH[1:]]
+    assert scores.take_failures()["scoring_failures"] == 1
+    scores = scorer(*responses, workers=1)
+    assert scores("train", [GOOD[0], responses[0]], [1, 0]) == [1.5, 5.0]
+    with pytest.raises(ConfigError, match="prompt 1 of train: its process sent no valid reply"):
+        scores("train", GOOD, range(1, 6))
+
+
+@pytest.mark.parametrize("child", ["7", "sys.exit(0)", "1 / 0"])
+def test_a_child_that_a_reward_forked_gives_no_reward(scorer, child):
+    responses = [f"(os.fork() and 1) or {child}", *GOOD, "(os.fork() and 2) or 7", *GOOD]
+    scores = scorer(*responses, workers=1)
+    for _ in range(2):
+        assert scores("train", responses) == [1.0, *WORTH, 2.0, *WORTH]
 
 
 def test_several_responses_are_scored_at_a_time(scorer):
