@@ -22,7 +22,7 @@ from shardes.replicas.work_queue import NOTHING, WorkQueue
 from shardes.reporting.reporter import Reporter
 from shardes.rewards.scoring import REMEDY, Scorer
 from shardes.storage.journal import Evaluation, Journal
-from shardes.tasks import Split, Task
+from shardes.tasks import Split, Task, prompts_of
 
 SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and the metrics
 
@@ -187,9 +187,10 @@ class PrimaryEvaluator(Evaluator):
             texts = self._sampler.texts(tokens)
             rewards = self._scorer(split, texts, numbers, self._failures(pending, tokens))
             metrics[name], all_rewards[split] = mean(rewards), rewards
-            if split == "test" and hasattr(self._task, "correct"):
-                metrics["held_out_accuracy"] = mean(self._task.correct(split, texts))
-            prompts = select(self._task.prompts(split), numbers)
+            correct = self._scorer.correct(split, texts) if split == "test" else None
+            if correct is not None:
+                metrics["held_out_accuracy"] = mean(correct)
+            prompts = select(prompts_of(self._task, split), numbers)
             self._reporter.samples(iteration.index, split, prompts, texts, rewards)
         failures = self._scorer.take_failures().items()
         failed = {f"evaluation_{name}": count for name, count in failures}

@@ -29,7 +29,7 @@ from shardes.inference.sampler import Sampler
 from shardes.reporting import loggers
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.weight_files import WeightFiles
-from shardes.tasks import Task, configured_task
+from shardes.tasks import Task, configured_task, prompts_of
 
 RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 
@@ -112,7 +112,7 @@ def encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list
     Raises:
         ConfigError: a prompt cannot be encoded, or the model cannot take it.
     """
-    prompts = encode(prepared.tokenizer, prepared.task.prompts(split), date)
+    prompts = encode(prepared.tokenizer, prompts_of(prepared.task, split), date)
     model, new_tokens = prepared.config.model.path, prepared.config.generation.max_new_tokens
     check_prompts(model, prepared.module, split, prompts, new_tokens)
     return prompts

@@ -86,6 +86,7 @@ class JobRoles(ABC):
             prepared.task,
             self.directory / "failed_scoring.json",
             watcher.poll,
+            watcher.users_code,
         )
         stack.callback(self.scorer.close)
 

@@ -28,7 +28,7 @@ from shardes.rewards.scoring import FAILURES, Scorer
 from shardes.storage.journal import Record
 from shardes.storage.resume import ResumePoint
 from shardes.storage.snapshots import Snapshots
-from shardes.tasks import Task
+from shardes.tasks import Task, prompts_of
 
 # Parts of an iteration's seconds, as the clock names them.
 PARTS = ("perturb", "gather", "generate", "restore", "update", "exchange")
@@ -137,7 +137,7 @@ class Trainer:
                 scores=rewards if self.config.es.standardize_prompts else [],
                 failures=self.scorer.take_failures(),
             )
-            prompts = select(self.task.prompts("train"), iteration.prompt_numbers)
+            prompts = select(prompts_of(self.task, "train"), iteration.prompt_numbers)
             self.reporter.responses(number, prompts, texts, rewards)
             with self.clock("exchange"):
                 queue.post(number, result)

@@ -43,6 +43,7 @@ from shardes.rewards.scoring import Scorer
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.weight_files import WeightFiles, load
 from shardes.storage.resume import recorded_date
+from shardes.tasks import prompts_of
 
 EXAMPLES = """examples:
   shardes evaluate configs/quickstart.yaml --model exported
@@ -129,7 +130,9 @@ def _encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[lis
         )
     try:
         return launch.encode_split(prepared, split, date)
-    except KeyError:
+    except ConfigError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
         known = ", ".join(["train", "test", *prepared.config.task.tests])
         raise ConfigError(
             f"--split {split}: the task has no such prompts; there are {known}"
@@ -174,7 +177,10 @@ def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> No
         texts = queue.collect()
         all_results = [PieceResult(**json.loads(text)) for text in texts]
         failed = prepared.out.with_suffix(".failed.json")
-        with closing(Scorer(prepared.config.task, prepared.task, failed, watcher.poll)) as scorer:
+        scorer = Scorer(
+            prepared.config.task, prepared.task, failed, watcher.poll, watcher.users_code
+        )
+        with closing(scorer):
             splits = {
                 split: _split_report(prepared, scorer, split, sampler, pieces, all_results)
                 for split in prepared.prompts
@@ -232,7 +238,7 @@ def _split_report(
         config = prepared.config
         failures = invalid_logits(tokens, config.model.path, config.model.dtype)
         rewards = scorer(split, texts, failures=failures)
-        correct = task.correct(split, texts) if hasattr(task, "correct") else None
+        correct = scorer.correct(split, texts)
         for row, text in enumerate(texts):
             responses.append(
                 dict(
@@ -248,7 +254,9 @@ def _split_report(
     report = dict(greedy=figures([row for row in responses if row["sample"] == 0]))
     if prepared.samples:
         report["sampled"] = figures([row for row in responses if row["sample"]])
-    return report | scorer.take_failures() | dict(prompts=task.prompts(split), responses=responses)
+    return (
+        report | scorer.take_failures() | dict(prompts=prompts_of(task, split), responses=responses)
+    )
 
 
 def _write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float) -> None:

@@ -42,7 +42,7 @@ def is_pattern(text: str) -> bool:
 def is_reward(value: Any) -> bool:
     """Whether a value can be a reward: a number from -LARGEST_REWARD to LARGEST_REWARD."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= LARGEST_REWARD
+    return is_number and bool(abs(value) <= LARGEST_REWARD)
 
 
 def is_reward_text(text: str) -> bool:

@@ -1,13 +1,18 @@
 """Stopping a job early: a signal to any rank ends all ranks, soon, without loss.
 
-Rank 0 writes the journal, so it stops by itself, between two decode steps. The other ranks may be
-inside a collective; they exit once rank 0 has stopped.
+Rank 0 writes the journal, so it stops by itself, between two decode steps. The user's code, which
+does not poll, is interrupted as by Ctrl-C. The other ranks may be inside a collective; they exit
+once rank 0 has stopped.
 """
 
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from shardes.distributed.environment import exit_process
 from shardes.distributed.job_store import JobStore
@@ -22,6 +27,8 @@ CODES: dict[int, int] = {  # exit code by signal; SLURM warns by SIGUSR1
     signal.SIGUSR1: PREEMPTED,
 }
 INTERVAL = 0.2  # seconds between two reads of the store
+INTERRUPT = signal.SIGURG  # wakes the main thread; ignored by default, and hardly used
+GRACE = 5.0  # seconds for the user's code to end after it was interrupted
 
 
 class Stopped(Exception):
@@ -47,10 +54,11 @@ class ShutdownWatcher:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
         self._code: int | None = None
-        self._main_thread_polls = False
+        self._main_thread_polls = self._in_users_code = self._raises = False
+        self._interrupted: float | None = None  # when, by the monotonic clock
         self._closed = threading.Event()
-        for number in CODES:
-            signal.signal(number, lambda number, frame: None)
+        for number in (*CODES, INTERRUPT):
+            signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -68,6 +76,20 @@ class ShutdownWatcher:
         self._main_thread_polls = True
         self.poll()
 
+    @contextmanager
+    def users_code(self) -> Iterator[None]:
+        """A context for code of the main thread that does not poll: a stop raises
+        KeyboardInterrupt in it; if it still runs GRACE seconds later, the process exits.
+
+        Python raises nothing in C code, and this thread does not run while C code holds the
+        interpreter's lock.
+        """
+        try:
+            self._in_users_code = self._raises = True
+            yield
+        finally:
+            self._in_users_code = self._raises = False
+
     def end(self, code: int) -> None:
         """Tell the other ranks, from rank 0, to exit with `code`."""
         if self._job.rank == 0:
@@ -77,6 +99,12 @@ class ShutdownWatcher:
         """Stop watching."""
         self._closed.set()
         self._thread.join()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Called by Python in the main thread."""
+        if self._raises and self._code is not None and self._job.rank == 0:
+            self._raises = False  # once: what handles the exception is not interrupted
+            raise KeyboardInterrupt
 
     def _received(self) -> list[int]:
         """The signals since the last call that ask for a stop."""
@@ -95,12 +123,30 @@ class ShutdownWatcher:
                     exit_process(ended)
                 if self._code is None and (code := self._keys.stop_requested()) is not None:
                     self._code = code
-                    if self._job.rank == 0 and not self._main_thread_polls:
-                        self.end(code)
-                        self._closed.wait(5 * INTERVAL)
-                        exit_process(code)
+                if self._code is not None and self._job.rank == 0:
+                    self._stop_main_thread(self._code)
         except RuntimeError as error:
             if not self._closed.is_set():
                 message = f"error: rank {self._job.rank}: the store of rank 0 is gone: {error}"
                 print(message, file=sys.stderr, flush=True)
                 exit_process(1)
+
+    def _stop_main_thread(self, code: int) -> None:
+        """Interrupt the user's code; exit, if the main thread neither polls nor ends that code."""
+        if self._in_users_code and self._interrupted is None:
+            self._interrupted = time.monotonic()
+            ident = threading.main_thread().ident
+            assert ident is not None
+            signal.pthread_kill(ident, INTERRUPT)
+        elif self._in_users_code:
+            assert self._interrupted is not None
+            if time.monotonic() - self._interrupted > GRACE:
+                print(Stopped(code), flush=True)
+                self._exit(code)
+        elif not self._main_thread_polls:
+            self._exit(code)
+
+    def _exit(self, code: int) -> None:
+        self.end(code)
+        self._closed.wait(5 * INTERVAL)
+        exit_process(code)

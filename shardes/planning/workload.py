@@ -10,7 +10,7 @@ from shardes.config.schema import Config
 from shardes.inference.generation import batches
 from shardes.inference.prompts import Prompt, encode
 from shardes.planning.layouts import Layout
-from shardes.tasks import configured_task
+from shardes.tasks import configured_task, prompts_of
 
 # Characters of a prompt per token, if the model has no tokenizer. SmolLM2's has 3.4 in Countdown.
 CHARACTERS_PER_TOKEN = 3
@@ -55,7 +55,8 @@ def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None
     else:
         task = configured_task(config.task)
         lengths = {
-            split: _lengths(config.model.path, task.prompts(split)) for split in ("train", "test")
+            split: _lengths(config.model.path, prompts_of(task, split))
+            for split in ("train", "test")
         }
         if prompt_tokens is not None:
             lengths = {split: [prompt_tokens] * len(values) for split, values in lengths.items()}

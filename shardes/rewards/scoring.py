@@ -1,22 +1,26 @@
 """The rewards of responses.
 
-A task with `score` is called once for all responses, in this process. A task with `reward`, and a
-user's reward function, are called for one response at a time in worker processes. A response that
-could not be scored there gets the reward task.on_error, or ends the run. So does a response that a
-model could not complete.
+A task with `score` is called once for all responses, in this process; a stop of the run interrupts
+it. A task with `reward`, and a user's reward function, are called for one response at a time in
+worker processes. A response that could not be scored there gets the reward task.on_error, or ends
+the run. So does a response that a model could not complete. Every reward is within
+`shardes.config.limits.LARGEST_REWARD`: no other may reach the journal.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.schema import TaskConfig
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, described
 from shardes.rewards.worker_pool import ScoringFailure, WorkerPool
-from shardes.tasks import Task
+from shardes.tasks import Task, prompts_of
 from shardes.tasks.jsonl import Jsonl
 
 NOTHING: Mapping[int, str] = MappingProxyType({})
@@ -27,18 +31,34 @@ REMEDY = (
 FAILURES = ("scoring_failures", "scoring_timeouts")  # the timeouts are among the failures
 
 
+class TaskError(Exception):
+    """The task raised `cause` in this process."""
+
+    def __init__(self, cause: BaseException):
+        super().__init__(cause)
+        self.cause = cause
+
+
 class Scorer:
     """Scores responses to a task's prompts.
 
     Args:
         saved: the file for the prompts and responses of the latest failure.
-        poll: called regularly while workers score; an exception from it ends the scoring.
+        poll: called regularly while workers score, and around calls of the task in this process;
+            an exception from it ends the scoring.
+        users_code: makes the context of such a call, in which a stop raises KeyboardInterrupt.
     """
 
     def __init__(
-        self, settings: TaskConfig, task: Task, saved: Path, poll: Callable[[], None] = lambda: None
+        self,
+        settings: TaskConfig,
+        task: Task,
+        saved: Path,
+        poll: Callable[[], None] = lambda: None,
+        users_code: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self._settings, self._task, self._poll = settings, task, poll
+        self._users_code = users_code
         self.saved = saved
         self._pool: WorkerPool | None = None
         self._failures: Counter[str] = Counter()
@@ -59,9 +79,9 @@ class Scorer:
         Raises:
             ConfigError: a response is not complete, with task.on_error=fail; or the task failed in
                 this process, or in a worker with task.on_error=fail, or returned a wrong number of
-                rewards. The prompts and responses are then saved.
+                rewards or one that is not REWARD_RANGE. The prompts and responses are then saved.
         """
-        prompts = self._task.prompts(split)
+        prompts = prompts_of(self._task, split)
         numbers = range(len(prompts)) if which is None else which
         rows = [
             dict(prompt=prompts[number], response=response)
@@ -71,7 +91,7 @@ class Scorer:
             position, problem = next(iter(failures.items()))
             raise ConfigError(f"prompt {numbers[position]} of {split}: {problem}; {REMEDY}")
         if hasattr(self._task, "score"):
-            rewards = self._score_all(self._task.score, split, responses, which, rows)
+            rewards = self._score_all(self._task.score, split, responses, which, rows, failures)
         else:
             complete = [i for i in range(len(responses)) if i not in failures]
             scored = self._score_each(
@@ -87,6 +107,26 @@ class Scorer:
             rewards[i] = float(self._settings.on_error)
         return rewards
 
+    def correct(self, split: str, responses: list[str]) -> list[bool] | None:
+        """Whether each response of a split is right; None if the task does not say.
+
+        Raises:
+            ConfigError: the task raised an exception, or did not return a bool for each response.
+        """
+        correct = getattr(self._task, "correct", None)
+        if correct is None:
+            return None
+        try:
+            values = self._call(lambda: _bools(correct(split, responses)))
+        except TaskError as error:
+            problem = f"task: correct({split!r}, ...) raised {described(error.cause)}"
+            raise ConfigError(problem) from error.cause
+        if len(values) != len(responses):
+            raise ConfigError(
+                f"task: correct gave {len(values)} values for {len(responses)} responses of {split}"
+            )
+        return values
+
     def take_failures(self) -> dict[str, int]:
         """How many responses got task.on_error since the last call, by the names of FAILURES."""
         failures, self._failures = self._failures, Counter()
@@ -98,6 +138,26 @@ class Scorer:
             self._pool.close()
             self._pool = None
 
+    def _call(self, function: Callable[[], Any]) -> Any:
+        """Call the user's code in this process.
+
+        Raises:
+            TaskError: it raised something, and not because a stop interrupted it.
+        """
+        process, cause = os.getpid(), None
+        self._poll()
+        try:
+            with self._users_code():
+                value = function()
+        except BaseException as error:
+            cause = error
+        if os.getpid() != process:  # a child that it forked must not train
+            os._exit(1)
+        self._poll()
+        if cause:
+            raise TaskError(cause)
+        return value
+
     def _score_all(
         self,
         score: Callable,
@@ -105,18 +165,26 @@ class Scorer:
         responses: list[str],
         which: Sequence[int] | None,
         rows: list[dict],
+        failures: Mapping[int, str],
     ) -> list[float]:
         # Without `which` for a task that does not take it.
         arguments = (split, responses) if which is None else (split, responses, which)
         try:
-            rewards = list(map(float, score(*arguments)))
-        except Exception as error:
-            problem = f"task: scoring {split} raised {type(error).__name__}: {error}"
-            raise ConfigError(f"{problem}; the responses: {self._save(rows)}") from error
+            rewards = self._call(lambda: list(map(float, score(*arguments))))
+        except TaskError as error:
+            problem = f"task: scoring {split} raised {described(error.cause)}"
+            raise ConfigError(f"{problem}; the responses: {self._save(rows)}") from error.cause
         if len(rewards) != len(responses):
             raise ConfigError(
                 f"task: score gave {len(rewards)} rewards for {len(responses)} responses"
             )
+        for position, reward in enumerate(rewards):
+            if not is_reward(reward) and position not in failures:
+                number = position if which is None else which[position]
+                raise ConfigError(
+                    f"task: score gave prompt {number} of {split} the reward {reward}, not "
+                    f"{REWARD_RANGE}; the responses: {self._save(rows)}"
+                )
         return rewards
 
     def _score_each(
@@ -160,9 +228,23 @@ class Scorer:
         partial = self.saved.with_name(f"{self.saved.name}.{os.getpid()}")
         try:
             partial.write_text(
-                json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                json.dumps(rows, indent=1, ensure_ascii=False, default=str) + "\n",
+                encoding="utf-8",
             )
             partial.replace(self.saved)
         except (OSError, ValueError) as error:
             return f"not saved ({error})"
         return str(self.saved)
+
+
+def _bools(values: Iterable[Any]) -> list[bool]:
+    """Values that equal True or False, as bools.
+
+    Raises:
+        ValueError: one does not.
+    """
+    values = list(values)
+    for value in values:
+        if value not in (True, False):
+            raise ValueError(f"{value!r} is not True or False")
+    return list(map(bool, values))

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from shardes.config.schema import TaskConfig
-from shardes.errors import ConfigError, suggestion
+from shardes.errors import ConfigError, described, suggestion
 from shardes.tasks.conciseness import Conciseness
 from shardes.tasks.countdown import Countdown
 from shardes.tasks.jsonl import Jsonl
@@ -45,6 +45,8 @@ class ScoringTask(Task, Protocol):
     ) -> list[float]:
         """One reward per response, higher is better; responses are in the order of the prompts.
 
+        A stop of the run raises KeyboardInterrupt in it.
+
         Args:
             which: the numbers of the prompts that were answered; None: all of the split. It is only
                 passed with task.prompts_per_iteration; without that, a task need not take it.
@@ -73,6 +75,24 @@ USED_BY = {  # the built-in tasks that use a setting
     "chat": ["jsonl"],
     "reward": ["jsonl"],
 }
+
+
+def prompts_of(task: Task, split: Split) -> list[str | list[Message]]:
+    """The prompts of a split.
+
+    Raises:
+        ConfigError: the task raised an exception, which is the error's cause, or did not return a
+            sequence.
+    """
+    try:
+        prompts = task.prompts(split)
+        if isinstance(prompts, str | Mapping):
+            raise TypeError(f"it returned a {type(prompts).__name__}, not a list")
+        return list(prompts)
+    except KeyboardInterrupt:  # Ctrl-C
+        raise
+    except BaseException as error:  # sys.exit, too
+        raise ConfigError(f"task: prompts({split!r}) raised {described(error)}") from error
 
 
 def configured_task(settings: TaskConfig) -> Task:

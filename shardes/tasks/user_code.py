@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, described
 
 OTHER_TRAINERS = {
     "prompts",
@@ -38,8 +38,10 @@ def load_user_task(reference: str) -> Any:
         name = task_class.__name__
         try:
             task = task_class()
-        except Exception as error:
-            raise ConfigError(f"{setting}: {name}() raised {_described(error)}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit, too
+            raise ConfigError(f"{setting}: {name}() raised {described(error)}") from error
     if not callable(getattr(task, "prompts", None)):
         raise ConfigError(f"{setting}: {name} has no prompts(); see shardes.tasks.Task")
     if not any(callable(getattr(task, method, None)) for method in ("score", "reward")):
@@ -167,10 +169,12 @@ def _import_file(key: str, reference: str, file: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         del sys.modules[name]
         raise ConfigError(
-            f"{key}={reference}: importing {source} raised {_described(error)}"
+            f"{key}={reference}: importing {source} raised {described(error)}"
         ) from error
     return module
 
@@ -183,7 +187,9 @@ def _module_name(file: Path) -> str:
 def _import_module(key: str, reference: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{name}.".startswith(f"{missing}."):
             raise ConfigError(
@@ -191,7 +197,7 @@ def _import_module(key: str, reference: str, name: str) -> ModuleType:
                 f"neither in {Path.cwd()} nor installed"
             ) from None
         raise ConfigError(
-            f"{key}={reference}: importing {name} raised {_described(error)}"
+            f"{key}={reference}: importing {name} raised {described(error)}"
         ) from error
 
 
@@ -205,7 +211,3 @@ def _names(module: ModuleType, kind: Any) -> str:
         and getattr(value, "__module__", None) == module.__name__
     ]
     return f"; it has {', '.join(names)}" if names else ""
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
