@@ -39,6 +39,7 @@ from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.launch import PreparedRun
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
+from shardes.reporting import json_lines
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.weight_files import WeightFiles, load
@@ -266,7 +267,7 @@ def _write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float
         seconds=round(seconds, 1),
         splits=splits,
     )
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    text = json_lines.to_json(report, indent=1) + "\n"
     try:
         prepared.out.write_text(text, encoding="utf-8")
     except OSError as error:

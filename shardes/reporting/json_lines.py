@@ -1,6 +1,7 @@
 """Files of JSON objects, one per line."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,4 +47,28 @@ def replace(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(to_json(row) + "\n" for row in rows)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Valid JSON: numbers that are NaN or infinite, which it lacks, become null.
+
+    In a row, where they are metrics that could not be measured, they are left out. What is no value
+    of JSON becomes text.
+    """
+    if isinstance(value, dict):
+        value = {key: entry for key, entry in value.items() if not _is_no_number(entry)}
+    finite = _finite(value)
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False, default=str, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if _is_no_number(value) else value
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.loading import center_settings, to_yaml
 from shardes.config.schema import CENTER_SETTINGS, Config
 from shardes.errors import ConfigError, suggestion
@@ -310,14 +311,24 @@ def _resume_point(
             f"{iteration} already; shardes export --iteration exports the center of an earlier one"
         )
     snapshot, warnings = latest_valid_snapshot(runs, iteration, history.digest, history.run)
+    rewards = {
+        member: entry
+        for member, entry in history.rewards.items()
+        if all(map(is_reward, [entry.reward, *entry.scores]))
+    }
     resume = ResumePoint.after(
         history.records,
         snapshot,
         history.digest(iteration),
-        rewards=history.rewards,
+        rewards=rewards,
         evaluations={t: evaluation.metrics for t, evaluation in history.evaluations.items()},
         best=history.best,
     )
+    for member in sorted(history.rewards.keys() - rewards.keys()):
+        warnings.append(
+            f"member {member} of iteration {iteration} is evaluated again: its reward in the "
+            f"journal, {history.rewards[member].reward}, is not {REWARD_RANGE}"
+        )
     evaluated = f", of which {len(resume.rewards)} members are evaluated" if resume.rewards else ""
     notes = [history.incomplete_line] if history.incomplete_line else []
     return resume, [

@@ -1,13 +1,19 @@
 """Seeds, z-scores and coefficients."""
 
+import math
+import warnings
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from models import paper_coefficients
-from shardes.es.fitness import standardize
+from shardes.config.limits import LARGEST_REWARD
+from shardes.config.schema import ESConfig, Fitness
+from shardes.es.fitness import coefficients, fitness, standardize
 from shardes.es.population import member_seeds
+from shardes.es.statistics import interval, mean, std
 
 
 def test_seeds_follow_from_run_seed_and_iteration_alone():
@@ -34,3 +40,31 @@ def test_coefficients_are_float32():
     coefficients = paper_coefficients([1.0, 2.0, 4.0], 0.3)
     assert coefficients == [float(np.float32(0.1 * z)) for z in standardize([1.0, 2.0, 4.0])]
     assert paper_coefficients([2.5, 2.5], 0.3) == [0.0, 0.0]
+
+
+REWARDS = st.floats(-LARGEST_REWARD, LARGEST_REWARD)
+
+
+@pytest.mark.parametrize("kind", list(Fitness))
+@pytest.mark.parametrize("by_prompt", [False, True])
+@pytest.mark.parametrize("antithetic", [False, True])
+@settings(max_examples=20)
+@given(scores=st.lists(st.tuples(REWARDS, REWARDS, REWARDS), min_size=2, max_size=12))
+@example(scores=[(LARGEST_REWARD,) * 3, (-LARGEST_REWARD,) * 3] * 5000)
+@example(scores=[(LARGEST_REWARD,) * 3, (math.nextafter(LARGEST_REWARD, 0),) * 3] * 5)
+def test_every_update_from_rewards_in_range_is_finite(kind, by_prompt, antithetic, scores):
+    scores = scores[: len(scores) // 2 * 2]
+    es = ESConfig(
+        population_size=len(scores),
+        fitness=kind,
+        standardize_prompts=by_prompt,
+        antithetic=antithetic,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = fitness(es, scores)
+        update = coefficients(es, 1.0, weights)
+    means = list(map(mean, scores))
+    assert all(map(math.isfinite, [*weights, *update, std(means), *interval(means)]))
+    assert max(map(abs, weights)) <= math.sqrt(len(scores)) * 1.001
+    assert len(update) == len(scores) // (1 + antithetic)

@@ -203,6 +203,7 @@ def test_replies_that_are_not_a_reward_for_the_request_are_failures(scorer, tmp_
     assert not wrong and len(errors) == len(FORGED)
 
 
+@pytest.mark.faults
 def test_a_second_reply_is_not_taken_for_that_of_the_next_response(scorer):
     # The first reply is a forged one, so that the true one remains.
     responses = ["forge(request=2, reward=5)", *GOOD]

@@ -62,6 +62,29 @@ def test_a_run_goes_on_where_it_was(begun, base):
     assert resume.rewards == {1: REWARD}
 
 
+def test_recorded_rewards_that_no_update_could_be_computed_from_are_measured_again(begun, base):
+    run = open_run_directory(begun, base)
+    bad = [
+        Reward(2, 0, 1e200, 7, f"{2:016x}"),
+        Reward(2, 2, 0.5, 7, f"{2:016x}", [-1.1e100, 1.1e100]),
+        Reward(2, 3, 1e100, 7, f"{2:016x}"),
+    ]
+    for entry in bad:
+        run.journal.append(entry)
+    run.close()
+    run = open_run_directory(begun, base)
+    assert run.resume.rewards == {1: REWARD, 3: bad[2]}
+    assert run.resume.target == f"{2:016x}"
+    again = [note for note in run.notes if "is evaluated again" in note]
+    assert [note.partition(" is")[0] for note in again] == [
+        "member 0 of iteration 2",
+        "member 2 of iteration 2",
+    ]
+    run.journal.append(Reward(2, 0, 0.5, 7, f"{2:016x}"))
+    run.close()
+    assert sorted(open_run_directory(begun, base).resume.rewards) == [0, 1, 3]
+
+
 def test_a_resume_point_survives_the_store(begun, base):
     resume = open_run_directory(begun, base).resume
     assert ResumePoint.from_json(resume.to_json()) == resume
