@@ -50,7 +50,7 @@ REWARDS = st.floats(-LARGEST_REWARD, LARGEST_REWARD)
 @pytest.mark.parametrize("antithetic", [False, True])
 @settings(max_examples=20)
 @given(scores=st.lists(st.tuples(REWARDS, REWARDS, REWARDS), min_size=2, max_size=12))
-@example(scores=[(LARGEST_REWARD,) * 3, (-LARGEST_REWARD,) * 3] * 5000)
+@example(scores=[(LARGEST_REWARD,) * 3, (-LARGEST_REWARD,) * 3] * 500)
 @example(scores=[(LARGEST_REWARD,) * 3, (math.nextafter(LARGEST_REWARD, 0),) * 3] * 5)
 def test_every_update_from_rewards_in_range_is_finite(kind, by_prompt, antithetic, scores):
     scores = scores[: len(scores) // 2 * 2]
