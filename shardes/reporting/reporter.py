@@ -5,7 +5,6 @@ of a replica that joined the run prints lines (ConsoleReporter). All other ranks
 (Reporter).
 """
 
-import json
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -188,7 +187,7 @@ class RunReporter(Reporter):
             "digest": digest,
             "seconds": seconds,
         }
-        (self._directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self._directory / "summary.json").write_text(json_lines.to_json(summary, indent=2) + "\n")
         self._loggers.log(last, len(reward_means))
         self.say(
             f"done: member reward {reward_means[0]:.2f} → {reward_means[-1]:.2f}, "
