@@ -9,6 +9,8 @@ environment of each start, and resumptions. It works for runs that are still und
     shardes report runs/mine --out mine.html
 """
 
+import sys
+
 from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
 from shardes.errors import ConfigError, unusable_files
@@ -25,7 +27,10 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     out = options.out or options.run / "report.html"
-    text = render(Run(options.run))
+    run = Run(options.run)
+    for warning in run.warnings:
+        print(warning, file=sys.stderr)
+    text = render(run)
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
