@@ -82,6 +82,8 @@ def workspace(tmp_path, uneven_llama) -> Path:
         (tmp_path / name).mkdir()
         for file, text in files.items():
             (tmp_path / name / file).write_text(text)
+    (tmp_path / "taken.partial").mkdir()
+    (tmp_path / "taken.partial" / "notes.txt").write_text("mine")
     settings = {
         "model": {"path": str(uneven_llama), "dtype": "float32"},
         "es": {"population_size": 4, "iterations": 3},
@@ -287,6 +289,7 @@ MISTAKES = {
         r"--out gone/found\.json: there is no directory gone"
     ),
     "cli export old .": r"OUT_DIR \.: the working directory; name a directory to create",
+    "cli export old taken": r"/.*/taken\.partial: already exists, .*; choose another OUT_DIR",
     "cli export nowhere out": r"nowhere: neither a run directory with a journal nor a checkpoint",
     "cli export old own.py": r"own\.py: already exists; choose another OUT_DIR",
     "cli export old out --iteration 7": r"--iteration 7: the run in old has the centers 0 to 2",

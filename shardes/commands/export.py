@@ -23,6 +23,7 @@ from shardes.config.limits import is_size
 from shardes.distributed import environment
 from shardes.errors import ConfigError, RunError
 from shardes.storage import journal
+from shardes.storage.checkpoint import PARTIAL, is_free
 from shardes.storage.export import (
     DTYPES_BY_NAME,
     center_of_run,
@@ -71,6 +72,12 @@ def main(argv: list[str]) -> int:
     if options.out.resolve() == Path.cwd():  # replacing it would leave a shell in a removed one
         raise ConfigError(
             f"OUT_DIR {options.out}: the working directory; name a directory to create"
+        )
+    partial = options.out.absolute().with_name(options.out.absolute().name + PARTIAL)
+    if not is_free(partial):
+        raise ConfigError(
+            f"{partial}: already exists, and the export would be written there until it is "
+            "complete; choose another OUT_DIR"
         )
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ConfigError(f"{options.out}: already exists; choose another OUT_DIR")
