@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardes.clock import Clock
 from shardes.config import loading
 from shardes.config.schema import Config, TaskConfig
+from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
+from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model
@@ -209,12 +211,22 @@ def _work(
     """Do the work and leave the job; returns the exit code."""
     code, timeout = 1, prepared.config.run.timeout
     watcher = ShutdownWatcher(job)
+    sharding = prepared.config.sharding
+    size = sharding.shard * sharding.tensor
+    first = job.rank // size * size
     try:
-        work(job, prepared, watcher)
+        with lost_ranks_named(job, range(first, first + size), timeout):
+            work(job, prepared, watcher)
         code = 0
     except Stopped as stopped:
         code = stopped.code
         watcher.end(code)
+    except LostRank as error:
+        if error.reports:
+            complain(str(error))
+        if not error.store_answers:
+            exit_process(1)  # the others cannot be told
+        watcher.end(1)
     except (ConfigError, RunError) as error:
         code = _exit_code(error)
         if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks have the same one

@@ -183,7 +183,10 @@ class RunReporter(Reporter):
             "digest": digest,
             "seconds": seconds,
         }
-        (self._directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        try:
+            (self._directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        except OSError as error:  # not worth ending the run: starting it again writes the file
+            self.say(f"warning: no summary.json: {error}")
         self._loggers.log(last, len(reward_means))
         self.say(
             f"done: member reward {reward_means[0]:.2f} → {reward_means[-1]:.2f}, "
