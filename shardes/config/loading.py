@@ -1,6 +1,5 @@
 """Reading settings from a file and overrides, checking them, and writing them as YAML."""
 
-import math
 import re
 from enum import Enum
 from os.path import expanduser
@@ -47,7 +46,7 @@ def load(path: str, overrides: list[str]) -> Config:
         reason = one_line(str(error).partition("\n")[0])
         raise ConfigError(_wrong_value(error.full_key or path, reason)) from None
     except Exception as error:  # OmegaConf's own code, on values that it does not expect
-        raise ConfigError(f"{path}: {one_line(error)}") from error
+        raise ConfigError(f"{path} and the overrides: {one_line(error)}") from error
     assert isinstance(config, Config)
     _check_kinds(config)
     _expand_paths(config)
@@ -152,7 +151,7 @@ def _check_kinds(config: Config) -> None:
     for key, setting in SETTINGS.items():
         value = _value(config, key)
         if isinstance(value, int | float):
-            holds = math.isfinite(value) and abs(value) <= setting.largest
+            holds = abs(value) <= setting.largest  # false of NaN
             _demand(config, key, holds, f"must be a finite number, at most {setting.largest}")
         elif not isinstance(value, Enum | None):
             demand = "must be text: UTF-8 without a zero byte"
