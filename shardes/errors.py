@@ -1,7 +1,8 @@
 """Errors that end a run with one line instead of a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_REASON = 1000  # characters of an exception's own text in a message
 
@@ -21,6 +22,35 @@ def described(error: BaseException) -> str:
     except Exception:  # from the code of its class
         text = ""
     return f"{type(error).__name__}: {text[:MAX_REASON]}" if text else type(error).__name__
+
+
+def one_line(text: object) -> str:
+    """A text, or an error's message, in one line; the type's name of an error without a message."""
+    lines = (line.strip() for line in str(text).splitlines())
+    return " ".join(line for line in lines if line) or type(text).__name__
+
+
+@contextmanager
+def mistakes_in(subject: str) -> Iterator[None]:
+    """A context in which a user's file is read: an error of any kind is a ConfigError about it.
+
+    Libraries raise whatever their code meets in a file that is not as they expect it.
+    """
+    try:
+        yield
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{subject}: {one_line(error)}") from error
+
+
+@contextmanager
+def unusable_files() -> Iterator[None]:
+    """A context in which an OSError, whose text names the file, is a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(one_line(error)) from error
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) -> str:

@@ -11,23 +11,26 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardes.clock import Clock
 from shardes.config import loading
 from shardes.config.schema import Config, TaskConfig
+from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
+from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
-from shardes.engines import Engine, build, check_model, open_model, reason
-from shardes.errors import ConfigError, RunError
+from shardes.engines import Engine, build, check_model, open_model
+from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
+from shardes.es.update import evolves
 from shardes.inference.generation import Decoder, decoder
-from shardes.inference.limits import check_decoding, check_prompts
+from shardes.inference.limits import beyond_context, check_decoding, check_prompts
 from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
 from shardes.reporting import loggers
-from shardes.sharding.model_directory import model_directory
+from shardes.sharding.model_directory import model_directory, open_tokenizer
 from shardes.sharding.weight_files import WeightFiles
 from shardes.tasks import Task, configured_task, prompts_of
 
@@ -72,26 +75,32 @@ def check(config: Config, job: Job) -> PreparedRun:
     files, module = open_model(directory, getattr(torch, config.model.dtype.value), trusted)
     for warning in files.warnings if job.rank == 0 else ():
         warn(warning)
-    check_model(config, module)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path={directory}: no usable tokenizer: {reason(error)}"
-        ) from error
-    check_decoding(config.model.path, module)
+    _check_evolve(config, module)
     settings = config.generation
-    decode = decoder(
-        tokenizer,
-        checkpoint_generation_config(
-            directory, module, settings.max_new_tokens, settings.logits_processors
-        ),
-        max_new_tokens=settings.max_new_tokens,
-        stop=settings.stop,
-        batch_tokens=settings.batch_tokens,
-        logits_processors=settings.logits_processors,
-    )
+    with mistakes_in(f"model.path={directory}"):
+        check_model(config, module)
+        tokenizer = open_tokenizer(directory, trusted)
+        check_decoding(config.model.path, module)
+        decode = decoder(
+            tokenizer,
+            checkpoint_generation_config(
+                directory, module, settings.max_new_tokens, settings.logits_processors
+            ),
+            max_new_tokens=settings.max_new_tokens,
+            stop=settings.stop,
+            batch_tokens=settings.batch_tokens,
+            logits_processors=settings.logits_processors,
+        )
     return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
+
+
+def _check_evolve(config: Config, module: PreTrainedModel) -> None:
+    pattern, names = config.es.evolve, [name for name, _ in module.named_parameters()]
+    if not any(evolves(pattern, name) for name in names):
+        raise ConfigError(
+            f"es.evolve={pattern}: matches none of the {len(names)} parameters of "
+            f"{config.model.path}, such as {names[0]} and {names[-1]}; nothing would be trained"
+        )
 
 
 def _check_score_takes_numbers(settings: TaskConfig, task: Task) -> None:
@@ -107,14 +116,18 @@ def _check_score_takes_numbers(settings: TaskConfig, task: Task) -> None:
 
 
 def encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list[int]]:
-    """The token ids of a split's prompts.
+    """The token ids of a split's prompts. Warns of those beyond the model's context.
 
     Raises:
         ConfigError: a prompt cannot be encoded, or the model cannot take it.
     """
-    prompts = encode(prepared.tokenizer, prompts_of(prepared.task, split), date)
     model, new_tokens = prepared.config.model.path, prepared.config.generation.max_new_tokens
-    check_prompts(model, prepared.module, split, prompts, new_tokens)
+    prompts = encode(prepared.tokenizer, prompts_of(prepared.task, split), date)
+    with mistakes_in(f"model.path={model}"):
+        check_prompts(model, prepared.module, split, prompts, new_tokens)
+        warning = beyond_context(model, prepared.module, split, prompts, new_tokens)
+    if warning and os.environ.get("RANK", "0") == "0":  # the other ranks have the same prompts
+        warn(warning)
     return prompts
 
 
@@ -177,17 +190,18 @@ def launch(
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a host have the same error
             complain(str(error))
         return _exit_code(error)
-    prepared, problem = None, None
+    prepared, problem, code = None, None, 2
     try:
-        prepared = prepare(argv, job)
-    except ConfigError as error:
-        problem = str(error)
+        with unusable_files():
+            prepared = prepare(argv, job)
+    except (ConfigError, RunError) as error:
+        problem, code = str(error), _exit_code(error)
         if job.rank == 0:
             job.keys.set_date(now())  # for ranks that wait for it and have no problem
     settings = loading.to_yaml(prepared.config) if prepared else ""
     sources = prepared.sources if prepared else {}
     if not agree(job, problem, settings, complain, sources) or prepared is None:
-        return 2
+        return code
     return _work(job, prepared, work)
 
 
@@ -197,12 +211,22 @@ def _work(
     """Do the work and leave the job; returns the exit code."""
     code, timeout = 1, prepared.config.run.timeout
     watcher = ShutdownWatcher(job)
+    sharding = prepared.config.sharding
+    size = sharding.shard * sharding.tensor
+    first = job.rank // size * size
     try:
-        work(job, prepared, watcher)
+        with lost_ranks_named(job, range(first, first + size), timeout):
+            work(job, prepared, watcher)
         code = 0
     except Stopped as stopped:
         code = stopped.code
         watcher.end(code)
+    except LostRank as error:
+        if error.reports:
+            complain(str(error))
+        if not error.store_answers:
+            exit_process(1)  # the others cannot be told
+        watcher.end(1)
     except (ConfigError, RunError) as error:
         code = _exit_code(error)
         if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks have the same one
@@ -225,8 +249,8 @@ def _exit_code(error: ConfigError | RunError) -> int:
 
 
 def warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+    print(f"WARNING: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)

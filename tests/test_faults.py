@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -321,6 +322,62 @@ def test_a_full_disk_costs_a_snapshot_and_nothing_else(zygote, configure, arrive
     arrived(directory, best=False)
 
 
+@pytest.mark.slow
+def test_a_disk_without_inodes_costs_snapshots_and_reports(
+    zygote, configure, undisturbed, small_disk
+):
+    directory, log = small_disk / "run", small_disk.with_suffix(".log")
+    remount = ["mount", "-o", "remount,size=4m,nr_inodes={}", str(small_disk)]
+    subprocess.run([part.format(14) for part in remount], check=True)
+    config = configure(directory)
+    run = zygote.start(config, ranks=2, log=log)
+    assert run.wait() == [0, 0], run.text()
+    assert "WARNING: no snapshot of iteration 2" in run.text()
+    assert "warning: no summary.json" in run.text()
+    assert (
+        journal.read(directory / "journal.jsonl").finish
+        == journal.read(undisturbed[0] / "journal.jsonl").finish
+    )
+    subprocess.run([part.format(1000) for part in remount], check=True)
+    finish(zygote, config, directory)
+    assert (directory / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_read_only_run_directory_is_refused_and_goes_on_later(
+    zygote, configure, arrived, tmp_path, small_disk
+):
+    directory = small_disk / "run"
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    config = configure(directory)
+    run = zygote.start(config, ranks=2, log=tmp_path / "log", kill_in_append=["iteration", 3])
+    assert run.wait() == [-signal.SIGKILL] * 2, run.text()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    run = zygote.start(config, ranks=2, log=tmp_path / "log")
+    assert run.wait() == [2, 2], run.text()
+    (line,) = run.text().splitlines()
+    assert f"run.dir={directory}: cannot be written" in line and "Read-only" in line
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    finish(zygote, config, directory)
+    arrived(directory)
+
+
+@pytest.mark.slow
+def test_damaged_reports_do_not_stop_a_run(zygote, configure, undisturbed, tmp_path):
+    config, directory = stopped_run(zygote, configure, tmp_path)
+    for name in ("metrics", "samples", "extremes"):
+        file = directory / f"{name}.jsonl"
+        first, *others = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join([b"\xff" + first, *others, b'{"iteration": nu\n']))
+    (directory / "logs" / "attempt_1.bak").mkdir()
+    finish(zygote, config, directory)
+    assert (
+        journal.read(directory / "journal.jsonl").finish
+        == journal.read(undisturbed[0] / "journal.jsonl").finish
+    )
+    assert [row["iteration"] for row in rows(directory / "metrics.jsonl")] == list(range(5))
+
+
 def test_a_disk_too_full_for_the_journal_stops_the_run(zygote, configure, tmp_path, small_disk):
     directory, filler, log = small_disk / "run", small_disk / "filler", tmp_path / "log"
     # The journal grows to several pages before any other file grows.
@@ -483,3 +540,27 @@ def test_a_killed_export_leaves_no_half_checkpoint(zygote, configure, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
     assert verify(tmp_path / "out").iteration == 4
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_does_not_answer_is_named(zygote, configure, tmp_path, lost, number):
+    config = configure(tmp_path / "run")
+    keys = ["engine=fsdp", "sharding.shard=2", "sharding.gather=layer", "run.timeout=5"]
+    run = zygote.start(config, *keys, ranks=2, log=tmp_path / "log", slow=0.02)
+    try:
+        while "iteration 0" not in run.text():
+            assert run.poll(0.05) == [None, None], run.text()
+        os.kill(run.pids[lost], number)
+        started = time.monotonic()
+        while run.poll(0.1)[1 - lost] is None:
+            assert time.monotonic() - started < 60, run.text()
+    finally:
+        run.kill()
+        run.wait()
+    named = rf"rank {lost} on {os.uname().nodename}: did not take part"
+    if lost == 0:  # it served the store
+        named = r"rank 0, whose store does not answer|the store of rank 0 is gone"
+    assert re.search(named, run.text()), run.text()
+    assert "Traceback" not in run.text()

@@ -82,6 +82,8 @@ def workspace(tmp_path, uneven_llama) -> Path:
         (tmp_path / name).mkdir()
         for file, text in files.items():
             (tmp_path / name / file).write_text(text)
+    (tmp_path / "taken.partial").mkdir()
+    (tmp_path / "taken.partial" / "notes.txt").write_text("mine")
     settings = {
         "model": {"path": str(uneven_llama), "dtype": "float32"},
         "es": {"population_size": 4, "iterations": 3},
@@ -145,6 +147,15 @@ MISTAKES = {
     "train checkpoint.shard_size=5": (
         r"checkpoint\.shard_size=5: must be a size such as 5GB or 500MB"
     ),
+    "train es.evolve=*.mlp": r"es\.evolve=\*\.mlp: not readable as YAML: .*; quote the",
+    "train generation.stop=[a": r"generation\.stop=\[a: not readable as YAML: .*quote",
+    "train es.sigma=inf": r"es\.sigma=inf: must be a finite number, at most 2147483647",
+    "train es.iterations=9999999999": r"es\.iterations=9999999999: must be a finite number, at",
+    "train run.dir=''": r"run\.dir=: is required: where the run is written",
+    "train es.evolve=mpl": (
+        r"es\.evolve=mpl: matches none of the \d+ parameters of .*, such as model\.embed_tokens"
+    ),
+    "layout es.evolve=mpl": r"es\.evolve=mpl: matches none of the \d+ parameters",
     "train generation.stop=[a,'']": r"generation\.stop=.*: must not hold an empty string",
     "train tracking.loggers=wandb": (
         r"tracking\.loggers: must be a list, written tracking\.loggers=\[first,second\]"
@@ -277,6 +288,8 @@ MISTAKES = {
     "cli evaluate config.yaml --out gone/found.json": (
         r"--out gone/found\.json: there is no directory gone"
     ),
+    "cli export old .": r"OUT_DIR \.: the working directory; name a directory to create",
+    "cli export old taken": r"/.*/taken\.partial: already exists, .*; choose another OUT_DIR",
     "cli export nowhere out": r"nowhere: neither a run directory with a journal nor a checkpoint",
     "cli export old own.py": r"own\.py: already exists; choose another OUT_DIR",
     "cli export old out --iteration 7": r"--iteration 7: the run in old has the centers 0 to 2",

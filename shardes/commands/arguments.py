@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import wraps
+from os.path import expanduser
+from pathlib import Path
 from typing import NoReturn, ParamSpec
 
 from shardes.config import loading
 from shardes.config.schema import Config, help_text
-from shardes.errors import ConfigError, RunError
+from shardes.errors import ConfigError, RunError, one_line
 
 P = ParamSpec("P")
 
@@ -21,10 +23,15 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except (ConfigError, RunError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             return 2 if isinstance(error, ConfigError) else 1
 
     return wrapped
+
+
+def path(text: str) -> Path:
+    """An argument that is a path; a leading ~ is the home directory."""
+    return Path(expanduser(text))
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ with environment.quiet():
 import torch.distributed as dist
 
 from shardes import launch
-from shardes.commands.arguments import LaunchParser
+from shardes.commands.arguments import LaunchParser, path
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
 from shardes.errors import ConfigError, RunError
@@ -91,7 +92,8 @@ def parser() -> LaunchParser:
     summary = __doc__.splitlines()[0]
     parser = LaunchParser("evaluate", "[--gpus N] --model DIR [options]", summary, EXAMPLES)
     add = parser.add_argument
-    add("--model", metavar="DIR", help="the model to evaluate; default: model.path itself")
+    help = "the model to evaluate; default: model.path itself"
+    add("--model", metavar="DIR", type=expanduser, help=help)
     add(
         "--split",
         nargs="+",
@@ -99,7 +101,7 @@ def parser() -> LaunchParser:
         help="the task's prompts: train, test, names of task.tests; default: test",
     )
     add("--samples", type=int, default=0, help="sampled responses per prompt; default: %(default)s")
-    add("--out", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
+    add("--out", type=path, default=Path("evaluation.json"), help="default: %(default)s")
     return parser
 
 

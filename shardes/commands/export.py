@@ -15,13 +15,15 @@ zero_to_fp32.py --safe_serialization makes of a ZeRO-3 checkpoint; --base then n
 
 import sys
 from math import prod
+from os.path import expanduser
 from pathlib import Path
 
-from shardes.commands.arguments import CommandParser, reports_errors
+from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.config.limits import is_size
 from shardes.distributed import environment
 from shardes.errors import ConfigError, RunError
 from shardes.storage import journal
+from shardes.storage.checkpoint import PARTIAL, is_free
 from shardes.storage.export import (
     DTYPES_BY_NAME,
     center_of_run,
@@ -35,10 +37,10 @@ def parser() -> CommandParser:
     parser.add_argument(
         "source",
         metavar="RUN_DIR",
-        type=Path,
+        type=path,
         help="run directory, or another program's checkpoint",
     )
-    parser.add_argument("out", metavar="OUT_DIR", type=Path, help="directory to create")
+    parser.add_argument("out", metavar="OUT_DIR", type=path, help="directory to create")
     parser.add_argument(
         "--iteration",
         type=int,
@@ -54,7 +56,10 @@ def parser() -> CommandParser:
         "--shard-size", default="5GB", help="maximum size of one file; default: %(default)s"
     )
     parser.add_argument(
-        "--base", metavar="DIR", help="the base model; default: the run's model.path"
+        "--base",
+        metavar="DIR",
+        type=expanduser,
+        help="the base model; default: the run's model.path",
     )
     return parser
 
@@ -64,6 +69,16 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if not is_size(options.shard_size):
         raise ConfigError(f"--shard-size {options.shard_size}: must be a size such as 5GB or 500MB")
+    if options.out.resolve() == Path.cwd():  # replacing it would leave a shell in a removed one
+        raise ConfigError(
+            f"OUT_DIR {options.out}: the working directory; name a directory to create"
+        )
+    partial = options.out.absolute().with_name(options.out.absolute().name + PARTIAL)
+    if not is_free(partial):
+        raise ConfigError(
+            f"{partial}: already exists, and the export would be written there until it is "
+            "complete; choose another OUT_DIR"
+        )
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ConfigError(f"{options.out}: already exists; choose another OUT_DIR")
     try:

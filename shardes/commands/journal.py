@@ -8,14 +8,15 @@ Exit code 1: verify found something invalid, or diff found a difference.
 """
 
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from shardes.commands.arguments import CommandParser, reports_errors
+from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, unusable_files
 from shardes.es.statistics import mean, std
 from shardes.storage import snapshots
 from shardes.storage.journal import JOURNAL, History, read
@@ -118,13 +119,17 @@ def diff(directory: Path, other_directory: Path, console: Console) -> bool:
 
 
 @reports_errors
+@unusable_files()
 def main(argv: list[str]) -> int:
     parser = CommandParser("journal", __doc__)
-    parser.add_argument("run", metavar="RUN_DIR", type=Path)
+    parser.add_argument("run", metavar="RUN_DIR", type=path)
     parser.add_argument("action", choices=["show", "verify", "diff"], nargs="?", default="show")
-    parser.add_argument("other", metavar="OTHER_RUN", type=Path, nargs="?", help="for diff")
+    parser.add_argument("other", metavar="OTHER_RUN", type=path, nargs="?", help="for diff")
     parser.add_argument(
-        "--base", metavar="DIR", help="for verify: the base model; default: the run's model.path"
+        "--base",
+        metavar="DIR",
+        type=expanduser,
+        help="for verify: the base model; default: the run's model.path",
     )
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     options = parser.parse_args(argv)

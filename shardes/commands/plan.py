@@ -24,7 +24,7 @@ from rich.table import Table
 
 from shardes.commands.arguments import CommandParser, reports_errors
 from shardes.config import loading as settings
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, unusable_files
 from shardes.planning.layouts import Layout, Machine
 from shardes.planning.planner import Planner
 from shardes.planning.shapes import config_file
@@ -57,6 +57,7 @@ Assessments = dict[str, tuple[Layout, Assessment]]  # by title
 
 
 @reports_errors
+@unusable_files()
 def main(argv: list[str]) -> int:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 150)
     return run(parse(argv), console)

@@ -9,24 +9,28 @@ environment of each start, and resumptions. It works for runs that are still und
     shardes report runs/mine --out mine.html
 """
 
-from pathlib import Path
+import sys
 
-from shardes.commands.arguments import CommandParser, reports_errors
+from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, unusable_files
 from shardes.reporting.report import Run, render
 
 
 @reports_errors
+@unusable_files()
 def main(argv: list[str]) -> int:
     parser = CommandParser("report", __doc__)
-    parser.add_argument("run", metavar="RUN_DIR", type=Path)
+    parser.add_argument("run", metavar="RUN_DIR", type=path)
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="default: report.html in the run directory"
+        "--out", metavar="FILE", type=path, help="default: report.html in the run directory"
     )
     options = parser.parse_args(argv)
     out = options.out or options.run / "report.html"
-    text = render(Run(options.run))
+    run = Run(options.run)
+    for warning in run.warnings:
+        print(warning, file=sys.stderr)
+    text = render(run)
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -26,7 +26,7 @@ from shardes.commands.arguments import LaunchParser, reports_errors
 from shardes.config import loading as settings
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
-from shardes.errors import RunError
+from shardes.errors import RunError, unusable_files
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
 from shardes.planning.memory import rank_memory
@@ -73,6 +73,7 @@ def prepare(argv: list[str], job: Job) -> PreparedTraining:
 
 
 @reports_errors
+@unusable_files()
 def dry_run(argv: list[str], ranks: int) -> int:
     """Make the checks of a start on `ranks` ranks and print the settings; write nothing."""
     _, config = parser().read(argv)

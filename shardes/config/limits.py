@@ -24,7 +24,7 @@ def at_least(minimum: int) -> Limit:
 
 
 def required(meaning: str) -> Limit:
-    return Limit(f"is required: {meaning}", lambda value: value != MISSING)
+    return Limit(f"is required: {meaning}", lambda value: value not in (MISSING, ""))
 
 
 POSITIVE = Limit("must be positive", lambda value: value > 0)
@@ -34,7 +34,7 @@ def is_pattern(text: str) -> bool:
     """Whether a text is a regular expression."""
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -50,6 +50,21 @@ def is_reward_text(text: str) -> bool:
     try:
         return is_reward(float(text))
     except ValueError:
+        return False
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    digits = port.isascii() and port.isdigit() and len(port) <= 5
+    return bool(host) and digits and 0 < int(port) < 65536
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that can be encoded and that a path can hold."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:
         return False
 
 

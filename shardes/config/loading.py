@@ -1,12 +1,15 @@
 """Reading settings from a file and overrides, checking them, and writing them as YAML."""
 
 import re
+from enum import Enum
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from shardes.config.limits import is_text
 from shardes.config.schema import (
     CENTER_SETTINGS,
     REPLICA_SETTINGS,
@@ -15,7 +18,7 @@ from shardes.config.schema import (
     Config,
     Restore,
 )
-from shardes.errors import ConfigError, suggestion
+from shardes.errors import ConfigError, one_line, suggestion
 
 
 def load(path: str, overrides: list[str]) -> Config:
@@ -24,27 +27,29 @@ def load(path: str, overrides: list[str]) -> Config:
     Raises:
         ConfigError: an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
+    path = expanduser(path)
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such config file")
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override}: overrides are written key=value")
-    settings = _read_yaml(path)
+    settings, given = _read_yaml(path), [_read_override(override) for override in overrides]
     try:
         if not isinstance(settings.get("resume", {}), DictConfig | dict):
             settings["resume"] = {"source": settings["resume"]}
-        overrides = [re.sub(r"^resume=", "resume.source=", override) for override in overrides]
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), settings, OmegaConf.from_dotlist(overrides)
+        config = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Config), settings, *given)
         )
-        config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error.full_key or "")) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            _wrong_value(error.full_key or path, str(error).splitlines()[0])
-        ) from None
+        reason = one_line(str(error).partition("\n")[0])
+        raise ConfigError(_wrong_value(error.full_key or path, reason)) from None
+    except Exception as error:  # OmegaConf's own code, on values that it does not expect
+        raise ConfigError(f"{path} and the overrides: {one_line(error)}") from error
     assert isinstance(config, Config)
+    _check_kinds(config)
+    _expand_paths(config)
     check(config)
     return config
 
@@ -53,13 +58,40 @@ def _read_yaml(path: str) -> DictConfig:
     try:
         settings = OmegaConf.load(path)
     except Exception as error:  # the YAML reader raises errors of many types for a malformed file
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML: {reason}") from error
+        raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from error
     if not isinstance(settings, DictConfig):
         raise ConfigError(
             f"{path}: holds no settings (key: value lines); see configs/ for examples"
         )
     return settings
+
+
+def _read_override(override: str) -> DictConfig:
+    """The settings of one `key=value`."""
+    override = re.sub(r"^resume=", "resume.source=", override)
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # as above
+        key, _, value = override.partition("=")
+        reason = one_line(getattr(error, "problem", None) or error)
+        raise ConfigError(
+            f"{key}={value}: not readable as YAML: {reason}; quote the value twice, "
+            f"as in {key}='\"...\"'"
+        ) from None
+
+
+def _expand_paths(config: Config) -> None:
+    """Replace a leading ~ of paths by the home directory."""
+    for key, setting in SETTINGS.items():
+        if setting.is_path:
+            section, _, name = key.rpartition(".")
+            owner, value = getattr(config, section), _value(config, key)
+            if isinstance(value, dict):
+                setattr(owner, name, {split: expanduser(path) for split, path in value.items()})
+            elif isinstance(value, list):
+                setattr(owner, name, list(map(expanduser, value)))
+            elif value is not None:
+                setattr(owner, name, expanduser(value))
 
 
 def _unknown_key(key: str) -> str:
@@ -112,6 +144,25 @@ def check(config: Config) -> None:
         es.restore is Restore.copy or (replicas.join is None and replicas.port is None),
         "replicas drift apart by rounding, so none can join the run; use copy",
     )
+
+
+def _check_kinds(config: Config) -> None:
+    """Raise ConfigError for what no number and no text may be."""
+    for key, setting in SETTINGS.items():
+        value = _value(config, key)
+        if isinstance(value, int | float):
+            holds = abs(value) <= setting.largest  # false of NaN
+            _demand(config, key, holds, f"must be a finite number, at most {setting.largest}")
+        elif not isinstance(value, Enum | None):
+            demand = "must be text: UTF-8 without a zero byte"
+            _demand(config, key, all(map(is_text, _texts(value))), demand)
+
+
+def _texts(value: Any) -> list[Any]:
+    """The items of a list, keys and values of a mapping, or the value itself."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, list) else [value]
 
 
 def _value(config: Config, key: str) -> Any:

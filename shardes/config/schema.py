@@ -3,7 +3,6 @@
 `shardes.config.loading` reads and checks the settings.
 """
 
-import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from shardes.config.limits import (
     REWARD_RANGE,
     Limit,
     at_least,
+    is_address,
     is_pattern,
     is_reward_text,
     is_size,
@@ -79,6 +79,8 @@ class Setting:
             None: not declared, which the sections es, generation and task do not allow.
         same_in_replicas: whether a replica that joins a run must have the run's value. Settings
             that decide the center must be the same in any case.
+        largest: of a number, the largest absolute value.
+        is_path: whether a leading ~ is the home directory.
     """
 
     default: Any
@@ -86,6 +88,8 @@ class Setting:
     limit: Limit | None = None
     decides_center: bool | Literal["scheduled"] | None = None
     same_in_replicas: bool = False
+    largest: int = 2**31 - 1
+    is_path: bool = False
 
 
 def _setting(default: Any, help: str, **declared: Any) -> Any:
@@ -101,6 +105,7 @@ class ModelConfig:
         MISSING,
         "checkpoint directory (safetensors, config.json, tokenizer) or hub id",
         limit=required("a checkpoint directory or a hub id"),
+        is_path=True,
     )
     dtype: DType = _setting(
         DType.bfloat16,
@@ -168,6 +173,7 @@ class ESConfig:
         "run seed; every member's seed is derived from it",
         limit=at_least(0),
         decides_center=True,
+        largest=2**64 - 1,
     )
     restore: Restore = _setting(
         Restore.copy,
@@ -258,23 +264,28 @@ class TaskConfig:
         "built-in task: conciseness, countdown or math; or jsonl, for your own data and reward",
         decides_center=True,
     )
-    path: str | None = _setting(None, "your own task: file.py:Class", decides_center=True)
+    path: str | None = _setting(
+        None, "your own task: file.py:Class", decides_center=True, is_path=True
+    )
     train: str | None = _setting(
         None,
         "training problems (countdown, math, jsonl): a file (.jsonl, .json, .csv, .parquet), a "
         "directory that save_to_disk wrote, or datasets:NAME:SPLIT; null: the built-in ones",
         decides_center=True,
+        is_path=True,
     )
     test: str | None = _setting(
         None,
         "held-out problems, in the same formats",
         decides_center=False,
         same_in_replicas=True,
+        is_path=True,
     )
     tests: dict[str, str] = _setting(
         {},
         "math, jsonl: more test sets by name, for shardes evaluate --split NAME",
         decides_center=False,
+        is_path=True,
     )
     template: str | None = _setting(
         None,
@@ -292,6 +303,7 @@ class TaskConfig:
         "jsonl: my_module:function or my_reward.py:function; "
         "called with (response, example), it returns a float",
         decides_center=True,
+        is_path=True,
     )
     workers: int = _setting(
         4,
@@ -379,7 +391,7 @@ class ReplicasConfig:
         "HOST:PORT of the primary job of a run that this launch joins, as one more replica",
         limit=Limit(
             "must be written HOST:PORT, as the run to join prints it",
-            lambda value: re.fullmatch(r".+:\d+", value) is not None,
+            is_address,
         ),
     )
     timeout: float = _setting(
@@ -395,6 +407,7 @@ class ResumeConfig:
         "auto",
         "auto: resume if run.dir has a journal; never: refuse to; or a run directory or snapshot, "
         "from whose journal this run starts (also written resume=...)",
+        is_path=True,
     )
     allow_changes: list[str] = _setting(
         [], "settings that decide the center and may differ from those in the journal"
@@ -407,6 +420,7 @@ class RunConfig:
         MISSING,
         "run directory: config, metrics, journal, samples, snapshots, TensorBoard files",
         limit=required("where the run is written"),
+        is_path=True,
     )
     timeout: float = _setting(
         1800.0,
@@ -420,6 +434,7 @@ class TrackingConfig:
     loggers: list[str] = _setting(
         ["tensorboard"],
         "loggers besides metrics.jsonl: tensorboard, wandb, or your own as logger.py:Class",
+        is_path=True,
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import NoReturn
 
 from shardes.distributed.hosts import slurm_hosts
@@ -81,6 +82,9 @@ def quiet() -> Iterator[None]:
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """End the process with the exit code that `main(arguments)` returns, or 1 if it raises."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may lack ±, → and users' letters
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
     except SystemExit as error:  # argparse's

@@ -19,6 +19,7 @@ also those of other jobs, share further keys under the run's prefix: see `replic
 | `stop` | exit code; a rank asks for the job's end | any rank |
 | `end` | exit code; rank 0 has ended, the others must | rank 0 |
 | `left/R` | "": rank R has left | rank R |
+| `collective failed/R` | "": rank R waited for another in vain | rank R |
 | `records/...` | the run's records, repeated in a job that joined the run | rank 0 |
 | `snapshot T/created` | "": the directory of the snapshot of iteration T is there | rank 0 |
 | `snapshot T/written/R` | "": rank R has written its regions to disk | rank R of replica 0 |
@@ -117,6 +118,12 @@ class JobStore:
 
     def has_left(self, rank: int) -> bool:
         return self._store.check([f"left/{rank}"])
+
+    def set_collective_failed(self, rank: int) -> None:
+        self._store.set(f"collective failed/{rank}", "")
+
+    def collective_failed(self, rank: int) -> bool:
+        return self._store.check([f"collective failed/{rank}"])
 
     def _code(self, key: str) -> int | None:
         return int(self._store.get(key)) if self._store.check([key]) else None

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from shardes.config.schema import Config, DType, EngineName, Offload
 from shardes.distributed.world import World
 from shardes.engines.vocabulary import VocabularySlice
-from shardes.errors import ConfigError
-from shardes.sharding.model_directory import check_unquantised
+from shardes.errors import ConfigError, mistakes_in
+from shardes.sharding.model_directory import check_unquantised, reason
 from shardes.sharding.regions import ParameterShard
 from shardes.sharding.weight_files import WeightFiles
 
@@ -60,10 +60,11 @@ def open_model(
 
     The module's persistent buffers are loaded, and parameters are tied as the files require.
     """
-    files, module = WeightFiles(directory), empty_model(directory, dtype, trust_remote_code)
-    files.map_names(module)
-    files.check({name: param.shape for name, param in module.named_parameters()})
-    files.load_buffers(module)
+    with mistakes_in(f"model.path={directory}"):
+        files, module = WeightFiles(directory), empty_model(directory, dtype, trust_remote_code)
+        files.map_names(module)
+        files.check({name: param.shape for name, param in module.named_parameters()})
+        files.load_buffers(module)
     return files, module
 
 
@@ -80,8 +81,8 @@ def empty_model(
         ConfigError: config.json is missing, unreadable, or of an architecture unknown to
             transformers, or the model is quantised.
     """
-    check_unquantised(directory)
     try:
+        check_unquantised(directory)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(
@@ -89,18 +90,10 @@ def empty_model(
             )
         module.tie_weights()  # moving to the meta device untied them
         return module
-    except (OSError, ValueError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever transformers meets in a file that is not as it expects it
         raise ConfigError(f"model.path={directory}: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """One line that says why transformers did not load a model or tokenizer."""
-    if "trust_remote_code" in str(error):
-        return (
-            "it comes with Python code of its own, which is not run; if you have read that code "
-            "and trust it, set model.trust_remote_code=true"
-        )
-    return str(error).strip().splitlines()[0]
 
 
 def check_model(config: Config, module: PreTrainedModel) -> None:

@@ -20,6 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from shardes.errors import ConfigError, RunError
 
+SHARED_MEMORY = Path("/dev/shm")
+SEGMENT = "deepspeed_allreduce_buffer"
+ABANDONED_AFTER = 60.0  # seconds; a run opens its segments within moments of each other
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear`; on a CPU in float32 it uses oneDNN, as torch does for bfloat16.
@@ -114,6 +118,7 @@ def shared_memory(replica: int) -> Iterator[bool]:
     replica has a name of its own, removed once all its ranks have opened the memory.
     """
     load_shared_memory_op()
+    remove_abandoned_segments()
     host = torch.tensor([zlib.crc32(socket.gethostname().encode())])
     lowest, highest = host.clone(), host.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
@@ -124,5 +129,34 @@ def shared_memory(replica: int) -> Iterator[bool]:
     with _environment(LOCAL_SIZE=local_size, MASTER_PORT=port):
         yield one_host
     dist.barrier()
-    segment = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    Path("/dev/shm", segment).unlink(missing_ok=True)
+    segment = f"{SEGMENT}_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    (SHARED_MEMORY / segment).unlink(missing_ok=True)
+
+
+def remove_abandoned_segments() -> None:
+    """Remove the names of shared memory that runs of this user left when they were killed while
+    starting.
+
+    A segment has a name only while its run starts. It is abandoned if no process maps it; one that
+    is new may belong to a process that is about to, or to another container, and is left.
+    """
+    found = SHARED_MEMORY.glob(f"{SEGMENT}_{os.getuid()}_*")
+    segments = [path for path in found if _age(path) > ABANDONED_AFTER]
+    used = "".join(map(_mapped, Path("/proc").glob("[0-9]*"))) if segments else ""
+    for path in segments:
+        if str(path) not in used:
+            path.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # another rank has removed it
+        return 0.0
+
+
+def _mapped(process: Path) -> str:
+    try:
+        return (process / "maps").read_text(errors="replace")
+    except OSError:  # it has ended, or is another user's
+        return ""

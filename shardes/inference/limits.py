@@ -64,6 +64,31 @@ def check_prompts(
             )
 
 
+def beyond_context(
+    model: str,
+    module: PreTrainedModel,
+    split: str,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> str | None:
+    """A warning about prompts whose longest responses pass the context that the model was made for.
+
+    A model that computes its positions decodes on beyond it, but usually no text of any use. Models
+    with a table of positions are refused by `check_prompts`.
+    """
+    context = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if not isinstance(context, int) or context < 1 or longest + max_new_tokens <= context:
+        return None
+    beyond = sum(len(prompt) + max_new_tokens > context for prompt in prompts)
+    return (
+        f"generation.max_new_tokens={max_new_tokens}: with the longest response, {beyond} of "
+        f"{len(prompts)} prompts of {split} pass the {context} tokens that {model} was made for "
+        f"(max_position_embeddings; the longest prompt has {longest}); use fewer new tokens or "
+        "shorter prompts, unless you know that the model goes on beyond"
+    )
+
+
 def learned_positions(module: PreTrainedModel) -> int | None:
     """The number of positions of a model with a table of them; None if it computes them."""
     config = module.config.get_text_config()

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from shardes.config.schema import LogitsProcessors
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, one_line
 
 # These look at which tokens a row has, not at where they stand.
 _BY_SET = (
@@ -144,8 +144,9 @@ def checkpoint_generation_config(
     """The generation config of a model directory.
 
     Raises:
-        ConfigError: it cannot be read; or its logits processors are to be applied, and it has a key
-            that is not supported or a value that transformers rejects.
+        ConfigError: it cannot be read; its end-of-sequence tokens are no token ids; or its logits
+            processors are to be applied, and it has a key that is not supported or a value that
+            transformers rejects.
     """
     try:
         generation = (
@@ -153,10 +154,17 @@ def checkpoint_generation_config(
             if (directory / "generation_config.json").exists()
             else GenerationConfig.from_model_config(module.config)
         )
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever transformers meets in a file that is not as it expects it
         raise ConfigError(
-            f"model.path={directory}: generation_config.json: {' '.join(str(error).split())}"
+            f"model.path={directory}: generation_config.json: {one_line(error)}"
         ) from error
+    eos = generation.eos_token_id
+    for token in eos if isinstance(eos, list) else [eos]:
+        if token is not None and type(token) is not int:
+            raise ConfigError(
+                f"model.path={directory}: eos_token_id={eos!r} of its generation config must be a "
+                "token id or a list of them"
+            )
     if logits_processors is LogitsProcessors.checkpoint:
         _check(str(directory), module, generation, max_new_tokens)
     return generation
@@ -182,10 +190,10 @@ def _check(
     try:
         processors = RowProcessors(module, generation, max_new_tokens, [1], cpu)
         processors(ids, torch.ones_like(ids), [0], torch.zeros(1, vocab_size))
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise ConfigError(
             f"model.path={model}: its generation config ({active_keys(generation)}) is not one "
-            f"that transformers accepts: {' '.join(str(error).split())}; {remedy}"
+            f"that transformers accepts: {one_line(error)}; {remedy}"
         ) from error
 
 

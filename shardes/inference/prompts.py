@@ -4,12 +4,12 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from datetime import datetime
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, mistakes_in, one_line
 
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # a call in a chat template
 Prompt = str | list[dict[str, str]]  # text, or a list of chat messages
@@ -29,7 +29,11 @@ def encode(
         ConfigError: there are no prompts, one is empty or no text, or there is no chat template for
             a chat, or the template does not take it.
     """
-    if not prompts:
+    if not isinstance(prompts, Sized):
+        raise ConfigError(
+            f"task: prompts(split) must return a list, and it returned {type(prompts).__name__}"
+        )
+    if not len(prompts):
         raise ConfigError(
             "task: its list of prompts is empty; "
             "prompts(split) must return at least one, for train and for test"
@@ -50,7 +54,8 @@ def _encode(
     elif isinstance(prompt, list):
         ids = _encode_chat(tokenizer, position, prompt, date)
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        with mistakes_in(f"{position}: the tokenizer of {tokenizer.name_or_path}"):
+            ids = tokenizer(prompt)["input_ids"]
         if ids[:2] == [tokenizer.bos_token_id] * 2:
             _warn_of_second_begin(tokenizer)
     if not ids:
@@ -75,8 +80,8 @@ def _encode_chat(
         if not (isinstance(fields.get("role"), str) and has_content):
             raise ConfigError(f"{position}: {message!r} is not a message with role and content")
     continues = messages[-1]["role"] == "assistant"
-    template = with_date(tokenizer.get_chat_template(), date)
     try:
+        template = with_date(tokenizer.get_chat_template(), date)
         chat = tokenizer.apply_chat_template(
             messages,
             chat_template=template,
@@ -84,21 +89,25 @@ def _encode_chat(
             continue_final_message=continues,
             return_dict=True,
         )
+        assert isinstance(chat, BatchEncoding)
+        return list(chat["input_ids"])
+    except ConfigError:
+        raise
     except Exception as error:  # a template may raise anything
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = one_line(str(error).partition("\n")[0] or error)
         roles = ", ".join(message["role"] for message in messages)
         raise ConfigError(
             f"{position}: the chat template of {tokenizer.name_or_path} does not take its messages "
             f"(roles {roles}): {problem}"
         ) from error
-    assert isinstance(chat, BatchEncoding)
-    return chat["input_ids"]
 
 
 def _check_is_text(position: str, prompt: Prompt) -> None:
     try:
         json.dumps(prompt, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, UnicodeEncodeError):
+            raise ConfigError(f"{position}: {one_line(error)}") from error
         character = error.object[error.start]
         raise ConfigError(
             f"{position} has {character!a}, half of a pair of UTF-16, which is no text; "

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardes.config.schema import Config, EngineName
 from shardes.engines import empty_model
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, mistakes_in
 from shardes.sharding.model_directory import download
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -111,10 +111,8 @@ def read_shapes(config: Config) -> tuple[ModelShapes, PreTrainedModel]:
         ConfigError: config.json is missing, unreadable, or lacks a size.
     """
     path, file = config.model.path, config_file(config.model.path)
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: no readable config.json: {error}") from error
+    with mistakes_in(f"model.path={path}: no readable config.json"):
+        values = dict(json.loads(file.read_bytes()))
     dtype = getattr(torch, config.model.dtype.value)
     module = empty_model(file.parent, dtype)
     text = module.config.get_text_config()

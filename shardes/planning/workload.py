@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from shardes.config.schema import Config
 from shardes.inference.generation import batches
 from shardes.inference.prompts import Prompt, encode
 from shardes.planning.layouts import Layout
+from shardes.sharding.model_directory import open_tokenizer
 from shardes.tasks import configured_task, prompts_of
 
 # Characters of a prompt per token, if the model has no tokenizer. SmolLM2's has 3.4 in Countdown.
@@ -77,7 +76,7 @@ def _lengths(path: str, prompts: Sequence[Prompt]) -> list[int]:
     """The prompts' lengths in tokens, estimated if there is no tokenizer."""
     directory = Path(path)
     if directory.is_dir() and any(directory.glob("tokenizer*")):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = open_tokenizer(directory)
         return [len(tokens) for tokens in encode(tokenizer, prompts)]
     texts = (
         prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)

@@ -1,6 +1,7 @@
 """Records of each start of a run, in the run directory: logs/attempt_1, logs/attempt_2, ..."""
 
 import json
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -16,7 +17,8 @@ from shardes.reporting.system_info import system_info
 
 def attempts(directory: Path) -> list[Path]:
     """The attempt directories of a run directory, in the order of the starts."""
-    return sorted((directory / "logs").glob("attempt_*"), key=_number)
+    found = (directory / "logs").glob("attempt_*")
+    return sorted((path for path in found if re.fullmatch(r"attempt_\d+", path.name)), key=_number)
 
 
 def _number(attempt: Path) -> int:
@@ -41,7 +43,7 @@ class Attempt:
             (self.directory / "config.yaml").write_text(settings.to_yaml(config), encoding="utf-8")
             environment = {"started": now, "command": sys.argv, "world": layout, **system_info()}
             (self.directory / "environment.json").write_text(
-                json.dumps(environment, indent=2) + "\n"
+                json.dumps(environment, indent=2) + "\n", encoding="utf-8"
             )
 
     def log_line(self, line: str) -> None:

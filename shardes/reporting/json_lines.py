@@ -3,19 +3,44 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 from shardes.errors import RunError
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file's complete lines; none if the file does not exist."""
+def no_warning(message: str) -> None:
+    """What `read` calls by default."""
+
+
+def read(file: Path, warn: Callable[[str], None] = no_warning) -> list[dict[str, Any]]:
+    """The objects of a file's complete lines; none if the file does not exist.
+
+    Each must have an integer "iteration". Damaged lines are left out: these files report what the
+    journal records.
+
+    Args:
+        warn: is called once with a message that names the damaged lines, if there are any.
+    """
     if not file.is_file():
         return []
-    *lines, _ = file.read_text(encoding="utf-8").split("\n")
-    return list(map(json.loads, lines))
+    *lines, _ = file.read_bytes().split(b"\n")
+    rows = list(map(_row, lines))
+    damaged = [str(number) for number, row in enumerate(rows, 1) if row is None]
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        warn(f"WARNING: {file}: damaged and left out: line {', '.join(damaged[:3])}{more}")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and type(row.get("iteration")) is int
+    return row if whole else None
 
 
 def append(file: TextIO, rows: Iterable[dict[str, Any]], durable: bool = False) -> None:

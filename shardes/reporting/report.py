@@ -5,13 +5,14 @@ It also works for a run that is still under way: what is not there yet is left o
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from shardes.config.schema import SETTINGS
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, one_line
 from shardes.reporting import json_lines
 from shardes.reporting.attempts import attempts
 from shardes.reporting.charts import Series, line_chart, stacked_chart
@@ -21,6 +22,7 @@ from shardes.storage.journal import JOURNAL, History, read
 
 PARTS = ("generate", "gather", "perturb", "restore", "update", "exchange")
 GROUP = 4  # samples per group
+LARGEST = 1e100  # that is drawn; the limit of rewards
 
 
 class Run:
@@ -32,18 +34,27 @@ class Run:
             raise ConfigError(f"{directory}: no run directory: it has no {JOURNAL}")
         self.directory = directory
         self.history: History = history
-        self.metrics = json_lines.read(directory / "metrics.jsonl")
-        self.samples = json_lines.read(directory / "samples.jsonl")
-        self.extremes = json_lines.read(directory / "extremes.jsonl")
-        summary = directory / "summary.json"
-        self.summary: dict[str, Any] = json.loads(summary.read_text()) if summary.is_file() else {}
-        config = directory / "config.yaml"
-        self.settings: dict[str, Any] = _flat(_settings(config)) if config.is_file() else {}
-        self.starts = {
-            path.name: json.loads((path / "environment.json").read_text(encoding="utf-8"))
-            for path in attempts(directory)
-            if (path / "environment.json").is_file()
+        self.warnings: list[str] = []
+        self.metrics, self.samples, self.extremes = (
+            json_lines.read(directory / f"{name}.jsonl", self.warnings.append)
+            for name in ("metrics", "samples", "extremes")
+        )
+        self.summary = self._read(directory / "summary.json", _json)
+        self.settings = _flat(self._read(directory / "config.yaml", _settings))
+        starts = {
+            path.name: self._read(path / "environment.json", _json) for path in attempts(directory)
         }
+        self.starts = {name: start for name, start in starts.items() if start}
+
+    def _read(self, file: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
+        """The mapping in a file; empty if there is none, or if it is damaged."""
+        if not file.is_file():
+            return {}
+        try:
+            return {str(key): value for key, value in read(file).items()}
+        except Exception as error:  # whatever a reader meets in a damaged file
+            self.warnings.append(f"WARNING: {file}: damaged and left out: {one_line(error)}")
+            return {}
 
     def curve(self, key: str) -> dict[float, float]:
         """A metric by iteration; for evaluations, the final center's is included."""
@@ -51,13 +62,20 @@ class Run:
         final = self.summary.get(key, self.summary.get(f"{key}_last"))
         if final is not None and key != "reward_mean":
             values[self.summary["iterations"]] = final
-        return values
+        return {iteration: value for iteration, value in values.items() if drawable(value)}
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    settings = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
+def drawable(value: Any) -> bool:
+    """Whether a value is a number for which axes can be computed."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST  # false of NaN
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_bytes())
+
+
+def _settings(file: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(file))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,15 +97,27 @@ def render(run: Run) -> str:
     )
     task = run.settings.get("task.name") or run.settings.get("task.path")
     about = escaped(f"task {task}; base model {history.header.model}; {state}")
-    sections = {
-        "Rewards": _rewards(run),
-        "Samples before and after": _samples(run),
-        "Best and worst responses": _extremes(run),
-        "Time": _times(run),
-        "Settings": _settings_tables(run),
-        "Starts and environment": _starts(run),
+    makers = {
+        "Rewards": _rewards,
+        "Samples before and after": _samples,
+        "Best and worst responses": _extremes,
+        "Time": _times,
+        "Settings": _settings_tables,
+        "Starts and environment": _starts,
     }
-    return page(f"{run.directory.resolve().name}", f"<p>{about}</p>{_overview(run)}", sections)
+    sections = {name: _section(make, run) for name, make in makers.items()}
+    head = f"<p>{about}</p>{_section(_overview, run)}"
+    head += "".join(f"<p>{escaped(warning)}</p>" for warning in run.warnings)
+    return page(f"{run.directory.resolve().name}", head, sections)
+
+
+def _section(make: Callable[[Run], str], run: Run) -> str:
+    """A section, or why it cannot be shown: values may be of any kind in damaged files."""
+    try:
+        return make(run)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        return f"<p>Cannot be shown, because a file of the run is damaged: {escaped(problem)}</p>"
 
 
 def _overview(run: Run) -> str:
@@ -116,7 +146,7 @@ def _rewards(run: Run) -> str:
     band = {
         row["iteration"]: (row["reward_min"], row["reward_max"])
         for row in run.metrics
-        if "reward_min" in row
+        if drawable(row.get("reward_min")) and drawable(row.get("reward_max"))
     }
     rewards = [
         Series("members' mean (band: worst to best member)", run.curve("reward_mean"), band),

@@ -7,7 +7,7 @@ of a replica that joined the run prints lines (ConsoleReporter). All other ranks
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ class RunReporter(Reporter):
 
     def __init__(self, config: Config, resume: ResumePoint, layout: dict | None = None):
         self._directory = directory = Path(config.run.dir)
-        self._recorded = _trim_files(directory, resume)
+        warnings: list[str] = []
+        self._recorded = _trim_files(directory, resume, warnings.append)
         best = resume.evaluations.get(-1 if resume.best is None else resume.best, {})
         self._attempt = Attempt(directory, config, layout or {})
         self._metrics, self._samples, self._extremes = (
@@ -110,6 +111,8 @@ class RunReporter(Reporter):
         )
         self._tokens = 0
         self._best_and_worst: dict[str, dict[str, Any]] = {}
+        for warning in warnings:
+            self.say(warning)
 
     def say(self, line: str) -> None:
         self._terminal.say(line)
@@ -187,7 +190,11 @@ class RunReporter(Reporter):
             "digest": digest,
             "seconds": seconds,
         }
-        (self._directory / "summary.json").write_text(json_lines.to_json(summary, indent=2) + "\n")
+        try:
+            text = json_lines.to_json(summary, indent=2)
+            (self._directory / "summary.json").write_text(text + "\n")
+        except OSError as error:  # not worth ending the run: starting it again writes the file
+            self.say(f"warning: no summary.json: {error}")
         self._loggers.log(last, len(reward_means))
         self.say(
             f"done: member reward {reward_means[0]:.2f} → {reward_means[-1]:.2f}, "
@@ -206,13 +213,13 @@ class RunReporter(Reporter):
                 self.say(f"warning: {file.name} is incomplete: {error}")
 
 
-def _trim_files(directory: Path, resume: ResumePoint) -> set[int]:
+def _trim_files(directory: Path, resume: ResumePoint, warn: Callable[[str], None]) -> set[int]:
     """Make the files end where the journal does; returns the iterations that have metrics.
 
     An iteration whose metrics are missing gets what the resume point knows of it. Only the last of
     those that are replayed stays without: see `Reporter.repair_iteration`.
     """
-    rows = {row["iteration"]: row for row in json_lines.read(directory / METRICS)}
+    rows = {row["iteration"]: row for row in json_lines.read(directory / METRICS, warn)}
     metrics = {}
     for t, reward_mean in enumerate(resume.reward_means):
         known = {"iteration": t, "reward_mean": reward_mean} | resume.evaluations.get(t, {})
@@ -224,7 +231,7 @@ def _trim_files(directory: Path, resume: ResumePoint) -> set[int]:
     for name, end in ((SAMPLES, complete), (EXTREMES, resume.iteration)):
         kept = [
             row
-            for row in json_lines.read(directory / name)
+            for row in json_lines.read(directory / name, warn)
             if row["iteration"] < end
             or (name == SAMPLES and row["iteration"] in resume.evaluations)
         ]

@@ -8,11 +8,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, mistakes_in, one_line
 
 INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 # The files beside the weights that define a model. Code is copied with the model, but runs only
@@ -97,8 +97,8 @@ def _fetch_files(
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of config.json; empty if it is missing or unreadable."""
     try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -118,14 +118,47 @@ def read_index(directory: Path, name: str) -> dict[str, str]:
     """The file of every tensor, by an index.
 
     Raises:
-        ConfigError: the index is unreadable.
+        ConfigError: the index is unreadable, or names a file outside the directory.
     """
     try:
-        return dict(json.loads((directory / name).read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        file_of = dict(json.loads((directory / name).read_bytes())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"model.path={directory}: {name} is unreadable ({error!r}); download it again"
         ) from None
+    for tensor, file in file_of.items():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ConfigError(
+                f"model.path={directory}: {name} puts {tensor} into {file!r}, which is no file of "
+                "this directory; download it again"
+            )
+    return file_of
+
+
+def open_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory.
+
+    Raises:
+        ConfigError: transformers cannot load it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever code meets in a file that is not as it expects it
+        raise ConfigError(
+            f"model.path={directory}: no usable tokenizer: {reason(error)}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """One line that says why transformers did not load a model or tokenizer."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code of its own, which is not run; if you have read that code "
+            "and trust it, set model.trust_remote_code=true"
+        )
+    if isinstance(error, OSError | ValueError):  # says what is wrong, and goes on with advice
+        return one_line(str(error).strip().partition("\n")[0] or error)
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def companions(directory: Path) -> list[str]:
@@ -194,8 +227,9 @@ def missing_weights(directory: Path, name: str) -> str:
     if name == SINGLE:
         start = f"model.path={directory}: it has neither {SINGLE} nor {INDEX}"
     if (directory / "adapter_config.json").exists():
-        adapter = json.loads((directory / "adapter_config.json").read_text())
-        base = adapter.get("base_model_name_or_path") or "its base model"
+        with mistakes_in(f"model.path={directory}: adapter_config.json"):
+            adapter = json.loads((directory / "adapter_config.json").read_bytes())
+            base = adapter.get("base_model_name_or_path") or "its base model"
         return (
             f"model.path={directory}: an adapter for {base}, not a model; merge the two "
             "(peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained"

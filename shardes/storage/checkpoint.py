@@ -26,6 +26,7 @@ from shardes.storage.files import checksum, sha256s, sync
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # suffix of directories that are being written or removed
+UNFINISHED = ".unfinished"  # a file that marks them, until all others are there
 DTYPES = {
     torch.float32: ("F32", "float32"),
     torch.bfloat16: ("BF16", "bfloat16"),
@@ -77,6 +78,7 @@ class Checkpoint:
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._handles: dict[str, int] = {}
+        self._created = False
         param_of = {
             tensor: param
             for param in self._places
@@ -134,13 +136,22 @@ class Checkpoint:
         return list(self._headers)
 
     def create(self) -> None:
-        """Create the directory: weight files of full size without parameters, config, tokenizer."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """Create the directory: weight files of full size without parameters, config, tokenizer.
+
+        Raises:
+            FileExistsError: something else has its name.
+        """
+        if not is_free(self._directory):
+            raise FileExistsError(f"{self._directory} exists and is no unfinished checkpoint")
+        if self._directory.exists():
+            shutil.rmtree(self._directory)
         self._directory.mkdir(parents=True)
+        self._created = True
+        (self._directory / UNFINISHED).touch()
         for name in self._base.copied_files:
             (self._directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._base.directory / name, self._directory / name)
-        config = json.loads((self._base.directory / "config.json").read_text())
+        config = json.loads((self._base.directory / "config.json").read_bytes())
         config.pop("torch_dtype", None)
         config.pop("transformers_weights", None)  # names the base's file
         config["dtype"] = DTYPES[self._dtype][1]
@@ -237,7 +248,8 @@ class Checkpoint:
         """
         shas = manifest.files
         if card:
-            (self._directory / "README.md").write_text(card)
+            (self._directory / "README.md").write_text(card, encoding="utf-8")
+        (self._directory / UNFINISHED).unlink()
         names = (
             path.relative_to(self._directory).as_posix()
             for path in self._directory.rglob("*")
@@ -262,9 +274,19 @@ class Checkpoint:
         self._handles = {}
 
     def discard(self) -> None:
-        """Remove the incomplete directory."""
+        """Remove the incomplete directory, if this process made it."""
         self.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._created:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def is_free(directory: Path) -> bool:
+    """Whether a checkpoint may be written to a directory: there is none, or an empty one, or one
+    that a killed writer left unfinished.
+    """
+    if not directory.is_dir() or directory.is_symlink():
+        return not os.path.lexists(directory)
+    return (directory / UNFINISHED).exists() or not any(directory.iterdir())
 
 
 @dataclass
@@ -287,7 +309,7 @@ def read_manifest(directory: Path) -> Manifest:
         ConfigError: it is missing or damaged.
     """
     try:
-        body = json.loads((directory / MANIFEST).read_text())
+        body = json.loads((directory / MANIFEST).read_bytes())
         if body.pop("checksum") != _checksum(body):
             raise ValueError("its checksum does not match")
         return Manifest(**body)

@@ -11,13 +11,13 @@ from typing import Any
 
 from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.loading import center_settings, to_yaml
-from shardes.config.schema import CENTER_SETTINGS, Config
+from shardes.config.schema import CENTER_SETTINGS, SCHEDULED_CENTER_SETTINGS, Config
 from shardes.errors import ConfigError, suggestion
 from shardes.es.statistics import mean
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage import journal, snapshots
-from shardes.storage.checkpoint import MANIFEST, PARTIAL, read_manifest
-from shardes.storage.files import differing, fingerprint, sync
+from shardes.storage.checkpoint import PARTIAL, read_manifest
+from shardes.storage.files import differing, fingerprint, make_directory, sync
 from shardes.storage.journal import (
     JOURNAL,
     Header,
@@ -138,7 +138,7 @@ def open_run_directory(
     sources = sources or {}
     directory = Path(config.run.dir)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         lock = Lock(directory)
         history, runs = _read_history(config, directory)
         notes: list[str] = []
@@ -157,7 +157,7 @@ def open_run_directory(
             resume, notes, resumption = _resume(config, history, header, runs)
             run_journal = Journal(directory / JOURNAL, history)
             run_journal.append(resumption)
-        (directory / "config.yaml").write_text(to_yaml(config))
+        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"run.dir={directory}: cannot be written: {error}; choose another directory"
@@ -191,13 +191,15 @@ def describe_run_directory(config: Config, sources: dict[str, str]) -> str:
     """What a start would do with the run directory. Changes nothing and reads no weights.
 
     Raises:
-        ConfigError: the directory holds a run that cannot be resumed with these settings.
+        ConfigError: the directory holds a run that cannot be resumed with these settings, or there
+            is no run to start from.
     """
-    if config.resume.source not in ("auto", "never"):
-        return f"a run that starts from {config.resume.source}"
-    history, _ = _read_history(config, Path(config.run.dir))
-    if history is None:
+    history, _ = _own_history(config, Path(config.run.dir))
+    if history is None and config.resume.source in ("auto", "never"):
         return "a new run"
+    if history is None:
+        _source_run(config)
+        return f"a run that starts from {config.resume.source}"
     header = Header(history.header.model, history.files, center_settings(config))
     _setting_changes(config, history, header)
     _changed_sources(config, history, sources)
@@ -207,40 +209,83 @@ def describe_run_directory(config: Config, sources: dict[str, str]) -> str:
 def _read_history(config: Config, directory: Path) -> tuple[History | None, list[Path]]:
     """The journal to resume from, and the run directories whose snapshots belong to it.
 
-    If `resume` names another run, its journal is first copied to `directory`.
+    If `resume` names another run, its journal is first copied to `directory`, unless an earlier
+    start has done so.
+    """
+    history, runs = _own_history(config, directory)
+    if history or config.resume.source in ("auto", "never"):
+        return history, runs
+    run = _source_run(config)
+    _copy_journal(config, run, directory)
+    return journal.read(directory / JOURNAL), [directory, run]
+
+
+def _own_history(config: Config, directory: Path) -> tuple[History | None, list[Path]]:
+    """The journal in `directory`, None if it records nothing, and the run directories whose
+    snapshots belong to it.
+
+    Raises:
+        ConfigError: `resume` does not allow to continue it.
     """
     history, source = journal.read(directory / JOURNAL), config.resume.source
-    if history and history.is_empty:
-        history = None  # a run that recorded nothing may start again with other settings
-    if source == "never" and history:
+    if history is None or history.is_empty:  # it may start again with other settings
+        return None, [directory]
+    if source == "never":
         raise ConfigError(
             f"run.dir={directory}: holds a run already, and resume=never; "
             "choose another directory, or resume=auto"
         )
-    if source in ("auto", "never"):
+    if source == "auto" or Path(source).resolve() == directory.resolve():
         return history, [directory]
-    is_snapshot = (Path(source) / MANIFEST).exists()
-    run = Path(source).parent.parent if is_snapshot else Path(source)
-    if history is None:
-        _copy_journal(config, run, Path(source) if is_snapshot else None, directory)
-        return journal.read(directory / JOURNAL), [directory, run]
-    if is_snapshot or run.resolve() != directory.resolve():
+    run = _source_run(config)
+    shared = None if run.resolve() == directory.resolve() else _shared_iterations(history, run)
+    if shared is None:
         raise ConfigError(
-            f"run.dir={directory}: holds a run already, and resume={source} starts one from "
-            "another run's journal; choose another directory"
+            f"run.dir={directory}: holds a run already, and not one that began from {source}; "
+            "choose another directory, or resume=auto to continue that run"
         )
-    return history, [directory]
+    # Another center of the same iteration would be taken for this run's if its digest is unknown.
+    iteration = len(history.records)
+    known = iteration == shared or history.digest(iteration) is not None
+    return history, [directory, run] if known else [directory]
 
 
-def _copy_journal(config: Config, run: Path, snapshot: Path | None, directory: Path) -> None:
-    """Copy a run's journal to `directory`: all of it, or up to a snapshot's iteration."""
+def _source_run(config: Config) -> Path:
+    """The run directory that `resume` names, itself or by a snapshot, which may be gone since."""
+    source = Path(config.resume.source)
+    candidates = [source, source.parent.parent]
+    run = next((path for path in candidates if (path / JOURNAL).exists()), None)
+    if run is None:
+        raise ConfigError(
+            f"resume={source}: neither a run directory with a journal nor a snapshot in one"
+        )
+    return run
+
+
+def _shared_iterations(history: History, run: Path) -> int | None:
+    """The number of iterations that a journal shares with that of `run`, of which it began as a
+    copy; None if it did not.
+    """
+    own = history.path.read_bytes()[: history.end].splitlines(keepends=True)
+    other = (run / JOURNAL).read_bytes().splitlines(keepends=True)
+    pairs = zip(own, other, strict=False)
+    shared = next((number for number, (a, b) in enumerate(pairs) if a != b), None)
+    if shared is None:
+        shared = min(len(own), len(other))
+    # What follows the copy is the entry of the start that made it.
+    kinds = [json.loads(line)["kind"] for line in own[: shared + 1]]
+    if not shared or (shared < len(own) and Resumption.kind not in kinds):
+        return None
+    return kinds[:shared].count(Record.kind)
+
+
+def _copy_journal(config: Config, run: Path, directory: Path) -> None:
+    """Copy a run's journal to `directory`: all of it, or up to the snapshot's iteration."""
+    source = Path(config.resume.source)
     history = journal.read(run / JOURNAL)
     if history is None:
-        raise ConfigError(
-            f"resume={config.resume.source}: neither a run directory with a journal nor a snapshot "
-            "in one"
-        )
-    end = history.ends[read_manifest(snapshot).iteration] if snapshot else history.end
+        raise ConfigError(f"resume={source}: its journal has no header; nothing is recorded there")
+    end = history.end if run == source else history.ends[read_manifest(source).iteration]
     partial = directory / (JOURNAL + PARTIAL)
     partial.write_bytes(history.path.read_bytes()[:end])
     sync(partial)
@@ -253,7 +298,8 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     Raises:
         ConfigError: resume.allow_changes lacks one of them.
     """
-    allowed, known = config.resume.allow_changes, [*CENTER_SETTINGS, "model.path", PROMPTS]
+    allowed = config.resume.allow_changes
+    known = [*CENTER_SETTINGS, *SCHEDULED_CENTER_SETTINGS, "model.path", PROMPTS]
     for key in allowed:
         if key not in known:
             raise ConfigError(
@@ -273,7 +319,8 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     settings = center_settings(Config()) | history.settings
     for key, value in header.settings.items():
         if settings.get(key) != value:
-            if key not in allowed:
+            # A run that had no schedule so far has recorded nothing for these.
+            if key not in allowed and key in settings:
                 raise ConfigError(
                     f"{key}={value}: the run in {history.path.parent} has {settings.get(key)}; use "
                     f"that value, list {key} in resume.allow_changes to change it on purpose, or "

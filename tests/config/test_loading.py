@@ -6,7 +6,7 @@ import pytest
 
 from launch import ROOT
 from shardes.config import loading
-from shardes.config.schema import DType, Gather
+from shardes.config.schema import SETTINGS, DType, Gather
 from shardes.errors import ConfigError
 from shardes.tasks import load_task
 
@@ -188,3 +188,28 @@ def test_antithetic_members_need_an_even_population(tmp_path):
     file.write_text("model: {path: x}\nrun: {dir: y}\nes: {population_size: 5, antithetic: true}\n")
     with pytest.raises(ConfigError, match="must be even"):
         loading.load(str(file), [])
+
+
+def test_a_leading_tilde_is_the_home_directory(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    config = load(
+        "model: {path: ~/m}\nrun: {dir: ~/r}\nresume: ~/other\n",
+        "task.train=~/train.jsonl",
+        "task.tests.more=~/more.jsonl",
+        "tracking.loggers=[tensorboard, ~/logger.py:Class]",
+        "task.template=~/no path",
+    )
+    assert config.model.path == "/home/of/mine/m" and config.run.dir == "/home/of/mine/r"
+    assert config.resume.source == "/home/of/mine/other"
+    assert config.task.train == "/home/of/mine/train.jsonl"
+    assert config.task.tests == {"more": "/home/of/mine/more.jsonl"}
+    assert config.tracking.loggers == ["tensorboard", "/home/of/mine/logger.py:Class"]
+    assert config.task.template == "~/no path"
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e300", "-9999999999", "9" * 30])
+def test_no_number_is_infinite_or_huge(load, value):
+    for key, setting in SETTINGS.items():
+        if isinstance(setting.default, int | float) and not isinstance(setting.default, bool):
+            with pytest.raises(ConfigError, match=rf"^{re.escape(key)}"):
+                load(MINIMAL, f"{key}={value}")

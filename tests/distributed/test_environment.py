@@ -1,9 +1,11 @@
 """Variables that a process sets for itself before it imports torch."""
 
 import os
+import sys
 
 import pytest
 
+from launch import ROOT, run
 from shardes.distributed import environment
 
 TASK = {
@@ -42,3 +44,11 @@ def test_without_several_tasks_there_is_no_rank(environ, given):
     environ |= given
     environment.prepare()
     assert not set(RANK) & set(environ)
+
+
+def test_a_terminal_that_cannot_encode_a_character_gets_its_code():
+    program = (
+        "from shardes.distributed import environment as e; e.run(lambda _: print('1 ± 2') or 7)"
+    )
+    done = run([sys.executable, "-c", program], PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout, done.stderr) == (7, "1 \\xb1 2\n", "")

@@ -6,8 +6,14 @@ from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from models import SIZES
+from shardes.engines import open_model
 from shardes.errors import ConfigError
-from shardes.inference.limits import check_decoding, check_prompts, learned_positions
+from shardes.inference.limits import (
+    beyond_context,
+    check_decoding,
+    check_prompts,
+    learned_positions,
+)
 
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
 KEYS = {  # of models that name them otherwise
@@ -88,3 +94,11 @@ def test_models_that_do_not_decode_in_batches_are_refused(name, message):
         model = make(name, attention_hidden_size=32, n_layer=1, decoder_layers=1)
     with pytest.raises(ConfigError, match=message):
         check_decoding("m", model)
+
+
+def test_prompts_beyond_the_context_are_warned_of(tied_llama):
+    _, module = open_model(tied_llama, torch.float32)
+    assert beyond_context("m", module, "train", [[1] * 12, [1] * 500], 12) is None
+    warning = beyond_context("m", module, "train", [[1] * 12, [1] * 501], 12)
+    assert "1 of 2 prompts of train pass the 512 tokens that m was made for" in warning
+    assert "generation.max_new_tokens=12" in warning

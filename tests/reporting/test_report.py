@@ -142,3 +142,29 @@ def test_ticks_are_round_and_inside(low, high):
     values = ticks(low, high, 5)
     assert 3 <= len(values) <= 11 and low <= values[0] and values[-1] <= high * (1 + 1e-9) + 1e-12
     assert all(len(f"{value:.6g}") <= 9 for value in values)
+
+
+def test_damaged_files_and_infinite_rewards_leave_a_report(run):
+    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(
+        "\n".join(
+            [
+                metrics[0],
+                metrics[1][:20],
+                metrics[2].replace('"iteration"', '"it"'),
+                '{"iteration": 1, "reward_mean": Infinity, "reward_min": -1e308, "reward_max": 1}',
+                '{"iteration": 2, "reward_mean": 1e308, "seconds": "x"}',
+                "[1]\n",
+            ]
+        )
+    )
+    (run / "samples.jsonl").write_bytes(b'{"iteration": 0, "split": "test"}\n\xff\n')
+    (run / "summary.json").write_text("{")
+    (run / "config.yaml").write_text("- a")
+    (run / "logs" / "attempt_1.bak").mkdir()
+    (run / "logs" / "attempt_1" / "environment.json").write_text("[1]")
+    done = call(report.main, run)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert f"WARNING: {run}/metrics.jsonl: damaged and left out: line 2, 3, 6" in done.stderr
+    text = Page((run / "report.html").read_text(encoding="utf-8")).text
+    assert "damaged and left out" in text and "members' mean" in text

@@ -152,3 +152,16 @@ def test_the_hub_is_asked_for_what_is_read(single, biased_qwen, tied_llama, tmp_
     assert weights == ({"model.safetensors"} if single else shards)
     assert {"LICENSE", "tokenizer.json", "additional_chat_templates/tools.jinja"} <= fetched
     assert "onnx/config.json" not in fetched
+
+
+def test_an_index_names_only_files_of_its_directory(biased_qwen, tmp_path):
+    directory = shutil.copytree(biased_qwen, tmp_path / "model")
+    file = directory / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name, shard = next(iter(index["weight_map"].items()))
+    shutil.move(directory / shard, tmp_path / shard)
+    for place in (f"../{shard}", str(tmp_path / shard), ["x"], 1):
+        index["weight_map"][name] = place
+        file.write_text(json.dumps(index))
+        with pytest.raises(ConfigError, match=r"index\.json puts .*no file of this directory"):
+            open_model(directory, torch.float32)

@@ -115,3 +115,25 @@ def test_a_discarded_checkpoint_leaves_nothing(tied_llama, tmp_path):
     checkpoint.write("model.norm.weight", (Region.contiguous(0, 32),), torch.ones(32))
     checkpoint.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_only_what_a_killed_writer_left_is_removed(tied_llama, tmp_path):
+    files, shapes = open_files(tied_llama)
+
+    def create() -> Checkpoint:
+        checkpoint = Checkpoint(tmp_path / "out", files, shapes, torch.float32, "5GB")
+        try:
+            checkpoint.create()
+        finally:
+            checkpoint.close()
+        return checkpoint
+
+    create()  # and is killed
+    create().discard()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no unfinished checkpoint"):
+        create()
+    Checkpoint(tmp_path / "out", files, shapes, torch.float32, "5GB").discard()
+    assert (tmp_path / "out.partial" / "notes.txt").exists()

@@ -12,7 +12,12 @@ from shardes.errors import ConfigError
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.files import fingerprint
 from shardes.storage.journal import Header, Record, Resumption, Reward, read
-from shardes.storage.resume import Lock, ResumePoint, open_run_directory
+from shardes.storage.resume import (
+    Lock,
+    ResumePoint,
+    describe_run_directory,
+    open_run_directory,
+)
 
 pytestmark = pytest.mark.faults
 
@@ -160,8 +165,6 @@ def test_another_directory_begins_from_a_runs_journal(begun, base, tmp_path):
     run.close()
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
     assert len(read(tmp_path / "branch" / "journal.jsonl").records) == 3
-    with pytest.raises(ConfigError, match="holds a run already"):
-        open_run_directory(begun, base)
     begun.run.dir, begun.resume.source = str(tmp_path / "third"), str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"resume=.*nothing: neither"):
         open_run_directory(begun, base)
@@ -191,3 +194,63 @@ def test_a_lock_is_its_processs_while_it_lives(tmp_path):
     assert f"process {process.pid}" in lock.note
     lock.release()
     assert not Lock(tmp_path).note
+
+
+@pytest.mark.parametrize("place", ["", "snapshots/iteration_2"])
+def test_the_command_that_began_from_another_run_goes_on(begun, base, tmp_path, place):
+    other = tmp_path / "run"
+    begun.run.dir, begun.resume.source = str(tmp_path / "branch"), str(other)
+    begun.es.sigma, begun.resume.allow_changes = 0.5, ["es.sigma"]
+    for iteration in range(2, 4):
+        run = open_run_directory(begun, base)
+        assert run.resume.iteration == iteration
+        run.journal.append(record(iteration))
+        run.close()
+        # A snapshot that the run began from may be gone by now, and the other run has gone on.
+        begun.resume.source = str(other / place)
+    begun.run.dir, begun.resume.source, begun.es.sigma = str(other), "auto", 0.001
+    run = open_run_directory(begun, base)
+    run.journal.append(record(2))
+    run.close()
+    begun.run.dir, begun.resume.source, begun.es.sigma = str(tmp_path / "branch"), str(other), 0.5
+    assert "4 iterations so far" in describe_run_directory(begun, {})
+    assert open_run_directory(begun, base).resume.iteration == 4
+
+
+def test_a_copy_of_a_journal_that_a_kill_left_goes_on(begun, base, tmp_path):
+    (tmp_path / "branch").mkdir()
+    shutil.copy(tmp_path / "run" / "journal.jsonl", tmp_path / "branch")
+    begun.run.dir, begun.resume.source = str(tmp_path / "branch"), str(tmp_path / "run")
+    assert open_run_directory(begun, base).resume.iteration == 2
+
+
+def test_an_unrelated_run_is_not_taken_for_one_that_began_from_another(begun, base, tmp_path):
+    begun.run.dir = str(tmp_path / "unrelated")
+    run = open_run_directory(begun, base, date="2026-01-01")
+    run.journal.append(record(0))
+    run.close()
+    begun.resume.source = str(tmp_path / "run")
+    with pytest.raises(ConfigError, match="not one that began from"):
+        open_run_directory(begun, base)
+
+
+def test_a_run_with_a_schedule_can_be_extended_on_purpose(config, base):
+    config.es.sigma_final = 0.0001
+    run = open_run_directory(config, base)
+    run.journal.append(record(0))
+    run.close()
+    config.es.iterations = 9
+    with pytest.raises(ConfigError, match=r"es\.iterations=9: the run in .* has 5; .*list es\.ite"):
+        open_run_directory(config, base)
+    config.resume.allow_changes = ["es.iterations"]
+    open_run_directory(config, base).close()
+    config.resume.allow_changes = []
+    assert open_run_directory(config, base).resume.iteration == 1
+
+
+def test_a_schedule_can_be_added_on_purpose(begun, base):
+    begun.es.sigma_final, begun.resume.allow_changes = 0.0001, ["es.sigma_final"]
+    open_run_directory(begun, base).close()
+    begun.resume.allow_changes, begun.es.iterations = [], 9
+    with pytest.raises(ConfigError, match=r"es\.iterations=9: the run in .* has 5"):
+        open_run_directory(begun, base)

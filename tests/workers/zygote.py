@@ -109,7 +109,7 @@ def kill_in_write(number: int) -> None:
 def slow_down(seconds: float) -> None:
     forward = LlamaForCausalLM.forward
 
-    @wraps(forward)  # the decoder asks for its parameters
+    @wraps(forward)  # its signature is looked at
     def slow(*arguments, **named):
         time.sleep(seconds)
         return forward(*arguments, **named)
