@@ -25,7 +25,7 @@ from shardes.engines import Engine, build, check_model, open_model
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
 from shardes.es.update import evolves
 from shardes.inference.generation import Decoder, decoder
-from shardes.inference.limits import beyond_context, check_decoding, check_prompts
+from shardes.inference.limits import beyond_context, check_decoding, check_prompts, unused_by_text
 from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
@@ -76,6 +76,12 @@ def check(config: Config, job: Job) -> PreparedRun:
     for warning in files.warnings if job.rank == 0 else ():
         warn(warning)
     _check_evolve(config, module)
+    if (unused := unused_by_text(module, config.es.evolve)) and job.rank == 0:
+        warn(
+            f"model.path={config.model.path}: text prompts do not use {unused[0]} and "
+            f"{len(unused) - 1} other parameters for images or audio, and members change these "
+            "too; es.evolve can leave them out"
+        )
     settings = config.generation
     with mistakes_in(f"model.path={directory}"):
         check_model(config, module)

@@ -127,6 +127,10 @@ def rounded(row: dict) -> dict:
     return {k: round(v, 12) if isinstance(v, float) else v for k, v in row.items()}
 
 
+def finish_of(directory: Path) -> journal.Finish | None:
+    return journal.read(directory / "journal.jsonl").finish
+
+
 def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 

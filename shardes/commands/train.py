@@ -24,9 +24,10 @@ import torch.distributed as dist
 from shardes import launch
 from shardes.commands.arguments import LaunchParser, reports_errors
 from shardes.config import loading as settings
+from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
-from shardes.errors import RunError, unusable_files
+from shardes.errors import ConfigError, RunError, one_line, unusable_files
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
 from shardes.planning.memory import rank_memory
@@ -88,9 +89,6 @@ def dry_run(argv: list[str], ranks: int) -> int:
     workload = Workload(
         lengths["train"], lengths["test"], generation.max_new_tokens, generation.batch_tokens
     )
-    device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    memory = rank_memory(read_shapes(config)[0], layout, workload, config.es.restore, device)
-    on_device = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
     counts = ", ".join(
         f"{len(rows)} {split}, up to {max(rows)} tokens" for split, rows in lengths.items()
     )
@@ -98,12 +96,26 @@ def dry_run(argv: list[str], ranks: int) -> int:
     degrees = f"shard {shard} × tensor {tensor}"
     print(f"# layout: {ranks} ranks, {prepared.replicas} replicas × {degrees}")
     print(f"# prompts: {counts}")
-    on_host = f"{sum(memory.host.values()) / 1e9:.3g} GB on its host"
     if applied := prepared.decoder.applied:
         print(f"# greedy decoding: {applied} (the checkpoint's generation config)")
-    print(f"# memory of a rank: about {on_device}{on_host}")
+    print(f"# memory of a rank: {_memory(config, layout, workload)}")
     print(settings.to_yaml(config), end="")
     return 0
+
+
+def _memory(config: Config, layout: Layout, workload: Workload) -> str:
+    """The estimated memory of a rank; of models that the planner does not know, why there is none.
+
+    They may run nevertheless.
+    """
+    device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    try:
+        shapes = read_shapes(config)[0]
+        memory = rank_memory(shapes, layout, workload, config.es.restore, device)
+    except (ConfigError, TypeError, AttributeError, ArithmeticError) as error:
+        return f"not estimated ({one_line(error)})"
+    on_device = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
+    return f"about {on_device}{sum(memory.host.values()) / 1e9:.3g} GB on its host"
 
 
 def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:

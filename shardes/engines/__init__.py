@@ -14,8 +14,10 @@ from shardes.engines.vocabulary import VocabularySlice
 from shardes.errors import ConfigError, mistakes_in
 from shardes.sharding.model_directory import check_unquantised, reason
 from shardes.sharding.regions import ParameterShard
-from shardes.sharding.weight_files import WeightFiles
+from shardes.sharding.weight_files import WeightFiles, float32_names
 
+# Architectures that align a recurrent or compressed state, or a window, with the padded start
+PADDING_CHANGES = ("recurrent_gemma", "deepseek_v4", "moshi")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
 
 
@@ -88,12 +90,28 @@ def empty_model(
             module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
+        _set_precision(module, dtype)
         module.tie_weights()  # moving to the meta device untied them
         return module
     except ConfigError:
         raise
     except Exception as error:  # whatever transformers meets in a file that is not as it expects it
         raise ConfigError(f"model.path={directory}: {reason(error)}") from error
+
+
+def _set_precision(module: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let parameters and buffers have the precision that `from_pretrained` gives them.
+
+    Some parameters are float32 in models of other dtypes. Buffers that no file has are computed in
+    float32, and not in the model's dtype, which is torch's default while the model is made.
+    """
+    for part in module.modules():
+        part._is_hf_initialized = False  # type: ignore[assignment]
+    module.initialize_weights()
+    kept = float32_names(module, dtype)
+    for name, param in module.named_parameters():
+        if kept.search(name):
+            param.data = param.data.float()
 
 
 def check_model(config: Config, module: PreTrainedModel) -> None:
@@ -106,7 +124,7 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
         raise ConfigError(
             f"model.dtype=bfloat16: {torch.cuda.get_device_name()} lacks it; use float16 or float32"
         )
-    if module.config.model_type == "recurrent_gemma":
+    if module.config.model_type in PADDING_CHANGES:
         raise ConfigError(
             f"model.path={config.model.path}: the state of {type(module).__name__} changes with "
             "the padding of a batch, and so would its responses; use another model"
@@ -122,12 +140,13 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
 
 def _key_value_heads(config: PreTrainedConfig) -> list[int]:
     """The numbers of key-value heads that layers of a model have; empty: it has no attention."""
-    text = config.get_text_config()
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+    # Not getattr: attributes that differ between layers raise.
+    text = config.get_text_config().to_dict()
+    if text.get("multi_query") and not text.get("new_decoder_architecture"):
         return [1]
-    counts = next((count for name in KEY_VALUE_HEADS if (count := getattr(text, name, None))), None)
+    counts = next((count for name in KEY_VALUE_HEADS if (count := text.get(name))), None)
     by_layer = counts if isinstance(counts, list) else [counts]
-    numbers = {*by_layer, getattr(text, "num_global_key_value_heads", None)}
+    numbers = {*by_layer, text.get("num_global_key_value_heads")}
     return sorted(number for number in numbers if number)
 
 

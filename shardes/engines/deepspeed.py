@@ -98,7 +98,11 @@ class DeepSpeedEngine:
         self._params = {
             name: cast(ZeroParameter, param) for name, param in module.named_parameters()
         }
-        assert list(self._params) == list(shapes)
+        if list(self._params) != list(shapes):
+            raise ConfigError(
+                f"sharding.tensor: AutoTP changes the parameters of {type(module).__name__}; use "
+                "engine=fsdp, or sharding.shard instead"
+            )
         self.shards = [
             _shard(name, shapes[name], param, world) for name, param in self._params.items()
         ]

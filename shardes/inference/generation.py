@@ -9,7 +9,8 @@ layers keep a state other than keys and values, rows stay until the last respons
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 
@@ -26,6 +27,7 @@ from transformers import (
 from shardes.config.schema import LogitsProcessors
 from shardes.distributed.store import no_poll
 from shardes.engines.vocabulary import VocabularySlice
+from shardes.errors import ConfigError, described
 from shardes.inference import rope
 from shardes.inference.cache import BatchCache, is_recurrent, make_cache
 from shardes.inference.forward_sync import announce_forward, join_forwards
@@ -57,6 +59,7 @@ class Decoder:
     batch_tokens: int
     generation: GenerationConfig | None = None
     _cache: BatchCache | None = field(default=None, init=False, repr=False)
+    _decodes: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._stop_strings = StopStrings(self.tokenizer, self.stop) if self.stop else None
@@ -128,15 +131,16 @@ class Decoder:
             is_crossing = scaling is not None and step > 0 and width - 1 in scaling.boundaries
             if is_crossing and rope.drops_cache(module, batch.ids[:, :width], name, cache):
                 cache, first = self._empty_cache(module, batch.ids.shape[1]), 0
-            logits = module(
-                input_ids=batch.ids[:, first:width],
-                # A state has no padding in it, and Mamba takes a mask for one of its inputs.
-                attention_mask=None if first and recurrent else batch.mask[:, :width],
-                position_ids=batch.positions[:, first:width],
-                use_cache=True,
-                logits_to_keep=1,
-                **{name: cache},
-            ).logits[:, -1]
+            with self._explained(module):
+                logits = module(
+                    input_ids=batch.ids[:, first:width],
+                    # A state has no padding in it, and Mamba takes a mask for one of its inputs.
+                    attention_mask=None if first and recurrent else batch.mask[:, :width],
+                    position_ids=batch.positions[:, first:width],
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{name: cache},
+                ).logits[:, -1]
             tokens, finite = _choose(module, batch, step, logits, processors, vocabulary)
             batch.append(tokens)
             active = self._active(batch, tokens.where(finite, INVALID).tolist())
@@ -145,6 +149,23 @@ class Decoder:
             if not all(active) and cache is self._cache:
                 cache.batch_select_indices(batch.keep(active))
             first = width
+
+    @contextmanager
+    def _explained(self, module: PreTrainedModel) -> Iterator[None]:
+        """A context for a forward pass: until one has succeeded, what it raises is a ConfigError.
+
+        Some architectures have caches or arguments of their own, which only their code knows.
+        """
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+            if self._decodes:
+                raise
+            raise ConfigError(
+                f"model.path: {type(module).__name__} does not decode with a batch and a key-value "
+                f"cache of transformers ({described(error)}); use another model"
+            ) from error
+        self._decodes = True
 
     def _processors(self, module: PreTrainedModel, batch: "_Batch") -> RowProcessors | None:
         if self.generation is None or batch.seeds is not None:
@@ -203,7 +224,7 @@ def decoder(
     strings = list(stop)
     applied = logits_processors is LogitsProcessors.checkpoint
     if applied and (own := getattr(generation, "stop_strings", None)):
-        strings += [own] if isinstance(own, str) else own
+        strings += [string for string in ([own] if isinstance(own, str) else own) if string]
     return Decoder(
         tokenizer,
         max_new_tokens,

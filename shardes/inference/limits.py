@@ -1,5 +1,6 @@
 """What a model can take: the token ids of its embedding, its positions, padding, a cache."""
 
+import re
 from collections.abc import Sequence
 from inspect import signature
 from typing import cast
@@ -8,6 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardes.errors import ConfigError
+from shardes.es.update import evolves
+
+MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
 
 
 def check_decoding(model: str, module: PreTrainedModel) -> None:
@@ -23,6 +27,11 @@ def check_decoding(model: str, module: PreTrainedModel) -> None:
         raise ConfigError(
             f"model.path={model}: {name} has no key-value cache of transformers' class Cache, "
             "which decoding needs; use another model"
+        )
+    if "logits_to_keep" not in parameters:
+        raise ConfigError(
+            f"model.path={model}: {name} takes no logits_to_keep, as transformers' decoder-only "
+            "models do; use one of these"
         )
     if _has_position_table(module) and "position_ids" not in parameters:
         raise ConfigError(
@@ -87,6 +96,20 @@ def beyond_context(
         f"(max_position_embeddings; the longest prompt has {longest}); use fewer new tokens or "
         "shorter prompts, unless you know that the model goes on beyond"
     )
+
+
+def unused_by_text(module: PreTrainedModel, evolve: str | None) -> list[str]:
+    """The trained parameters of the model's parts for images, video and audio, by name."""
+    parts = [
+        f"{name}."
+        for name, part in module.named_modules()
+        if MODALITIES.search(type(part).__name__) and name
+    ]
+    return [
+        name
+        for name, _ in module.named_parameters()
+        if name.startswith(tuple(parts)) and evolves(evolve, name)
+    ]
 
 
 def learned_positions(module: PreTrainedModel) -> int | None:

@@ -149,10 +149,11 @@ def checkpoint_generation_config(
             transformers rejects.
     """
     try:
-        generation = (
-            GenerationConfig.from_pretrained(directory)
-            if (directory / "generation_config.json").exists()
-            else GenerationConfig.from_model_config(module.config)
+        file = "generation_config.json"
+        if not (directory / file).exists():
+            file = "config.json"
+        generation = GenerationConfig.from_pretrained(
+            directory, config_file_name=file, _from_model_config=file == "config.json"
         )
     except Exception as error:  # whatever transformers meets in a file that is not as it expects it
         raise ConfigError(

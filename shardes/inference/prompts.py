@@ -60,7 +60,24 @@ def _encode(
             _warn_of_second_begin(tokenizer)
     if not ids:
         raise ConfigError(f"{position} is empty")
+    if _is_text_lost(tokenizer, prompt, ids):
+        raise ConfigError(
+            f"{position}: the tokenizer of {tokenizer.name_or_path} has no tokens for its text: it "
+            f"becomes {tokenizer.decode(ids[:4])!r}; are tokenizer files missing there?"
+        )
     return ids
+
+
+def _is_text_lost(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) -> bool:
+    """Whether a prompt has text, and its tokens are special ones only, such as "unknown"."""
+    special = set(tokenizer.all_special_ids)
+    if not special.issuperset(ids):
+        return False
+    messages = [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt]
+    text = " ".join(message for message in messages if isinstance(message, str))
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return bool(text.strip())
 
 
 def _encode_chat(

@@ -1,6 +1,7 @@
 """The safetensors files of a model directory. Each rank reads only the bytes of its own shards."""
 
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -201,8 +202,7 @@ class WeightFiles:
         Raises:
             ConfigError: a buffer has another shape than the files'.
         """
-        plan = module._get_dtype_plan(module.dtype)
-        kept = build_glob_alternation(list(plan))[0] if plan else None
+        kept = float32_names(module, module.dtype)
         for name, tensor in self._names.buffers.items():
             buffer = module.get_buffer(name)
             info = self.tensors[tensor]
@@ -211,7 +211,7 @@ class WeightFiles:
                     f"model.path={self.directory}: {tensor} has shape {info.shape}, "
                     f"but the buffer {name} has {tuple(buffer.shape)}"
                 )
-            if kept and kept.search(name):
+            if kept.search(name):
                 buffer.data = buffer.data.float()
             buffer.data.copy_(self.tensor(tensor))
 
@@ -258,6 +258,12 @@ class WeightFiles:
                         target = out[offset : offset + piece.numel].view(piece.rows, piece.cols)
                         target.copy_(_piece(source, self.tensors[name].shape, piece))
                         offset += piece.numel
+
+
+def float32_names(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str]:
+    """A pattern of the parameters and buffers that transformers keeps in float32 in this dtype."""
+    plan = module._get_dtype_plan(dtype)
+    return build_glob_alternation(list(plan))[0] if plan else re.compile(r"(?!)")
 
 
 def by_part(region: Region, sizes: Sequence[int]) -> Iterator[tuple[int, list[Region]]]:

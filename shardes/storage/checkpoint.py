@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Checkpoint:
         shard_size: maximum size of the weights in one file, such as "5GB"; a single tensor may be
             larger.
         replaced: values of tensors that would be copied.
+        kept_float32: parameters to write in float32, whatever `dtype` is.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Checkpoint:
         dtype: torch.dtype,
         shard_size: str,
         replaced: Mapping[str, torch.Tensor] | None = None,
+        kept_float32: Collection[str] = (),
     ):
         self._final, self._directory = directory, directory.with_name(directory.name + PARTIAL)
         self._base, self._dtype, self._replaced = base, dtype, replaced or {}
@@ -84,7 +86,13 @@ class Checkpoint:
             for param in self._places
             for tensor in [*base.parts(param), *base.copies(param)]
         }
-        sizes = {tensor: base.tensors[tensor].numel * dtype.itemsize for tensor in param_of}
+        self._dtypes = {
+            param: torch.float32 if param in kept_float32 else dtype for param in self._places
+        }
+        sizes = {
+            tensor: base.tensors[tensor].numel * self._dtypes[param].itemsize
+            for tensor, param in param_of.items()
+        }
         kept = {name: info.nbytes for name, info in base.tensors.items() if name not in param_of}
         split = split_state_dict_into_shards_factory(
             sizes | kept,
@@ -111,7 +119,7 @@ class Checkpoint:
         for name in tensors:
             info = self._base.tensors[name]
             start, end = end, end + sizes[name]
-            dtype = DTYPES[self._dtype][0] if name in param_of else info.dtype
+            dtype = DTYPES[self._dtypes[param_of[name]]][0] if name in param_of else info.dtype
             shape = list(info.shape)
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
@@ -197,10 +205,11 @@ class Checkpoint:
     def _write(self, place: TensorPlace, region: Region, values: torch.Tensor) -> None:
         if place.file not in self._handles:
             self._handles[place.file] = os.open(self._directory / place.file, os.O_WRONLY)
-        handle, size = self._handles[place.file], self._dtype.itemsize
+        handle, dtype = self._handles[place.file], self._dtypes[place.param]
+        size = dtype.itemsize
         for first in range(0, region.numel, BLOCK):
             last = min(first + BLOCK, region.numel)
-            block = values[first:last].to("cpu", self._dtype).contiguous()
+            block = values[first:last].to("cpu", dtype).contiguous()
             data = block.view(torch.uint8).numpy().data
             for piece in region.cut(first, last):
                 for row in range(piece.rows):
@@ -219,7 +228,7 @@ class Checkpoint:
 
     def read_back(self, name: str) -> tuple[str, int]:
         """The SHA-256 of a file on disk, and the digest of the parameters' elements in it."""
-        sha, total, size = hashlib.sha256(), 0, self._dtype.itemsize
+        sha, total = hashlib.sha256(), 0
         counted = [place for places in self._places.values() for place in places]
         copied = [place for places in self._copies.values() for place in places]
         places = [
@@ -229,12 +238,14 @@ class Checkpoint:
         with open(self._directory / name, "rb", buffering=0) as file:
             sha.update(file.read(len(self._headers[name])))
             for place in sorted(places, key=lambda place: place.offset):
-                for first in range(0, place.nbytes, BLOCK * size):
-                    data = bytearray(file.read(min(BLOCK * size, place.nbytes - first)))
+                dtype = self._dtypes.get(place.param, torch.uint8)
+                step = BLOCK * dtype.itemsize
+                for first in range(0, place.nbytes, step):
+                    data = bytearray(file.read(min(step, place.nbytes - first)))
                     sha.update(data)
                     if place.offset in digested:
-                        start, count = place.first + first // size, len(data) // size
-                        values = torch.frombuffer(data, dtype=self._dtype)
+                        values = torch.frombuffer(data, dtype=dtype)
+                        start, count = place.first + first // dtype.itemsize, len(values)
                         regions = [Region.contiguous(start, count)]
                         total += digest(place.param, regions, values, threads=False)
         return sha.hexdigest(), total % 2**64

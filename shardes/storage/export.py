@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from shardes.engines import open_model
+from shardes.engines import empty_model, open_model
 from shardes.errors import ConfigError
 from shardes.es.statistics import mean
 from shardes.sharding.digest import digest, format_digest
@@ -149,7 +149,11 @@ def write_export(source: ExportSource, out: Path, dtype: torch.dtype, shard_size
     Raises:
         ConfigError: the weights read or written have another digest than they must have.
     """
-    checkpoint = Checkpoint(out, source.base, source.shapes, dtype, shard_size, source.replaced)
+    module = empty_model(source.base.directory, dtype)
+    kept = {name for name, param in module.named_parameters() if param.dtype == torch.float32}
+    checkpoint = Checkpoint(
+        out, source.base, source.shapes, dtype, shard_size, source.replaced, kept
+    )
     total = 0
     try:
         checkpoint.create()
