@@ -33,7 +33,7 @@ from shardes import launch
 from shardes.commands.arguments import LaunchParser, path
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.errors import ConfigError, RunError
+from shardes.errors import ConfigError, RunError, mistakes_in
 from shardes.es.statistics import interval, mean, proportion_interval
 from shardes.inference.log_probs import k3
 from shardes.inference.sampler import Sampler, invalid_logits
@@ -114,9 +114,10 @@ def prepare(argv: list[str], job: Job) -> PreparedEvaluation:
     prepared = launch.check(config, job)
     base = None
     if arguments.model and arguments.samples:
-        base = WeightFiles(model_directory(base_path))
-        base.map_names(prepared.module)
-        base.check({name: param.shape for name, param in prepared.module.named_parameters()})
+        with mistakes_in(f"model.path={base_path}"):
+            base = WeightFiles(model_directory(base_path))
+            base.map_names(prepared.module)
+            base.check({name: param.shape for name, param in prepared.module.named_parameters()})
     if not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
     date = launch.shared_date(job, lambda: recorded_date(config))

@@ -425,7 +425,7 @@ class RunConfig:
     timeout: float = _setting(
         1800.0,
         "seconds that a rank waits for another rank before it ends the run",
-        limit=POSITIVE,
+        limit=at_least(1),
     )
 
 
