@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from functools import wraps
 from itertools import count
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def kill_in_write(number: int) -> None:
 def slow_down(seconds: float) -> None:
     forward = LlamaForCausalLM.forward
 
+    @wraps(forward)  # checks of the model look at its parameters
     def slow(*arguments, **named):
         time.sleep(seconds)
         return forward(*arguments, **named)
