@@ -188,7 +188,7 @@ class Simulation:
     def _look_for_record(self, number: int, now: float) -> None:
         """Replicas other than the primary's may be late, and the queue deleted."""
         if number != PRIMARY:
-            self._request("polls", now)
+            self._request("looks", now)
 
     def _evaluate(self, number: int, member: int, now: float) -> None:
         replica = self._replicas[number]

@@ -110,6 +110,7 @@ def requests(port: int, through_gateway: bool, record: int) -> dict[str, Callabl
             else store.compare_set(f"{queue}/result/{first + n}", "", result)
         ),
         "polls": lambda n: store.add(f"{queue}/done", 0),
+        "looks": lambda n: store.check(["record/0"]),
         "heartbeats": lambda n: store.add(f"heartbeat/{own}", 1),
         "takeovers": lambda n: store.compare_set(f"{queue}/claimant/{first + n}", "0", str(own)),
         "records": lambda n: store.get(f"record/{record}") if record else store.check(["record/0"]),
