@@ -170,6 +170,7 @@ class Simulation:
     def _claim(self, number: int, now: float) -> None:
         replica = self._replicas[number]
         iteration = self._iterations[replica.known]
+        self._look_for_record(number, now)
         self._request("claims", now)
         if self._setting.watched:
             for member, orphan in iteration.orphans.items():
@@ -184,6 +185,11 @@ class Simulation:
         else:
             self._wait(number, now)
 
+    def _look_for_record(self, number: int, now: float) -> None:
+        """Replicas other than the primary's may be late, and the queue deleted."""
+        if number != PRIMARY:
+            self._request("looks", now)
+
     def _evaluate(self, number: int, member: int, now: float) -> None:
         replica = self._replicas[number]
         replica.state, replica.member = "useful", member
@@ -197,6 +203,7 @@ class Simulation:
             return
         iteration = self._iterations[replica.known]
         self._spent(replica, now, "useful")
+        self._look_for_record(number, now)
         self._request("posts", now, 2)
         iteration.done += 1
         if iteration.done == self._setting.members:

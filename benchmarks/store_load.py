@@ -13,11 +13,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -30,30 +29,34 @@ from benchmarks.replicas import Outcome
 from benchmarks.scaling import setting
 from benchmarks.simulate import simulate
 from shardes.distributed.world import join_job
-from shardes.replicas import gateway
+from shardes.replicas import gateway_client
 from shardes.replicas.gateway import StoreGateway
-from shardes.replicas.protocol import RunStore
+from shardes.replicas.protocol import MemberResult, RunStore, Welcome
+from shardes.replicas.validation import ResultLimits
+from shardes.storage.journal import Header
 
 OUT = Path("results/scaling/store.json")
 RECORD = 60  # bytes of an iteration's record, per member
-TOKEN = "benchmark"
+TOKEN = "token of the benchmark"
+LIMITS = ResultLimits(10**9, 32, False, 64, 1, ())
 KINDS = ("claims", "posts", "polls", "heartbeats")
 LIMIT = 300.0  # seconds that a process waits for another
 WARM_UP = 4.0  # seconds for clients to connect
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shardes.replicas.gateway", "benchmarks.scaling"])
+CONTEXT.set_forkserver_preload(["shardes.replicas.gateway_client", "benchmarks.scaling"])
 
 
-def serve(pipe: Connection, through_gateway: bool) -> None:
-    """Hold the store, and a gateway if asked, until told to end.
+def serve(pipe: Connection, through_gateway: bool, records: Sequence[int]) -> None:
+    """Hold the store, with records of so many bytes, and a gateway if asked, until told to end.
 
     Answers "used" with the CPU seconds and resident bytes of this process.
     """
     job = join_job(LIMIT)
     port = int(os.environ["MASTER_PORT"])
+    store = connect(port, False)
+    begin_run(store, records)
     if through_gateway:
-        store = RunStore(connect(port, False), "run")
-        server = StoreGateway("127.0.0.1", 0, TOKEN, store, 60)
+        server = open_gateway(store)
         port = server.port
     pipe.send(port)
     while pipe.recv() == "used":
@@ -64,12 +67,23 @@ def serve(pipe: Connection, through_gateway: bool) -> None:
     del job
 
 
-def connect(port: int, through_gateway: bool) -> dist.TCPStore:
+def begin_run(store: RunStore, records: Sequence[int]) -> None:
+    """Set what the primary rank sets, and for each number of bytes a record that is so long."""
+    store.welcome(Welcome(Header("model", {}, {}), 1))
+    for record in records:
+        store.keys.set(f"record/{record}", "r" * record)
+
+
+def open_gateway(store: RunStore) -> StoreGateway:
+    return StoreGateway("127.0.0.1", 0, TOKEN, store, LIMITS, 0, 60, print)
+
+
+def connect(port: int, through_gateway: bool) -> RunStore:
     if through_gateway:
-        return gateway.connect(f"127.0.0.1:{port}", TOKEN, LIMIT).tcp_store
-    return dist.TCPStore(
-        "127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT), wait_for_workers=False
-    )
+        return gateway_client.connect(f"127.0.0.1:{port}", TOKEN, LIMIT)
+    limit = timedelta(seconds=LIMIT)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit, wait_for_workers=False)
+    return RunStore(store, "run")
 
 
 def requests(port: int, through_gateway: bool, record: int) -> dict[str, Callable[[int], object]]:
@@ -80,19 +94,26 @@ def requests(port: int, through_gateway: bool, record: int) -> dict[str, Callabl
     Args:
         record: bytes of the record. 0: there is none.
     """
-    store, name = connect(port, through_gateway), secrets.token_hex(4)
-    queue = dist.PrefixStore(f"iteration {name}", store)
-    if record:
-        queue.set("record", "r" * record)
+    run = connect(port, through_gateway)
+    own = run.take_replica_number()
+    store, queue, first = run.keys, "iteration 0", own % 900 * 10**6
+    result = f"{own}:{MemberResult(0.4375, 800, own, time.time()).to_json()}"
     return {
-        "claims": lambda n: queue.add("claimed", 1) if n % 2 else queue.set(f"claimant/{n}", name),
-        "posts": lambda n: (
-            queue.add("done", 1) if n % 2 else queue.compare_set(f"result/{n}", "", "r" * 60)
+        "claims": lambda n: (
+            store.add(f"{queue}/claimed", 1)
+            if n % 2
+            else store.set(f"{queue}/claimant/{first + n}", str(own))
         ),
-        "polls": lambda n: queue.add("done", 0),
-        "heartbeats": lambda n: store.add(f"heartbeat/{name}", 1),
-        "takeovers": lambda n: queue.compare_set(f"claimant/{n}", name, "0"),
-        "records": lambda n: queue.get("record") if record else queue.add("recorded", 0),
+        "posts": lambda n: (
+            store.add(f"{queue}/done", 1)
+            if n % 2
+            else store.compare_set(f"{queue}/result/{first + n}", "", result)
+        ),
+        "polls": lambda n: store.add(f"{queue}/done", 0),
+        "looks": lambda n: store.check(["record/0"]),
+        "heartbeats": lambda n: store.add(f"heartbeat/{own}", 1),
+        "takeovers": lambda n: store.compare_set(f"{queue}/claimant/{first + n}", "0", str(own)),
+        "records": lambda n: store.get(f"record/{record}") if record else store.check(["record/0"]),
     }
 
 
@@ -146,10 +167,10 @@ def replay(
 class Bench:
     """The process of a store and those of its clients; a context."""
 
-    def __init__(self, processes: int, through_gateway: bool):
+    def __init__(self, processes: int, through_gateway: bool, records: Sequence[int]):
         self.processes, self.through_gateway = processes, through_gateway
         self._pipe, server_pipe = CONTEXT.Pipe()
-        arguments = server_pipe, through_gateway
+        arguments = server_pipe, through_gateway, records
         self._server = CONTEXT.Process(target=serve, args=arguments, daemon=True)
         self._pool = ProcessPoolExecutor(processes, mp_context=CONTEXT)
 
@@ -286,7 +307,8 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     command = f"python -m benchmarks.store_load {' '.join(argv)}".strip()
     report = {"command": command, "capacity": [], "load": []}
-    with Bench(options.processes, options.through_gateway) as bench:
+    records = [RECORD * options.per_replica * count for count in options.replicas]
+    with Bench(options.processes, options.through_gateway, records) as bench:
         measure(bench, options, report)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -87,7 +87,7 @@ class Evaluator:
         for split in SPLITS:
             parts = min(self._world.replicas, len(self._split_prompts(iteration, split)))
             pieces += [(split, slice(part, None, parts)) for part in range(parts)]
-        queue = self._coordinator.work_queue(f"evaluation {iteration.index}", len(pieces))
+        queue = self._coordinator.work_queue("evaluation", iteration.index, len(pieces))
         self._pending = PendingEvaluation(iteration, queue, pieces, self._distance())
         self._answer(self._pending, queue.claims())
 

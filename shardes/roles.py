@@ -33,6 +33,7 @@ from shardes.replicas.coordinator import (
 from shardes.replicas.heartbeat import ClientHeartbeats, Heartbeats, end_run
 from shardes.replicas.joining import JoinedRun, gateway_open
 from shardes.replicas.protocol import MemberResult, RunStore
+from shardes.replicas.validation import ResultLimits
 from shardes.reporting.reporter import (
     ConsoleReporter,
     Reporter,
@@ -268,7 +269,15 @@ class PrimaryJob(JobRoles):
         if applied := self.prepared.decoder.applied:
             reporter.say(f"greedy decoding applies the checkpoint's generation config: {applied}")
         if self.config.replicas.port is not None:
-            gateway = gateway_open(self.config, self.prepared.files, self.world, self.store, run)
+            limits = ResultLimits.of_run(
+                self.config,
+                {split: len(rows) for split, rows in self.prepared.prompts.items()},
+                self.prepared.module.config.get_text_config().vocab_size,
+                self.world.replicas,
+            )
+            gateway = gateway_open(
+                self.config, self.prepared.files, self.world, self.store, run, limits, reporter.say
+            )
             address = self.stack.enter_context(gateway)
             reporter.say(f"replicas can join this run with replicas.join={address}")
 
@@ -314,7 +323,7 @@ class ClientJob(JobRoles):
             reporter.say(note)
         heartbeats = ClientHeartbeats(
             run.store,
-            run.heartbeat_store,
+            run.store,
             world.replica,
             self.config.replicas.timeout,
             self.watcher.stop,

@@ -139,3 +139,18 @@ def test_logits_that_are_not_finite_name_the_model_that_gave_them(trainer):
     metrics = trainer.evaluator.finish(1)
     assert metrics["center_reward"] == metrics["held_out_reward"] == -2
     assert metrics["evaluation_scoring_failures"] == 3
+
+
+def test_the_store_of_a_long_run_does_not_grow(trainer):
+    """But for the records, with a snapshot and an evaluation at every other iteration."""
+    trainer.config.es.iterations = 24
+    store, before_iteration, counts = trainer.world.job.store, trainer.before_iteration, []
+
+    def counted(iteration):
+        counts.append(store.num_keys() - iteration.index)
+        before_iteration(iteration)
+
+    trainer.before_iteration = counted
+    trainer.train()
+    # Snapshots are written meanwhile: of two of them there can be keys.
+    assert max(counts[16:]) <= max(counts[6:12]) + 4, counts

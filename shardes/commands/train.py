@@ -138,7 +138,9 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
         except Exception as error:
             if is_client and isinstance(error, dist.DistError):
                 join = f"replicas.join={config.replicas.join}"
-                raise RunError(f"{join}: the primary job is gone ({error})") from error
+                raise RunError(
+                    f"{join}: the primary job is gone or refuses this ({error})"
+                ) from error
             if not is_client:  # the run directory belongs to the primary job
                 record_failure(Path(config.run.dir), job.rank, error)
             raise

@@ -26,6 +26,8 @@ also those of other jobs, share further keys under the run's prefix: see `replic
 | `snapshot T/hashes/R` | {file: [SHA-256, digest]}, read back from disk | rank R of replica 0 |
 | `snapshot T/failed` | why the snapshot is given up | any of these ranks |
 | `replicaK/...` | torch's keys for the process group of replica K | torch |
+
+The keys of a snapshot are deleted when all ranks have written their regions of the next one.
 """
 
 import json
@@ -207,6 +209,14 @@ class SnapshotProgress:
 
     def fail(self, reason: str) -> None:
         self._store.set("failed", reason)
+
+    def delete(self, ranks: int) -> None:
+        """Delete the keys of a snapshot of which no rank makes use any more."""
+        for key in ("created", "failed"):
+            self._store.delete_key(key)
+        for rank in range(ranks):
+            self._store.delete_key(f"written/{rank}")
+            self._store.delete_key(f"hashes/{rank}")
 
     def failure(self) -> str | None:
         return self._store.get("failed").decode() if self._store.check(["failed"]) else None

@@ -2,10 +2,55 @@
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch.distributed as dist
 
 from shardes.errors import RunError
+
+
+class KeyValueStore(Protocol):
+    """What is used of torch's stores, and of `replicas.gateway.GatewayStore`."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def add(self, key: str, amount: int, /) -> int: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+    def compare_set(self, key: str, expected: str, value: str, /) -> bytes: ...
+
+    def delete_key(self, key: str, /) -> bool: ...
+
+
+class PrefixStore:
+    """The keys of a store that begin with a prefix and a slash; like torch's, of any store."""
+
+    def __init__(self, prefix: str, store: KeyValueStore):
+        self._prefix, self._store = prefix, store
+
+    def set(self, key: str, value: str, /) -> None:
+        self._store.set(self._full(key), value)
+
+    def get(self, key: str, /) -> bytes:
+        return self._store.get(self._full(key))
+
+    def add(self, key: str, amount: int, /) -> int:
+        return self._store.add(self._full(key), amount)
+
+    def check(self, keys: list[str], /) -> bool:
+        return self._store.check(list(map(self._full, keys)))
+
+    def compare_set(self, key: str, expected: str, value: str, /) -> bytes:
+        return self._store.compare_set(self._full(key), expected, value)
+
+    def delete_key(self, key: str, /) -> bool:
+        return self._store.delete_key(self._full(key))
+
+    def _full(self, key: str) -> str:
+        return f"{self._prefix}/{key}"
 
 
 def no_poll() -> None:
@@ -13,7 +58,7 @@ def no_poll() -> None:
 
 
 def wait_for_keys(
-    store: dist.Store,
+    store: KeyValueStore,
     keys: list[str],
     timeout: float,
     what: str,

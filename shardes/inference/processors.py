@@ -21,6 +21,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from shardes.config.schema import LogitsProcessors
 from shardes.errors import ConfigError, one_line
@@ -149,12 +150,14 @@ def checkpoint_generation_config(
             transformers rejects.
     """
     try:
-        file = "generation_config.json"
-        if not (directory / file).exists():
-            file = "config.json"
-        generation = GenerationConfig.from_pretrained(
-            directory, config_file_name=file, _from_model_config=file == "config.json"
-        )
+        if (directory / GENERATION_CONFIG_NAME).exists():
+            generation = GenerationConfig.from_pretrained(directory)
+        elif (directory / CONFIG_NAME).exists():
+            generation = GenerationConfig.from_pretrained(
+                directory, config_file_name=CONFIG_NAME, _from_model_config=True
+            )
+        else:
+            generation = GenerationConfig.from_model_config(module.config)
     except Exception as error:  # whatever transformers meets in a file that is not as it expects it
         raise ConfigError(
             f"model.path={directory}: generation_config.json: {one_line(error)}"

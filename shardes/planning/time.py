@@ -12,8 +12,8 @@ from shardes.planning.layouts import Layout, Machine
 from shardes.planning.shapes import ModelShapes
 from shardes.planning.workload import Workload
 
-# Bytes per member between replicas and store: 3,867 measured for eight (benchmarks/README.md)
-EXCHANGED = 483
+# Bytes per member between replicas and store: 2,695 measured for eight (benchmarks/README.md)
+EXCHANGED = 337
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class ConsistencyCheck:
     def __init__(self, world: World, store: RunStore, center: Center, every: int, timeout: float):
         self._world, self._store, self._center = world, store, center
         self._every, self._timeout = every, timeout
+        self._compared: int | None = None  # the iteration of the comparison before
 
     def check(self, iteration: int, digest: str) -> None:
         """Every rank of every replica calls this with the digest of its replica's center.
@@ -44,6 +45,7 @@ class ConsistencyCheck:
             store.post_digest(world.replica, digest)
         digests = store.digests(world.replicas, self._timeout)
         if len(set(digests)) == 1:
+            self._delete_previous(iteration)
             return
         store.post_tensor_digests(world.job.rank, self._center.tensor_digests())
         by_rank = store.tensor_digests(world.job.size, self._timeout)
@@ -56,6 +58,16 @@ class ConsistencyCheck:
             f"{'; '.join(differences[:3])}{others}. Check the memory of that host; then start the "
             "same command again: it goes on from the journal"
         )
+
+    def _delete_previous(self, iteration: int) -> None:
+        """Delete the digests of the comparison before: every rank has read those, since its replica
+        has posted the digest of a later center, which takes all of the replica's ranks.
+        """
+        if self._world.is_primary:
+            if self._compared is not None:
+                previous = self._store.compare_centers(self._compared)
+                previous.delete_digests(self._world.replicas)
+            self._compared = iteration
 
     def _differences(
         self, digests: list[str], by_rank: list[dict[str, str]], reference: int

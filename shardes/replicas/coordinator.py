@@ -13,6 +13,7 @@ A rank's role is chosen once, in `shardes.roles`. The trainer makes the same cal
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from shardes.clock import Clock
 from shardes.config.schema import ESConfig
@@ -27,7 +28,7 @@ from shardes.replicas.member_queue import (
     MemberQueue,
     PrimaryMemberQueue,
 )
-from shardes.replicas.protocol import CurrentIteration, MemberResult, RunStore
+from shardes.replicas.protocol import KEPT_QUEUES, CurrentIteration, MemberResult, RunStore
 from shardes.replicas.work_queue import NOTHING, WorkQueue
 from shardes.storage.journal import Finish, Journal, Record
 
@@ -61,8 +62,11 @@ class Coordinator(ABC):
     def start(self, iteration: int, digest: str) -> None:  # noqa: B027
         """The journal is replayed. The primary rank tells jobs that join where the run stands."""
 
-    def work_queue(self, name: str, count: int, known: Mapping[int, str] = NOTHING) -> WorkQueue:
-        """A queue of `count` pieces that all replicas share out."""
+    def work_queue(
+        self, kind: str, iteration: int, count: int, known: Mapping[int, str] = NOTHING
+    ) -> WorkQueue:
+        """A queue of `count` pieces of an iteration that all replicas share out."""
+        name = f"{kind} {iteration}"
         return WorkQueue(
             self._world,
             self._store.queue(name),
@@ -70,10 +74,14 @@ class Coordinator(ABC):
             count,
             self._timeout,
             known=known,
+            finished=partial(self._is_finished, iteration),
             heartbeats=self._heartbeats,
             poll=self._poll,
             clock=self._clock,
         )
+
+    def _is_finished(self, iteration: int) -> bool:
+        return self._store.has_record(iteration)
 
     def member_queue(self, iteration: Iteration) -> MemberQueue:
         """The iteration's members."""
@@ -82,7 +90,7 @@ class Coordinator(ABC):
     def _member_work(self, iteration: Iteration) -> WorkQueue:
         known = {number: result.to_json() for number, result in self._known.items()}
         self._known = NOTHING  # later iterations start with none
-        return self.work_queue(f"iteration {iteration.index}", len(iteration.members), known)
+        return self.work_queue("iteration", iteration.index, len(iteration.members), known)
 
     def commit(self, iteration: Iteration, results: IterationResults) -> Record:
         """The iteration's record, once it is in the journal: the center may be updated by it."""
@@ -112,9 +120,19 @@ class PrimaryCoordinator(Coordinator):
     ):
         super().__init__(world, store, heartbeats, **shared)
         self._journal, self._es, self._observer, self._warn = journal, es, observer, warn
+        self._queues: list[tuple[int, str, int]] = []  # iteration, name and pieces
 
     def start(self, iteration: int, digest: str) -> None:
         self._store.announce(CurrentIteration(iteration, digest))
+
+    def work_queue(
+        self, kind: str, iteration: int, count: int, known: Mapping[int, str] = NOTHING
+    ) -> WorkQueue:
+        self._queues.append((iteration, f"{kind} {iteration}", count))
+        return super().work_queue(kind, iteration, count, known)
+
+    def _is_finished(self, iteration: int) -> bool:
+        return False  # this rank itself finishes it
 
     def member_queue(self, iteration: Iteration) -> MemberQueue:
         work = self._member_work(iteration)
@@ -132,7 +150,14 @@ class PrimaryCoordinator(Coordinator):
             )
         self._journal.append(record)
         self._store.publish(record)
+        self._delete_queues(iteration.index - KEPT_QUEUES)
         return record
+
+    def _delete_queues(self, last: int) -> None:
+        """Delete the keys of the queues up to iteration `last`: the store must not grow."""
+        while self._queues and self._queues[0][0] <= last:
+            _, name, pieces = self._queues.pop(0)
+            self._store.queue(name).delete(pieces)
 
     def finish(self, iterations: int, digest: str) -> None:
         self._journal.append(Finish(iterations, digest))

@@ -18,7 +18,7 @@ class Heartbeats:
 
     Args:
         store: the run's store.
-        connection: another connection to it, for the thread: the main thread may wait on the first.
+        connection: for the thread: another one to torch's store, on which the main thread may wait.
         replica: this replica's number.
         timeout: seconds without a heartbeat after which a replica counts as dead.
     """

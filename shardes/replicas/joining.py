@@ -3,7 +3,7 @@ common.
 """
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,13 @@ from shardes.config.schema import Config
 from shardes.distributed.world import World
 from shardes.errors import ConfigError
 from shardes.noise.definition import NOISE
-from shardes.replicas.gateway import StoreGateway, connect, run_token
+from shardes.replicas.gateway import StoreGateway
+from shardes.replicas.gateway_client import connect
 from shardes.replicas.protocol import RunStore, Welcome
+from shardes.replicas.token import run_token
+from shardes.replicas.validation import ResultLimits
 from shardes.sharding.weight_files import WeightFiles
-from shardes.storage.files import differing, fingerprint
+from shardes.storage.files import differing, fingerprint, write_whole
 from shardes.storage.journal import Header
 from shardes.storage.resume import ResumePoint, RunDirectory
 from shardes.storage.snapshots import latest_valid_snapshot
@@ -25,11 +28,21 @@ from shardes.storage.sources import first_difference
 
 @contextmanager
 def gateway_open(
-    config: Config, base: WeightFiles, world: World, store: RunStore, run: RunDirectory
+    config: Config,
+    base: WeightFiles,
+    world: World,
+    store: RunStore,
+    run: RunDirectory,
+    limits: ResultLimits,
+    warn: Callable[[str], None],
 ) -> Iterator[str]:
     """A context in which other jobs can join the run; for the primary rank. Yields HOST:PORT.
 
     The address is also in the file `meeting` of the run directory.
+
+    Args:
+        limits: what jobs that join may post.
+        warn: takes a line for the user, from a thread.
     """
     directory, replicas = Path(config.run.dir), config.replicas
     for record in run.records:
@@ -37,11 +50,20 @@ def gateway_open(
     header = _header(config, base, run.sources, run.date)
     store.welcome(Welcome(header, world.replicas))
     token = run_token(directory, create=True)
-    gateway = StoreGateway(replicas.host, replicas.port or 0, token, store, replicas.timeout)
+    gateway = StoreGateway(
+        replicas.host,
+        replicas.port or 0,
+        token,
+        store,
+        limits,
+        run.resume.iteration,
+        replicas.timeout,
+        warn,
+    )
     address = f"{replicas.host or socket.gethostname()}:{gateway.port}"
     file = directory / "meeting"
     try:
-        file.write_text(address + "\n")
+        write_whole(file, address + "\n")
         yield address
     finally:
         file.unlink(missing_ok=True)
@@ -50,10 +72,9 @@ def gateway_open(
 
 @dataclass
 class RunConnection:
-    """A job's connections to the store of a run that it may join."""
+    """A job's connection to the store of a run that it may join."""
 
     store: RunStore
-    heartbeat_store: RunStore  # another connection
     welcome: Welcome
 
     @property
@@ -71,8 +92,8 @@ def connect_to_run(config: Config) -> RunConnection:
     address = config.replicas.join
     assert address is not None
     token, timeout = run_token(Path(config.run.dir)), config.replicas.timeout
-    store, heartbeat_store = (connect(address, token, timeout) for _ in range(2))
-    return RunConnection(store, heartbeat_store, store.read_welcome())
+    store = connect(address, token, timeout)
+    return RunConnection(store, store.read_welcome())
 
 
 @dataclass
@@ -80,7 +101,6 @@ class JoinedRun:
     """A run that this job has joined: its store, and what its primary job said."""
 
     store: RunStore
-    heartbeat_store: RunStore  # another connection
     replica: int  # this job's number
     replicas: int  # of the primary job
     resume: ResumePoint
@@ -109,8 +129,7 @@ def join_run(
         f"joined the run at {config.replicas.join} as replica {replica}, in iteration "
         f"{current.iteration}: {resume.origin}"
     )
-    heartbeat_store, replicas = connection.heartbeat_store, welcome.replicas
-    return JoinedRun(store, heartbeat_store, replica, replicas, resume, [*notes, note])
+    return JoinedRun(store, replica, welcome.replicas, resume, [*notes, note])
 
 
 def _header(config: Config, base: WeightFiles, sources: dict[str, str], date: str) -> Header:

@@ -1,11 +1,11 @@
 """The members of one iteration, shared out between replicas."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.errors import ConfigError
 from shardes.es.population import Iteration
 from shardes.replicas.protocol import MemberResult
@@ -73,11 +73,11 @@ class MemberQueue:
         Raises:
             ConfigError: its reward is NaN or infinite; names the member and its seed.
         """
-        if not math.isfinite(result.reward):
+        if not is_reward(result.reward):
             seed = self._iteration.members[number].seed
             raise ConfigError(
                 f"task: the reward of member {number} of iteration {self._iteration.index} "
-                f"(seed {seed}) is {result.reward}; a task's scores must be finite numbers"
+                f"(seed {seed}) is {result.reward}; a reward must be {REWARD_RANGE}"
             )
         self._queue.post(number, result.to_json())
 

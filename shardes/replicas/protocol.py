@@ -1,7 +1,8 @@
 """The keys that the replicas of a run share in its store, and what they hold.
 
-The run's store is the primary job's, under a random prefix that is told to the replicas of other
-jobs (`replicas.gateway`). T counts iterations, K replicas, N the pieces of a work queue.
+The run's store is the primary job's, under a random prefix. Replicas of other jobs reach it through
+the gateway, which permits them what `replicas.access` lists. T counts iterations, K replicas, N the
+pieces of a work queue.
 
 | key | value | set by |
 | --- | --- | --- |
@@ -10,7 +11,7 @@ jobs (`replicas.gateway`). T counts iterations, K replicas, N the pieces of a wo
 | `replicas` | counter: a replica that joins takes the next number | replicas that join |
 | `record/T` | the journal's record of iteration T: the update of every center | primary |
 | `heartbeat/K` | counter of replica K's heartbeats | leader of K |
-| `left/K` | "": replica K has left; its pieces may be taken over at once | leader of K |
+| `left/K` | "": replica K has left; its pieces may be taken over at once | leader of K, gateway |
 | `over` | exit code: the run has ended | primary |
 | `center T/replica K` | digest of replica K's center | leader of K |
 | `center T/rank R` | digests by parameter, where the centers differ | rank R |
@@ -20,22 +21,32 @@ jobs (`replicas.gateway`). T counts iterations, K replicas, N the pieces of a wo
 | `Q/done` | counter of the results | leaders |
 
 A queue Q is `iteration T` (its pieces are members, its results `MemberResult`s), `evaluation T`
-(the center's responses, as token ids), or `evaluation` (of `shardes evaluate`). The other keys of
-the store belong to the primary job's own ranks: see `distributed.job_store`.
+(the center's responses, as token ids), or `evaluation` (of `shardes evaluate`). The keys of a queue
+are deleted `KEPT_QUEUES` iterations later, and those of a comparison after the next one; a queue is
+over once `record/T` is there. The other keys of the store belong to the primary job's own ranks:
+see `distributed.job_store`.
 """
 
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch.distributed as dist
 
-from shardes.distributed.store import clone_store, no_poll, tcp_store, wait_for_keys
+from shardes.distributed.store import (
+    KeyValueStore,
+    PrefixStore,
+    clone_store,
+    no_poll,
+    tcp_store,
+    wait_for_keys,
+)
 from shardes.distributed.world import Job
 from shardes.storage.journal import Header, Record
 
 NOBODY = -1  # in place of a replica's number: it never sends a heartbeat
+KEPT_QUEUES = 2  # iterations
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,14 @@ class MemberResult:
     failures: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The fields' values without their names: many of these cross the network."""
-        return json.dumps(astuple(self), separators=(",", ":"))
+        """The fields' values, without their names and without empty ones at the end: many of these
+        cross the network.
+        """
+        failures = {name: count for name, count in self.failures.items() if count}
+        values = [self.reward, self.tokens, self.replica, self.finished, self.scores, failures]
+        while not values[-1] and len(values) > 4:
+            values.pop()
+        return json.dumps(values, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "MemberResult":
@@ -82,11 +99,16 @@ class CurrentIteration:
 
 
 class RunStore:
-    """Typed access to the keys of the run; each thread needs its own connection."""
+    """Typed access to the keys of the run; each thread needs its own connection.
 
-    def __init__(self, store: dist.Store, prefix: str = ""):
+    Args:
+        store: the primary job's, or the gateway's, which adds the prefix itself.
+    """
+
+    def __init__(self, store: KeyValueStore, prefix: str = ""):
         self.prefix = prefix
-        self._store = dist.PrefixStore(prefix, store) if prefix else store
+        self._base = store
+        self._store = PrefixStore(prefix, store) if prefix else store
 
     @classmethod
     def of_job(cls, job: Job) -> "RunStore":
@@ -96,17 +118,18 @@ class RunStore:
             job.keys.set_run_prefix(secrets.token_hex(8))
         return cls(tcp_store(job.store), job.keys.run_prefix())
 
-    @property
-    def tcp_store(self) -> dist.TCPStore:
-        """The store without prefix."""
-        return tcp_store(self._store)
-
     def clone(self) -> "RunStore":
-        """Another connection."""
-        return RunStore(clone_store(self._store))
+        """Another connection; not through the gateway."""
+        assert isinstance(self._base, dist.Store)
+        return RunStore(clone_store(self._base), self.prefix)
+
+    @property
+    def keys(self) -> KeyValueStore:
+        """The keys, without types."""
+        return self._store
 
     def queue(self, name: str) -> "QueueStore":
-        return QueueStore(dist.PrefixStore(name, self._store))
+        return QueueStore(PrefixStore(name, self._store))
 
     def welcome(self, welcome: Welcome) -> None:
         """Let replicas join: they are numbered from `welcome.replicas` on."""
@@ -139,6 +162,10 @@ class RunStore:
 
     def publish(self, record: Record) -> None:
         self._store.set(f"record/{record.iteration}", json.dumps(asdict(record)))
+
+    def has_record(self, iteration: int) -> bool:
+        """Whether an iteration is finished."""
+        return self._store.check([f"record/{iteration}"])
 
     def record(self, iteration: int) -> Record:
         """A record that has been published."""
@@ -176,13 +203,13 @@ class RunStore:
         return int(self._store.get("over")) if self._store.check(["over"]) else None
 
     def compare_centers(self, iteration: int) -> "CenterStore":
-        return CenterStore(dist.PrefixStore(f"center {iteration}", self._store), iteration)
+        return CenterStore(PrefixStore(f"center {iteration}", self._store), iteration)
 
 
 class CenterStore:
     """The keys with which replicas compare their centers before one iteration."""
 
-    def __init__(self, store: dist.Store, iteration: int):
+    def __init__(self, store: KeyValueStore, iteration: int):
         self._store, self._what = store, f"iteration {iteration}: comparing centers"
 
     def post_digest(self, replica: int, digest: str) -> None:
@@ -211,11 +238,15 @@ class CenterStore:
         wait_for_keys(self._store, keys, timeout, self._what)
         return [json.loads(self._store.get(key)) for key in keys]
 
+    def delete_digests(self, replicas: int) -> None:
+        for replica in range(replicas):
+            self._store.delete_key(f"replica {replica}")
+
 
 class QueueStore:
     """The keys of one work queue. `bytes` counts keys and values, sent and received."""
 
-    def __init__(self, store: dist.Store):
+    def __init__(self, store: KeyValueStore):
         self._store = store
         self.bytes = 0
 
@@ -228,8 +259,8 @@ class QueueStore:
 
     def claimant(self, piece: int) -> int:
         """The replica that works on a piece; NOBODY if none does or if it died while claiming."""
-        key = f"claimant/{piece}"
-        return int(self._get(key)) if self._store.check([key]) else NOBODY
+        # A comparison in place of `get`, which would wait if the queue were deleted meanwhile.
+        return int(self._compare_set(f"claimant/{piece}", str(NOBODY), str(NOBODY)))
 
     def take_over(self, piece: int, claimant: int, replica: int) -> bool:
         """Whether `replica` becomes the claimant: the first of several replicas that ask does."""
@@ -251,6 +282,14 @@ class QueueStore:
 
     def number_done(self) -> int:
         return self._add("done", 0)
+
+    def delete(self, pieces: int) -> None:
+        """Delete the keys of a queue of so many pieces, of which nobody makes use any more."""
+        for key in ("claimed", "done"):
+            self._store.delete_key(key)
+        for piece in range(pieces):
+            self._store.delete_key(f"claimant/{piece}")
+            self._store.delete_key(f"result/{piece}")
 
     def _compare_set(self, key: str, expected: str, value: str) -> str:
         now = self._store.compare_set(key, expected, value)

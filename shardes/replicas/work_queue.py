@@ -25,6 +25,11 @@ ORPHAN_CHECKS = 32  # pieces that a waiting replica looks up at a time: it may b
 NEWS_CHECKS = 1024  # pieces that the primary rank looks up at a time, between two members
 
 
+def never() -> bool:
+    """A queue that is not deleted while this rank may use it."""
+    return False
+
+
 class WorkQueue:
     """Pieces numbered from 0 and their results, which are texts.
 
@@ -35,6 +40,7 @@ class WorkQueue:
         count: number of pieces.
         timeout: seconds without a new result after which a wait fails.
         known: results that were known before, by piece; no replica is to work on these.
+        finished: whether the queue is over, for a leader that may be late: its keys may be deleted.
         heartbeats: on a leader whose replica may take over pieces of dead replicas.
         poll: called while waiting; what it raises ends the wait.
         clock: waiting counts as its part "exchange".
@@ -49,13 +55,19 @@ class WorkQueue:
         timeout: float,
         *,
         known: Mapping[int, str] = NOTHING,
+        finished: Callable[[], bool] = never,
         heartbeats: Heartbeats | None = None,
         poll: Callable[[], None] = no_poll,
         clock: Clock | None = None,
     ):
         self._world, self._store, self._name = world, store, name
         self._count, self._timeout, self._known = count, timeout, known
-        self._heartbeats, self.poll, self._clock = heartbeats, poll, clock or Clock()
+        self._finished, self._heartbeats, self.poll, self._clock = (
+            finished,
+            heartbeats,
+            poll,
+            clock or Clock(),
+        )
         self._unreported = deque(number for number in range(count) if number not in known)
         self._progress = (-1, 0.0)  # results so far, and since when
         self._unposted = deque(range(count))  # pieces whose result this replica has not seen
@@ -80,6 +92,8 @@ class WorkQueue:
             yield number
 
     def _claim(self) -> int:
+        if self._finished():
+            return self._count
         number = self._store.claim()
         while number in self._known:
             number = self._store.claim()
@@ -108,6 +122,8 @@ class WorkQueue:
     def _orphan(self, since: float) -> int:
         """A piece of a dead replica, WAITING after a while, or DONE. The wait began at `since`."""
         assert self._heartbeats
+        if self._finished():
+            return DONE
         if self._wait_done(since, self._heartbeats.timeout / 4):
             return DONE
         for number, posted in self._look_up(self._unposted, ORPHAN_CHECKS):
@@ -122,7 +138,7 @@ class WorkQueue:
 
     def post(self, number: int, result: str) -> None:
         """Post a result, unless a replica that took the piece over was first."""
-        if self._world.is_leader:
+        if self._world.is_leader and not self._finished():
             self._store.post(number, self._world.replica, result)
 
     def number_done(self) -> int:

@@ -26,6 +26,21 @@ def make_directory(path: Path) -> None:
         sync(folder.parent)
 
 
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file such that there is, after a crash or on a full disk, all of it or none."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
 def checksum(text: str) -> str:
     """A checksum that detects accidental changes, not forgeries: 16 hexadecimal digits."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -202,6 +202,7 @@ class SnapshotWriter(Snapshots):
         self._best = best
         self._linking = threading.Lock()
         self._link_best()
+        self._progress: list[SnapshotProgress] = []  # of earlier snapshots, on the primary rank
 
     def due(self, iteration: int) -> bool:
         return self._config.every > 0 and iteration > 0 and iteration % self._config.every == 0
@@ -251,6 +252,8 @@ class SnapshotWriter(Snapshots):
             progress.fail(f"rank {self._world.job.rank}: {error}")
         finally:
             self._written.set()
+            if self._world.is_primary:
+                self._progress.append(progress)
             checkpoint.close()
             failure = progress.failure() if self._world.is_primary else None
             if failure is not None:
@@ -274,6 +277,9 @@ class SnapshotWriter(Snapshots):
         checkpoint.flush()
         progress.set_written(dist.get_rank())
         progress.wait_written(dist.get_world_size())
+        # Each rank's thread has ended its earlier snapshots before it began this one.
+        while self._progress:
+            self._progress.pop().delete(dist.get_world_size())
 
     def _read_back(self, checkpoint: Checkpoint, progress: SnapshotProgress) -> None:
         """Read the files that fall to this rank back from disk."""

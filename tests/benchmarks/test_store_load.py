@@ -1,6 +1,7 @@
 """The requests to a real store; nothing is timed."""
 
 import time
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
@@ -8,23 +9,27 @@ import torch.distributed as dist
 
 from benchmarks.replicas import Setting
 from benchmarks.simulate import simulate
-from benchmarks.store_load import busiest, connect, flood, replay, requests
-from shardes.replicas.gateway import StoreGateway
+from benchmarks.store_load import begin_run, busiest, flood, open_gateway, replay, requests
 from shardes.replicas.protocol import RunStore
 
 
-@pytest.fixture(params=[False, True], ids=["store", "gateway"])
-def server(request):
-    """A port, and whether it is a gateway's; it leads to a store either way."""
-    store = dist.TCPStore(
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore(
         "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False
     )
+
+
+@pytest.fixture(params=[False, True], ids=["store", "gateway"])
+def server(request, store):
+    """A port, and whether it is a gateway's; it leads to a store either way."""
+    run = RunStore(store, "run")
+    begin_run(run, [40])
     if not request.param:
         yield store.port, False
         return
-    gateway = StoreGateway("127.0.0.1", 0, "benchmark", RunStore(store, "run"), 60)
-    yield gateway.port, True
-    gateway.close()
+    with closing(open_gateway(run)) as gateway:
+        yield gateway.port, True
 
 
 def test_every_kind_of_request_is_answered(server):
@@ -43,9 +48,15 @@ def test_a_simulated_second_is_replayed_in_full(server):
     assert times.shape == (len(trace), 2) and (times[:, 0] >= times[:, 1] - 1e-3).all()
 
 
-def test_a_flood_times_each_of_its_requests(server):
-    before = connect(*server).num_keys()
+def test_a_flood_times_each_of_its_requests(store, server):
+    before = store.num_keys()
     times = flood(*server, "claims", 0, 0.05, time.time())
     assert len(times) > 0 and min(times) > 0
+    through_gateway = server[1]
+    until = time.monotonic() + 10
+    while through_gateway and not RunStore(store, "run").has_left(1):  # one more key
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    added = store.num_keys() - before - through_gateway
     # One key for the counter of claims, and one for every other request, which stores a claimant.
-    assert connect(*server).num_keys() - before == 1 + -(-len(times) // 2) - (len(times) == 1)
+    assert added == 1 + -(-len(times) // 2) - (len(times) == 1)

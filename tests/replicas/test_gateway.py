@@ -1,56 +1,62 @@
 """Only who knows the token reaches the run's store."""
 
+import resource
 import socket
 import threading
-from contextlib import closing
-from datetime import timedelta
+import time
+from contextlib import ExitStack, closing
 
 import pytest
 import torch.distributed as dist
+from gateways import LIMITS, SECRET
 
 from shardes.errors import ConfigError
 from shardes.replicas import gateway as gateway_module
-from shardes.replicas.gateway import TOKEN, StoreGateway, connect, run_token
-from shardes.replicas.protocol import RunStore
+from shardes.replicas import gateway_client
+from shardes.replicas.gateway import STRANGERS, StoreGateway
+from shardes.replicas.gateway_client import connect
 
 
-@pytest.fixture
-def store() -> dist.TCPStore:
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))
+def test_who_knows_the_token_shares_the_store(store, primary, gateway):
+    clients = [connect(f"127.0.0.1:{gateway.port}", SECRET, 5) for _ in range(3)]
+    assert [client.wait_current(1).digest for client in clients] == ["digest"] * 3
+    assert [client.take_replica_number() for client in clients] == [1, 2, 3]
+    clients[0].beat(1)
+    assert primary.heartbeats(1) == clients[2].heartbeats(1) == 1
+    assert not store.check(["heartbeat/1"])
 
 
-@pytest.fixture
-def gateway(store):
-    with closing(StoreGateway("127.0.0.1", 0, "secret", RunStore(store, "prefix"), 5)) as gateway:
-        yield gateway
-
-
-def test_who_knows_the_token_shares_the_store(store, gateway):
-    primary = dist.PrefixStore("prefix", store)
-    primary.set("key", "from the primary")
-    clients = [connect(f"127.0.0.1:{gateway.port}", "secret", 5) for _ in range(3)]
-    assert [client._store.get("key") for client in clients] == [b"from the primary"] * 3
-    clients[0]._store.set("answer", "x" * 1_000_000)
-    assert primary.get("answer") == b"x" * 1_000_000 and not store.check(["answer"])
-
-
-def test_many_requests_at_once_are_not_mixed_up(store, gateway):
-    sums: list[list[int]] = []
+def test_many_requests_at_once_are_not_mixed_up(gateway, join):
+    claims: list[list[int]] = []
 
     def client():
-        mine = connect(f"127.0.0.1:{gateway.port}", "secret", 10)
-        sums.append([mine._store.add("counter", 1) for _ in range(200)])
+        queue = join().queue("iteration 0")
+        claims.append([queue.claim() for _ in range(200)])
 
     threads = [threading.Thread(target=client) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(number for found in sums for number in found) == list(range(1, 1601))
-    assert all(found == sorted(found) for found in sums)
+    assert sorted(number for found in claims for number in found) == list(range(1600))
+    assert all(found == sorted(found) for found in claims)
 
 
-@pytest.mark.parametrize("token", ["", "Secret", "secret\n0", "ѕecret"])
+def test_threads_share_a_connection(gateway, join):
+    client, claims = join(), []
+    queue = client.queue("iteration 0")
+    threads = [
+        threading.Thread(target=lambda: claims.extend(queue.claim() for _ in range(100)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claims) == list(range(400))
+
+
+@pytest.mark.parametrize("token", ["", SECRET.upper(), f"{SECRET}\n0", "ѕecret", "\udcff"])
 def test_another_token_is_refused(gateway, token):
     with pytest.raises(ConfigError, match="the token does not match"):
         connect(f"127.0.0.1:{gateway.port}", token, 5)
@@ -63,13 +69,14 @@ def test_another_token_is_refused(gateway, token):
         b"\n",
         b"no token\n",
         b"\xff\xfe \xff\n",
+        "nonce prооf\n".encode(),
         b"x" * 100_000,
         b"GET / HTTP/1.1\r\n\r\n",
         b"\x01\x00\x00\x00",
     ],
-    ids=["nothing", "a line", "words", "bytes", "much", "http", "torch"],
+    ids=["nothing", "a line", "words", "bytes", "no ASCII", "much", "http", "torch"],
 )
-def test_a_client_of_another_kind_gets_nothing(store, gateway, said):
+def test_a_client_of_another_kind_gets_nothing(gateway, join, said, capfd):
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as client:
         greeting = client.recv(100)
         client.sendall(said)
@@ -81,9 +88,24 @@ def test_a_client_of_another_kind_gets_nothing(store, gateway, said):
         except ConnectionResetError:
             pass
     assert greeting.startswith(b"shardes ") and answer in (b"", b"refused\n")
-    assert (
-        connect(f"127.0.0.1:{gateway.port}", "secret", 5)._store.add("key", 1) == 1
-    )  # others are not disturbed
+    join().beat(1)  # others are not disturbed
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("answer", [b"", b"\xff\xfe\n", b"x" * 300, "prооf\n".encode()])
+def test_a_gateway_that_does_not_know_the_token_is_refused(answer):
+    def serve():
+        with listening.accept()[0] as client:
+            client.sendall(b"shardes nonce\n")
+            client.recv(200)
+            client.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ConfigError, match="the token does not match"):
+            connect(f"127.0.0.1:{listening.getsockname()[1]}", SECRET, 5)
+        thread.join()
 
 
 def test_a_proof_cannot_be_used_again(gateway):
@@ -101,13 +123,57 @@ def test_a_proof_cannot_be_used_again(gateway):
         thread = threading.Thread(target=listen)
         thread.start()
         with pytest.raises(ConfigError):
-            connect(f"127.0.0.1:{listening.getsockname()[1]}", "secret", 5)
+            connect(f"127.0.0.1:{listening.getsockname()[1]}", SECRET, 5)
         thread.join()
-    assert b"secret" not in heard[0]
+    assert SECRET.encode() not in heard[0]
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as client:
         client.recv(100)
         client.sendall(heard[0])
         assert client.recv(100) == b"refused\n"
+
+
+def test_strangers_take_few_file_descriptors_and_keep_nobody_out(gateway, join, capfd):
+    """More connections without a token than the process has file descriptors to spare."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = join()
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1000, limits[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        for count in range(500):
+            address = ("127.0.0.1", gateway.port)
+            stack.enter_context(socket.create_connection(address, timeout=5))
+            if count % 100 == 99:
+                client.beat(1)
+                with closing(connect(f"127.0.0.1:{gateway.port}", SECRET, 5)._base) as other:
+                    assert other.check(["current iteration"])
+        assert len(gateway._strangers) <= STRANGERS
+    assert capfd.readouterr().err == ""
+
+
+def test_a_stranger_is_sent_away_after_a_while(gateway, monkeypatch):
+    monkeypatch.setattr(gateway_module, "PATIENCE", 0.5)
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as client:
+        since = time.monotonic()
+        client.recv(100)
+        for _ in range(3):  # a byte now and then does not buy time
+            client.sendall(b"x")
+            time.sleep(0.1)
+        assert client.recv(100) == b"" and time.monotonic() - since < 3
+
+
+def test_scarce_file_descriptors_end_no_gateway(gateway, join):
+    with ExitStack() as stack:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        first = socket.create_connection(("127.0.0.1", gateway.port), timeout=5)
+        stack.enter_context(first)
+        first.recv(100)
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        waiting = socket.socket()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with closing(waiting):
+            waiting.connect(("127.0.0.1", gateway.port))
+            time.sleep(0.3)
+    join().beat(1)
 
 
 @pytest.mark.parametrize(
@@ -116,42 +182,44 @@ def test_a_proof_cannot_be_used_again(gateway):
         ("nonsense", "HOST:PORT"),
         ("host:", "HOST:PORT"),
         ("127.0.0.1:1", "cannot join"),
+        ("127.0.0.1:99999", "cannot join"),
     ],
 )
 def test_an_address_where_no_run_is(address, complaint):
     with pytest.raises(ConfigError, match=complaint):
-        connect(address, "secret", 5)
+        connect(address, SECRET, 5)
 
 
 def test_a_server_that_is_no_door(store, monkeypatch):
-    monkeypatch.setattr(gateway_module, "PATIENCE", 1.0)
+    monkeypatch.setattr(gateway_client, "PATIENCE", 1.0)
     with pytest.raises(ConfigError, match=r"replicas\.join="):
-        connect(f"127.0.0.1:{store.port}", "secret", 5)
+        connect(f"127.0.0.1:{store.port}", SECRET, 5)
 
 
-def test_a_port_in_use(store, gateway):
+def test_a_port_in_use(primary, gateway):
     with pytest.raises(
         ConfigError,
         match=rf"replicas.port={gateway.port}: cannot listen there on 127.0.0.1: .*in use",
     ):
-        StoreGateway("127.0.0.1", gateway.port, "secret", RunStore(store, "prefix"), 5)
+        StoreGateway("127.0.0.1", gateway.port, SECRET, primary, LIMITS, 0, 5, print)
 
 
-def test_who_is_in_notices_that_the_door_closes(store):
-    gateway = StoreGateway("127.0.0.1", 0, "secret", RunStore(store, "prefix"), 5)
-    client = connect(f"127.0.0.1:{gateway.port}", "secret", 5)
-    client._store.add("key", 1)
+def test_who_is_in_notices_that_the_door_closes(primary, gateway, join):
+    client = join()
+    client.beat(1)
     gateway.close()
     with pytest.raises(dist.DistError):
-        client._store.add("key", 1)
+        client.beat(1)
+    assert primary.has_left(1)
+    gateway._loop = gateway_module.asyncio.new_event_loop()  # to be closed again
+    gateway._thread = threading.Thread(target=lambda: None)
+    gateway._thread.start()
 
 
-def test_the_token_is_the_users_or_made_for_the_owner_alone(tmp_path, monkeypatch):
-    monkeypatch.delenv(TOKEN, raising=False)
-    with pytest.raises(ConfigError, match=TOKEN):
-        run_token(tmp_path)
-    made = run_token(tmp_path, create=True)
-    assert len(made) > 40 and run_token(tmp_path) == run_token(tmp_path, create=True) == made
-    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
-    monkeypatch.setenv(TOKEN, "mine")
-    assert run_token(tmp_path, create=True) == "mine"
+def test_who_loses_the_connection_has_left(primary, join):
+    client = join()
+    client._base.close()
+    until = time.monotonic() + 5
+    while not primary.has_left(1):
+        assert time.monotonic() < until
+        time.sleep(0.01)

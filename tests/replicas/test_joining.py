@@ -4,14 +4,18 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from gateways import forgeries
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import SIZES, save_model
+from shardes.replicas.gateway_client import connect
 from shardes.storage import journal
 from zygote import Run
 
@@ -180,6 +184,36 @@ def test_a_replica_that_is_killed_loses_its_member_alone(start, alone, tmp_path,
 
 
 @pytest.mark.slow
+def test_who_forges_loses_its_place_and_the_run_arrives_where_it_would(start, alone, tmp_path):
+    """Each forger takes a member first, which another replica must then evaluate."""
+    run = tmp_path / "run"
+    primary = start(join=False, slow=0.02)
+    address, token = await_text(run / "meeting").strip(), (run / "token").read_text().strip()
+    own, forged, members = 10**9 - 1, 0, 0
+    requests = [r for r in forgeries(own)[::301] if r[0] != "check" and r[1] != "welcome"]
+    for number, request in enumerate(requests):
+        client = connect(address, token, 10)
+        replica = client.take_replica_number()
+        iteration = (run / "journal.jsonl").read_text().count('"iteration", "it')
+        queue = client.queue(f"iteration {iteration}")
+        if number % 20 == 0 and (member := queue.claim()) < 6:
+            queue.set_claimant(member, replica)
+            members += 1
+            request = ["compare_set", f"iteration {iteration}/result/{member}", "", f"{replica}:[]"]
+        with suppress(dist.DistError):
+            client._base._ask(*request)
+            continue
+        forged += 1
+    assert forged > 50 and members > 2
+    honest = start()
+    assert primary.wait() == [0] and honest.wait() == [0], primary.text() + honest.text()
+    assert arrived(run) == alone
+    assert "Traceback" not in primary.text() + honest.text()
+    excluded = [line for line in primary.text().splitlines() if "is excluded and its work" in line]
+    assert len(excluded) == forged
+
+
+@pytest.mark.slow
 def test_a_replica_that_comes_back_late_is_ignored_and_goes_on(start, alone, tmp_path):
     primary = start(join=False, slow=0.02)
     client = start(slow=0.1)
@@ -256,7 +290,7 @@ def test_who_does_not_fit_is_refused_in_one_line_and_the_run_is_not_disturbed(
     primary = start("es.iterations=500", join=False, slow=0.005)
     await_text(tmp_path / "run" / "meeting")
     (tmp_path / "strange").mkdir()
-    (tmp_path / "strange" / "token").write_text("another")
+    (tmp_path / "strange" / "token").write_text("that of another run")
     cases = [
         ([f"run.dir={tmp_path}/strange"], {}, "the token does not match"),
         ([f"model.path={folder}/other"], {}, "model.safetensors is not the run's"),

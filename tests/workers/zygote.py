@@ -109,7 +109,7 @@ def kill_in_write(number: int) -> None:
 def slow_down(seconds: float) -> None:
     forward = LlamaForCausalLM.forward
 
-    @wraps(forward)  # its signature is looked at
+    @wraps(forward)  # checks of the model look at its parameters
     def slow(*arguments, **named):
         time.sleep(seconds)
         return forward(*arguments, **named)
