@@ -206,7 +206,8 @@ class Trainer:
             check_digest(
                 f"the center before iteration {resume.iteration}", self.digest, resume.target
             )
-        self.coordinator.start(resume.iteration, self.digest)
+        evaluated = resume.iteration in self.evaluator.evaluations
+        self.coordinator.start(resume.iteration, self.digest, evaluated)
 
     def replay(self, record: Record) -> None:
         """Update the center by a record of the journal, and do what a stop kept from being done:

@@ -59,7 +59,7 @@ class Coordinator(ABC):
         self._world, self._store, self._heartbeats = world, store, heartbeats
         self._known, self._timeout, self._poll, self._clock = known, timeout, poll, clock
 
-    def start(self, iteration: int, digest: str) -> None:  # noqa: B027
+    def start(self, iteration: int, digest: str, evaluated: bool) -> None:  # noqa: B027
         """The journal is replayed. The primary rank tells jobs that join where the run stands."""
 
     def work_queue(
@@ -122,8 +122,8 @@ class PrimaryCoordinator(Coordinator):
         self._journal, self._es, self._observer, self._warn = journal, es, observer, warn
         self._queues: list[tuple[int, str, int]] = []  # iteration, name and pieces
 
-    def start(self, iteration: int, digest: str) -> None:
-        self._store.announce(CurrentIteration(iteration, digest))
+    def start(self, iteration: int, digest: str, evaluated: bool) -> None:
+        self._store.announce(CurrentIteration(iteration, digest, evaluated))
 
     def work_queue(
         self, kind: str, iteration: int, count: int, known: Mapping[int, str] = NOTHING

@@ -77,8 +77,8 @@ class GatewayStore:
 def connect(address: str, token: str, timeout: float) -> RunStore:
     """A connection to the run's store through the gateway at `address`, written HOST:PORT.
 
-    Later requests raise torch's DistError if an answer takes longer than `timeout` seconds, or if
-    the gateway cannot be reached for so long.
+    Later requests raise torch's DistError if the gateway cannot be reached for `timeout` seconds,
+    or if an answer takes as long, and at least ten seconds.
 
     Raises:
         ConfigError: an address of another form, no gateway there, or another token.
@@ -86,7 +86,7 @@ def connect(address: str, token: str, timeout: float) -> RunStore:
     gateway = _authenticate(address, token)
     detect_loss(gateway, timeout)
     gateway.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    gateway.settimeout(timeout)
+    gateway.settimeout(max(timeout, PATIENCE))
     return RunStore(GatewayStore(gateway))
 
 

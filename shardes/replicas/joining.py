@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from shardes.config.loading import replica_settings
 from shardes.config.schema import Config
 from shardes.distributed.world import World
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, RunError
 from shardes.noise.definition import NOISE
 from shardes.replicas.gateway import StoreGateway
 from shardes.replicas.gateway_client import connect
@@ -88,12 +90,25 @@ def connect_to_run(config: Config) -> RunConnection:
 
     Raises:
         ConfigError: cannot connect.
+        RunError: the run does not answer.
     """
     address = config.replicas.join
     assert address is not None
     token, timeout = run_token(Path(config.run.dir)), config.replicas.timeout
     store = connect(address, token, timeout)
-    return RunConnection(store, store.read_welcome())
+    with _reachable(address):
+        return RunConnection(store, store.read_welcome())
+
+
+@contextmanager
+def _reachable(address: str) -> Iterator[None]:
+    """A context in which the loss of the connection to a run is a RunError."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise RunError(
+            f"replicas.join={address}: {error}; is the run still active? Start this again to join"
+        ) from error
 
 
 @dataclass
@@ -116,17 +131,23 @@ def join_run(
 
     Raises:
         ConfigError: the run has another base model, other noise, settings, code, data or prompts.
+        RunError: the run does not answer.
     """
     store, welcome, directory = connection.store, connection.welcome, Path(config.run.dir)
     _compare(welcome.header, _header(config, base, sources, connection.date))
-    current = store.wait_current(config.run.timeout)
-    records = [store.record(number) for number in range(current.iteration)]
+    address = config.replicas.join
+    assert address is not None
+    with _reachable(address):
+        current = store.wait_current(config.run.timeout)
+        records = [store.record(number) for number in range(current.iteration)]
     digests = [*(record.digest for record in records), current.digest]
     snapshot, notes = latest_valid_snapshot([directory], current.iteration, digests.__getitem__)
-    resume = ResumePoint.after(records, snapshot, current.digest)
-    replica = store.take_replica_number()
+    evaluations: dict = {current.iteration: {}} if current.evaluated else {}
+    resume = ResumePoint.after(records, snapshot, current.digest, evaluations=evaluations)
+    with _reachable(address):
+        replica = store.take_replica_number()
     note = (
-        f"joined the run at {config.replicas.join} as replica {replica}, in iteration "
+        f"joined the run at {address} as replica {replica}, in iteration "
         f"{current.iteration}: {resume.origin}"
     )
     return JoinedRun(store, replica, welcome.replicas, resume, [*notes, note])

@@ -90,12 +90,13 @@ class Welcome:
 
 @dataclass(frozen=True)
 class CurrentIteration:
-    """The iteration at which the run started, or was resumed, and the digest of the center before
-    it.
+    """The iteration at which the run started, or was resumed, the digest of the center before it,
+    and whether that center has been evaluated.
     """
 
     iteration: int
     digest: str
+    evaluated: bool = False
 
 
 class RunStore:

@@ -94,7 +94,7 @@ class ResultLimits:
             raise Malformed("it is in the name of another replica")
         if not is_reward(finished):
             raise Malformed("its time is not a finite number")
-        if type(scores) is not list or not all(map(_is_finite, scores)):
+        if type(scores) is not list or not all(map(is_reward, scores)):
             raise Malformed("its scores are not finite numbers")
         if len(scores) != (self.prompts if self.scores else 0):
             raise Malformed("it has another number of scores than prompts")

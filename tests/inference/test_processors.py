@@ -155,6 +155,14 @@ def test_a_generation_config_that_cannot_be_read(model, tmp_path):
     assert not active_keys(checkpoint_generation_config(tmp_path, model, NEW))
 
 
+def test_without_a_generation_config_the_models_config_is_read(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"repetition_penalty": 1.3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    generation = checkpoint_generation_config(tmp_path, model, NEW)
+    assert active_keys(generation) == "repetition_penalty=1.3"
+
+
 def test_every_key_of_a_generation_config_is_known():
     """A key that a new version adds must be honoured, refused, or listed here as one that does not
     change greedy tokens.

@@ -3,7 +3,9 @@
 import warnings
 
 import pytest
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from models import CHAT, byte_tokenizer
 from shardes.errors import ConfigError
@@ -67,3 +69,20 @@ def test_a_second_begin_of_sequence_token_is_warned_of_once(monkeypatch):
     assert all(row[:2] == [tokenizer.bos_token_id] * 2 for row in rows)
     (warning,) = caught
     assert str(warning.message).startswith("task: prompts begin with <bos>, which the tokenizer")
+
+
+@pytest.mark.parametrize("prompt", ["hello", [{"role": "user", "content": "hello"}]])
+def test_a_tokenizer_without_a_vocabulary_is_named(prompt):
+    tokenizer = byte_tokenizer()
+    vocabulary = {"<eos>": 0, "<pad>": 1}
+    empty = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<eos>"))
+    lost = PreTrainedTokenizerFast(
+        tokenizer_object=empty,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template=tokenizer.chat_template,
+    )
+    with pytest.raises(ConfigError, match=r"prompt 0: .* has no tokens for its text"):
+        encode(lost, [prompt])
+    assert encode(lost, ["<eos>"]) == [[0]]
+    encode(tokenizer, [prompt])
