@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -140,13 +140,19 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
 
 def _key_value_heads(config: PreTrainedConfig) -> list[int]:
     """The numbers of key-value heads that layers of a model have; empty: it has no attention."""
-    # Not getattr: attributes that differ between layers raise.
-    text = config.get_text_config().to_dict()
-    if text.get("multi_query") and not text.get("new_decoder_architecture"):
+    text = config.get_text_config()
+
+    def value(name: str) -> Any:
+        try:
+            return getattr(text, name, None)
+        except RuntimeError:  # layers differ in it
+            return text.to_dict().get(name)
+
+    if value("multi_query") and not value("new_decoder_architecture"):
         return [1]
-    counts = next((count for name in KEY_VALUE_HEADS if (count := text.get(name))), None)
+    counts = next((count for name in KEY_VALUE_HEADS if (count := value(name))), None)
     by_layer = counts if isinstance(counts, list) else [counts]
-    numbers = {*by_layer, text.get("num_global_key_value_heads")}
+    numbers = {*by_layer, value("num_global_key_value_heads")}
     return sorted(number for number in numbers if number)
 
 

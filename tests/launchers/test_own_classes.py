@@ -2,7 +2,6 @@
 when it is asked to.
 """
 
-import json
 import os
 import signal
 import time
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from shardes.storage import journal
 
 pytestmark = pytest.mark.faults
 
@@ -63,8 +64,7 @@ def finish(zygote, config: str, directory: Path) -> None:
     (directory / "does").unlink()
     run = zygote.start(config, ranks=1, log=directory / "finished.log")
     assert run.wait(60) == [0], run.text()
-    (*_, last) = (directory / "run" / "journal.jsonl").read_text().splitlines()
-    assert json.loads(last)["kind"] == "finish"
+    assert journal.read(directory / "run" / "journal.jsonl").finish
 
 
 @pytest.mark.parametrize(
