@@ -152,7 +152,11 @@ def test_a_mistake_ends_every_rank_with_one_line(config):
 @pytest.mark.parametrize(
     "body, code, message",
     [
-        ("return [float('nan') for _ in responses]", 2, "member 0 of iteration 0 (seed "),
+        (
+            "return [float('nan') for _ in responses]",
+            2,
+            "score gave prompt 0 of train the reward nan, not",
+        ),
         ("return [0.0]", 2, "error: task: score gave 1 rewards for 4 responses"),
         (
             "raise OSError('the judge is out')",
