@@ -21,6 +21,7 @@ from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model, reason
 from shardes.errors import ConfigError, RunError
+from shardes.es.population import check_rank
 from shardes.inference.generation import Decoder, decoder
 from shardes.inference.limits import check_decoding, check_prompts
 from shardes.inference.processors import checkpoint_generation_config
@@ -73,6 +74,7 @@ def check(config: Config, job: Job) -> PreparedRun:
     for warning in files.warnings if job.rank == 0 else ():
         warn(warning)
     check_model(config, module)
+    check_rank(config.es, ((name, tuple(p.shape)) for name, p in module.named_parameters()))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
     except (OSError, ValueError) as error:

@@ -42,6 +42,11 @@ class Offload(Enum):
     cpu = "cpu"
 
 
+class Noise(Enum):
+    full = "full"
+    low_rank = "low_rank"
+
+
 class Restore(Enum):
     copy = "copy"
     subtract = "subtract"
@@ -167,6 +172,15 @@ class ESConfig:
         "run seed; every member's seed is derived from it",
         limit=at_least(0),
         decides_center=True,
+    )
+    noise: Noise = _setting(
+        Noise.full,
+        "a member's noise: full (the paper's, a number for every weight) or low_rank (on each "
+        "matrix a product of two factors of rank es.rank; vectors are not trained)",
+        decides_center=True,
+    )
+    rank: int = _setting(
+        1, "r, rank of the noise on a matrix (low_rank)", limit=at_least(1), decides_center=True
     )
     restore: Restore = _setting(
         Restore.copy,

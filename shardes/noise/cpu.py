@@ -5,7 +5,7 @@ goes through the Philox rounds, which the compiler vectorizes, and then each ele
 the table. These look-ups limit the speed; vector gathers are no faster than scalar loads.
 
 With low-rank noise, threads process different tiles of a matrix. In a tile, a member's factors are
-computed once, and each element costs three vectorized operations.
+computed once, and each element costs three vectorized operations per k.
 
 `numba.get_num_threads()` is the number of threads. If Numba's only threading layer is its own
 workqueue (neither OpenMP nor TBB is available), only one Python thread at a time may call this.
@@ -36,8 +36,9 @@ STRETCH = 1 << 14  # elements that a thread takes at a time
 # before.
 COUNTERS = 32
 # 32-bit words are held in uint64, so that their products fit.
-# Of a tile: its sum should stay in the cache of first level, and the factors should cost little.
-TILE_ROWS, TILE_COLS = 32, 128
+# Of a tile: so large that the factors cost little, so small that its sum stays in the cache.
+TILE_ROWS, TILE_COLS = 64, 512
+TERMS = 4  # products that are added to a sum in one pass
 MASK, WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 SCRATCH = 1 << 20  # float32 elements of scratch memory for dtypes that the kernel does not support
 
@@ -84,7 +85,7 @@ def add_low_rank_noise(
         parts = rectangles(place, x_part.size, m, n)
         cut = tiles(parts, TILE_ROWS, TILE_COLS)
         if x_part.size <= STRETCH:
-            _add_tiles(x_part, out_part, cut, 0, len(cut), *terms)
+            _add_tiles(x_part, out_part, cut, *terms)
         else:
             _add_tiles_in_threads(x_part, out_part, cut, *terms)
 
@@ -192,29 +193,41 @@ def _accumulate(total, words, count, coefficient, table):
 @numba.njit(parallel=True, cache=True)
 def _add_tiles_in_threads(x, out, tiles, m, n, rank, rows, cols, seeds, coefficients, table):
     """`_add_tiles` over all tiles, with Numba's threads working on different ones."""
-    share = 16
-    for block in numba.prange((len(tiles) + share - 1) // share):
-        first, last = block * share, min((block + 1) * share, len(tiles))
-        _add_tiles(x, out, tiles, first, last, m, n, rank, rows, cols, seeds, coefficients, table)
+    for i in numba.prange(len(tiles)):
+        _add_tiles(x, out, tiles[i : i + 1], m, n, rank, rows, cols, seeds, coefficients, table)
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _add_tiles(x, out, tiles, first, last, m, n, rank, rows, cols, seeds, coefficients, table):
+def _add_tiles(x, out, tiles, m, n, rank, rows, cols, seeds, coefficients, table):
     """out = x + Σ_n Σ_k c_n'·(a_k·b_k) in some tiles; `rows` and `cols` are the factors' keys."""
     words = np.empty((4, COUNTERS), np.uint32)
-    a, b = np.empty(TILE_ROWS * rank, np.float32), np.empty(TILE_COLS * rank, np.float32)
+    a_factor = np.empty(TILE_ROWS * rank + 2 * LANES, np.float32)
+    b_factor = np.empty(TILE_COLS * rank + 2 * LANES, np.float32)
+    c = np.empty(TERMS, np.float32)
+    a, b = np.empty((TILE_ROWS, TERMS), np.float32), np.empty((TERMS, TILE_COLS), np.float32)
     total = np.empty((TILE_ROWS, TILE_COLS), np.float32)
-    for tile in range(first, last):
-        place, row, col, height, width, step = tiles[tile]
+    for tile in tiles:
+        place, row, col, height, width, step = tile
+        start_a, start_b = row * rank, (row // m * n + col) * rank
         total[:height] = 0
+        terms = 0
         for i in range(seeds.size):
-            start = (row // m * n + col) * rank
-            _factor(a, words, row * rank, height * rank, 1, rows, seeds[i], table)
-            _factor(b, words, start, width * rank, rank, cols, seeds[i], table)
-            for y in range(height):
-                for k in range(rank):
-                    _add_product(total[y, :width], coefficients[i], a[y * rank + k], b[k * width :])
+            _factor(a_factor, words, start_a, height * rank, rows, seeds[i], table)
+            _factor(b_factor, words, start_b, width * rank, cols, seeds[i], table)
+            for k in range(rank):
+                c[terms] = coefficients[i]
+                for y in range(height):
+                    a[y, terms] = a_factor[start_a % LANES + y * rank + k]
+                for j in range(width):
+                    b[terms, j] = b_factor[start_b % LANES + j * rank + k]
+                terms += 1
+                if terms == TERMS:
+                    for y in range(height):
+                        _add_four(total[y, :width], c, a[y], b)
+                    terms = 0
         for y in range(height):
+            for term in range(terms):
+                _add_one(total[y, :width], c[term], a[y, term], b[term])
             at = place + y * step
             x_part, out_part, total_part = x[at : at + width], out[at : at + width], total[y]
             for j in range(width):
@@ -222,21 +235,40 @@ def _add_tiles(x, out, tiles, first, last, m, n, rank, rows, cols, seeds, coeffi
 
 
 @numba.njit(cache=True, inline="always")
-def _add_product(total, coefficient, a, b):
-    """total += c'·(a·b), each operation rounded."""
+def _add_four(total, c, a, b):
+    """total += c·(a·b) for four terms in order, without a trip to memory between them."""
+    c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
+    a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
+    b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
     for j in range(total.size):
-        total[j] += coefficient * (a * b[j])
+        first = total[j] + c0 * (a0 * b0[j])
+        second = first + c1 * (a1 * b1[j])
+        third = second + c2 * (a2 * b2[j])
+        total[j] = third + c3 * (a3 * b3[j])
 
 
 @numba.njit(cache=True, inline="always")
-def _factor(out, words, start, count, rank, name, seed, table):
-    """`count` elements of ε from `start`; with `rank` > 1, those of one k beside each other."""
-    width = count // rank
-    lead = start % LANES
-    for skip in range(0, lead + count, COUNTERS * LANES):
-        counters = min((lead + count - skip + LANES - 1) // LANES, COUNTERS)
-        _philox(words, np.uint64(start // LANES + skip // LANES), counters, name, seed)
-        for i in range(max(lead - skip, 0), min(counters * LANES, lead + count - skip)):
-            word = words[i % LANES // 2, i // LANES] >> np.uint32(16 * (i % 2))
-            element = skip + i - lead
-            out[element % rank * width + element // rank] = table[word & np.uint32(0xFFFF)]
+def _add_one(total, c, a, b):
+    """total += c·(a·b)."""
+    for j in range(total.size):
+        total[j] += c * (a * b[j])
+
+
+@numba.njit(cache=True, inline="always")
+def _factor(out, words, start, count, name, seed, table):
+    """Elements start to start + count - 1 of ε; the first one becomes out[start % LANES]."""
+    counter, counters = start // LANES, (start % LANES + count + LANES - 1) // LANES
+    for first in range(0, counters, COUNTERS):
+        part = min(counters - first, COUNTERS)
+        _philox(words, np.uint64(counter + first), part, name, seed)
+        _look_up(out[first * LANES :], words, part, table)
+
+
+@numba.njit(cache=True, inline="always")
+def _look_up(out, words, count, table):
+    """The elements of ε of `count` counters: eight per counter, two of each word."""
+    for i in range(count):
+        for w in range(4):
+            word = words[w, i]
+            out[LANES * i + 2 * w] = table[word & np.uint32(0xFFFF)]
+            out[LANES * i + 2 * w + 1] = table[word >> np.uint32(16)]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from shardes.config.loading import center_settings, to_yaml
-from shardes.config.schema import CENTER_SETTINGS, Config
+from shardes.config.schema import CENTER_SETTINGS, Config, Noise
 from shardes.errors import ConfigError, suggestion
 from shardes.es.statistics import mean
+from shardes.noise.definition import LOW_RANK_NOISE, NOISE
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import MANIFEST, PARTIAL, read_manifest
@@ -28,6 +29,9 @@ from shardes.storage.journal import (
 )
 from shardes.storage.snapshots import Snapshot, latest_valid_snapshot
 from shardes.storage.sources import PROMPTS, check_sources
+
+UNCHANGEABLE = ("es.noise", "es.rank")  # a run has one kind of noise, which its header names
+ANOTHER_NOISE = "for another noise, export the center (shardes export) and start a run from it"
 
 
 @dataclass
@@ -112,6 +116,11 @@ class RunDirectory:
         self.lock.release()
 
 
+def noise_name(config: Config) -> str:
+    """The definition of the noise that a run with these settings has, for its header."""
+    return LOW_RANK_NOISE if config.es.noise is Noise.low_rank else NOISE
+
+
 def recorded_date(config: Config) -> str:
     """The date that the run's chat templates show, in ISO format; "" if there is no run yet."""
     runs, source = [Path(config.run.dir)], Path(config.resume.source)
@@ -145,6 +154,7 @@ def open_run_directory(
             str(base.directory.resolve()),
             fingerprint(base),
             center_settings(config),
+            noise=noise_name(config),
             sources=sources,
             date=date,
         )
@@ -197,7 +207,8 @@ def describe_run_directory(config: Config, sources: dict[str, str]) -> str:
     history, _ = _read_history(config, Path(config.run.dir))
     if history is None:
         return "a new run"
-    header = Header(history.header.model, history.files, center_settings(config))
+    settings, noise = center_settings(config), noise_name(config)
+    header = Header(history.header.model, history.files, settings, noise=noise)
     _setting_changes(config, history, header)
     _changed_sources(config, history, sources)
     return f"a run of {len(history.records)} iterations so far, to be resumed"
@@ -254,6 +265,10 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     """
     allowed, known = config.resume.allow_changes, [*CENTER_SETTINGS, "model.path", PROMPTS]
     for key in allowed:
+        if key in UNCHANGEABLE:
+            raise ConfigError(
+                f"resume.allow_changes: {key} cannot change within a run; {ANOTHER_NOISE}"
+            )
         if key not in known:
             raise ConfigError(
                 f"resume.allow_changes: {key} is not a setting that decides the center; "
@@ -272,6 +287,11 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     settings = center_settings(Config()) | history.settings
     for key, value in header.settings.items():
         if settings.get(key) != value:
+            if key in UNCHANGEABLE:
+                raise ConfigError(
+                    f"{key}={value}: the run in {history.path.parent} has {settings.get(key)}; use "
+                    f"that value, since {key} cannot change within a run, or {ANOTHER_NOISE}"
+                )
             if key not in allowed:
                 raise ConfigError(
                     f"{key}={value}: the run in {history.path.parent} has {settings.get(key)}; use "
