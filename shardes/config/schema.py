@@ -173,6 +173,12 @@ class ESConfig:
         limit=at_least(0),
         decides_center=True,
     )
+    restore: Restore = _setting(
+        Restore.copy,
+        "copy: keep an exact float32 center beside the live weights; "
+        "subtract: the paper's way, without a copy; the live weights drift by rounding",
+        decides_center=True,
+    )
     noise: Noise = _setting(
         Noise.full,
         "a member's noise: full (the paper's, a number for every weight) or low_rank (on each "
@@ -181,12 +187,6 @@ class ESConfig:
     )
     rank: int = _setting(
         1, "r, rank of the noise on a matrix (low_rank)", limit=at_least(1), decides_center=True
-    )
-    restore: Restore = _setting(
-        Restore.copy,
-        "copy: keep an exact float32 center beside the live weights; "
-        "subtract: the paper's way, without a copy; the live weights drift by rounding",
-        decides_center=True,
     )
     antithetic: bool = _setting(
         False, "members come in pairs of one seed, θ + σ·ε and θ − σ·ε", decides_center=True

@@ -139,6 +139,15 @@ def test_what_does_not_evolve_is_left_alone(tmp_path):
         assert torch.equal(found, theta) != touched
 
 
+def test_with_low_rank_noise_vectors_are_left_alone(tmp_path):
+    save_file({"w": torch.randn(2, 4)}, tmp_path / "model.safetensors")
+    update, base = Update([1], [0.5], weight_decay=0.5, rank=1), WeightFiles(tmp_path)
+    for shape, touched in (((8,), False), ((2, 4), True)):
+        theta = torch.ones(8)
+        update.apply(theta, "w", shape, [Region.contiguous(0, 8)], base)
+        assert torch.equal(theta, torch.ones(8)) != touched
+
+
 @pytest.fixture(scope="module")
 def varied(zygote, uneven_llama, tmp_path_factory):
     """Run directories with every variant on, on two layouts and after a kill."""
