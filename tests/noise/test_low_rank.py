@@ -19,7 +19,7 @@ from shardes.sharding.regions import Region, box_regions, cut
 KNOWN = json.loads((Path(__file__).parent / "vectors_low_rank.json").read_text())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS, COEFFICIENTS = [3, 2**63 + 5, 7, 0, 12, 9], [0.5, -1.25, 0.001, 3.0, -0.2, 1e-3]
-BIG = (3, 70, 1100)  # more than one tile in each direction, and more than one matrix
+BIG = (2, 66, 520)  # more than one tile in each direction, and more than one matrix
 LAYOUTS = {
     "whole": ((50, 70), [Region.contiguous(0, 3500)]),
     "starts and ends within a row": ((50, 70), [Region.contiguous(33, 3001)]),
@@ -28,9 +28,9 @@ LAYOUTS = {
     "rows of a region across rows of the matrix": ((50, 70), [Region(10, 20, 100, 170)]),
     "one column": ((50, 70), [Region(69, 50, 1, 70)]),
     "stack": (BIG, [Region.contiguous(0, prod(BIG))]),
-    "stack, rows": (BIG, list(box_regions(BIG, (0, 20, 0), (3, 31, 1100)))),
-    "stack, columns": (BIG, list(box_regions(BIG, (1, 0, 17), (2, 70, 601)))),
-    "stack, a part flattened": (BIG, list(cut((Region.contiguous(0, prod(BIG)),), 555, 200_001))),
+    "stack, rows": (BIG, list(box_regions(BIG, (0, 20, 0), (2, 31, 520)))),
+    "stack, columns": (BIG, list(box_regions(BIG, (0, 0, 3), (2, 66, 515)))),
+    "stack, a part flattened": (BIG, list(cut((Region.contiguous(0, prod(BIG)),), 555, 60_001))),
     "many tiny matrices": ((90, 1, 4), [Region.contiguous(3, 350)]),
     "four dimensions": ((2, 3, 8, 9), [Region.contiguous(5, 400)]),
     "several regions": ((50, 70), [Region.contiguous(9, 13), Region(100, 5, 7, 70)]),
