@@ -91,6 +91,7 @@ def compile_kernel(kernel, constants: dict[str, int], capability: int) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # on a busy machine, threads wait for each other
     if sys.argv[1] == "interpret":
         interpret()
         interpret_low_rank()
