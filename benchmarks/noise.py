@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from shardes.config.schema import Restore
 from shardes.engines import empty_model
 from shardes.es.center import open_center
 from shardes.es.population import Member
+from shardes.es.update import noise_kind
 from shardes.noise import add_noise
 from shardes.sharding.regions import ParameterShard, Region, cut
 
@@ -31,11 +33,12 @@ class Weights:
             name: param.shape
             for name, param in empty_model(directory, torch.float32).named_parameters()
         }
-        self.center = {
-            f"{name}.{copy}": torch.randn(shape.numel()) * 0.02
+        self.shapes = {
+            f"{name}.{copy}": tuple(shape)
             for copy in range(copies)
             for name, shape in shapes.items()
         }
+        self.center = {name: torch.randn(prod(shape)) * 0.02 for name, shape in self.shapes.items()}
         self.live = {
             name: theta.clone() if separate else theta for name, theta in self.center.items()
         }
@@ -44,20 +47,23 @@ class Weights:
     def read(self, name: str, regions: Sequence[Region], out: torch.Tensor) -> None:
         out.copy_(self.center[name])  # like WeightFiles.read, for whole parameters
 
-    def perturb(self, rank: int = 0, ranks: int = 1) -> None:
+    def perturb(self, rank: int = 0, ranks: int = 1, noise_rank: int = 0) -> None:
         """Perturb the share of one of several ranks."""
         for name, theta in self.center.items():
             size = -(-theta.numel() // ranks)
             first, last = rank * size, (rank + 1) * size
             regions = cut((Region.contiguous(0, theta.numel()),), first, last)
-            live = self.live[name][first:last]
-            add_noise(theta[first:last], name, regions, [7], [SIGMA], out=live)
+            live, kind = self.live[name][first:last], noise_kind(noise_rank, self.shapes[name])
+            add_noise(theta[first:last], name, regions, [7], [SIGMA], live, kind)
 
-    def update(self, members: int) -> None:
+    def update(self, members: int, noise_rank: int = 0) -> None:
         coefficients = [ALPHA / members] * members
         for name, theta in self.center.items():
-            region = Region.contiguous(0, theta.numel())
-            add_noise(theta, name, (region,), range(members), coefficients)
+            region, kind = (
+                Region.contiguous(0, theta.numel()),
+                noise_kind(noise_rank, self.shapes[name]),
+            )
+            add_noise(theta, name, (region,), range(members), coefficients, low_rank=kind)
 
     def papers_perturb(self, sign: float) -> None:
         """Algorithm 2: for every parameter, seed a generator, draw a normal tensor, add it."""
@@ -136,6 +142,14 @@ def _speed(weights: Weights, members: int, update_repeats: int) -> Iterator[Row]
     )
     rate = f"{weights.size * members / time / 1e6:.0f}M normals/s"
     yield Row("update", f"update, N = {members}", "randn, mul, add per seed", 10, values, note=rate)
+    for rank, target in ((1, 4), (4, None)):
+        low_rank, full = partial(weights.update, members, rank), partial(weights.update, members)
+        values, time = ratios(low_rank, full, 5)
+        what, full_noise = f"update, N = {members}, low-rank noise, r = {rank}", "full noise"
+        note = f"{1e3 * time / members:.3g} ms per member"
+        yield Row(f"update: low rank {rank}", what, full_noise, target, values, note=note)
+    values, _ = ratios(partial(weights.perturb, noise_rank=1), weights.perturb, 5)
+    yield Row("perturb: low rank", "perturb, low-rank noise, r = 1", full_noise, None, values)
     values, _ = ratios(weights.bare_addition, weights.perturb, 5)
     addition, note = "a bare x.add_(y, alpha=c)", "times as long"
     yield Row("floor", "perturb", addition, 5, values, at_most=True, note=note)

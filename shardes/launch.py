@@ -23,6 +23,7 @@ from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
+from shardes.es.population import check_rank, noise_rank
 from shardes.es.update import evolves
 from shardes.inference.generation import Decoder, decoder
 from shardes.inference.limits import beyond_context, check_decoding, check_prompts, unused_by_text
@@ -76,13 +77,14 @@ def check(config: Config, job: Job) -> PreparedRun:
     for warning in files.warnings if job.rank == 0 else ():
         warn(warning)
     _check_evolve(config, module)
-    if (unused := unused_by_text(module, config.es.evolve)) and job.rank == 0:
+    if (unused := unused_by_text(module, config.es)) and job.rank == 0:
         warn(
             f"model.path={config.model.path}: text prompts do not use {unused[0]} and "
             f"{len(unused) - 1} other parameters for images or audio, and members change these "
             "too; es.evolve can leave them out"
         )
     settings = config.generation
+    check_rank(config.es, ((name, tuple(p.shape)) for name, p in module.named_parameters()))
     with mistakes_in(f"model.path={directory}"):
         check_model(config, module)
         tokenizer = open_tokenizer(directory, trusted)
@@ -102,7 +104,8 @@ def check(config: Config, job: Job) -> PreparedRun:
 
 def _check_evolve(config: Config, module: PreTrainedModel) -> None:
     pattern, names = config.es.evolve, [name for name, _ in module.named_parameters()]
-    if not any(evolves(pattern, name) for name in names):
+    rank = noise_rank(config.es)
+    if not any(evolves(pattern, rank, n, tuple(p.shape)) for n, p in module.named_parameters()):
         raise ConfigError(
             f"es.evolve={pattern}: matches none of the {len(names)} parameters of "
             f"{config.model.path}, such as {names[0]} and {names[-1]}; nothing would be trained"

@@ -20,6 +20,7 @@ from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
 from shardes.errors import RunError
 from shardes.es.center import open_center
+from shardes.es.population import noise_rank
 from shardes.evaluator import Evaluator, PrimaryEvaluator
 from shardes.launch import PreparedRun
 from shardes.replicas.consistency import ConsistencyCheck
@@ -81,6 +82,7 @@ class JobRoles(ABC):
             prepared.files,
             self.config.es.evolve,
             self.clock,
+            noise_rank(self.config.es),
         )
         self.scorer = Scorer(
             self.config.task,

@@ -1,8 +1,10 @@
 """A whole model in one piece: transformers' own answers, and centers by the definition."""
 
 from collections.abc import Sequence
+from math import prod, sqrt
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -63,16 +65,32 @@ class Reference:
         values = self.logits(prompt, response)[:-1].log_softmax(-1)
         return [row[token].item() for row, token in zip(values, response, strict=True)]
 
-    def perturb(self, seed: int, sigma: float) -> None:
-        """Perturb the model, but not `weights`."""
+    def perturb(self, seed: int, sigma: float, rank: int = 0) -> None:
+        """Perturb the model, but not `weights`; `rank` is that of the noise, 0 for full noise."""
         with torch.no_grad():
             for name, param in self.model.named_parameters():
-                param += sigma * gaussian(seed, name, 0, param.numel()).view(param.shape)
+                param += noise(name, tuple(param.shape), [seed], [sigma], rank)
 
-    def update(self, seeds: list[int], coefficients: list[float]) -> None:
+    def update(self, seeds: list[int], coefficients: list[float], rank: int = 0) -> None:
         """Update `weights`, but not the model."""
-        for name, weight in self.weights.items():
-            total = torch.zeros_like(weight)
-            for seed, coefficient in zip(seeds, coefficients, strict=True):
-                total += gaussian(seed, name, 0, weight.numel()) * coefficient
-            weight += total
+        for name, param in self.model.named_parameters():
+            total = noise(name, tuple(param.shape), seeds, coefficients, rank)
+            self.weights[name] += total.flatten()
+
+
+def noise(
+    name: str, shape: tuple[int, ...], seeds: list[int], coefficients: list[float], rank: int
+) -> torch.Tensor:
+    """Σ c_n·ε(s_n), or with `rank` Σ c_n·(Σ_k a_k·b_kᵀ)/√r, on a whole parameter."""
+    total = torch.zeros(shape)
+    for seed, coefficient in zip(seeds, coefficients, strict=True):
+        if not rank:
+            total += gaussian(seed, name, 0, total.numel()).view(shape) * coefficient
+        elif len(shape) > 1:
+            *stack, rows, cols = shape
+            a = gaussian(seed, name + "#rows", 0, prod(stack) * rows * rank)
+            b = gaussian(seed, name + "#cols", 0, prod(stack) * cols * rank)
+            a, b = a.view(*stack, rows, 1, rank), b.view(*stack, 1, cols, rank)
+            for k in range(rank):
+                total += a[..., k] * b[..., k] * float(np.float32(coefficient / sqrt(rank)))
+    return total

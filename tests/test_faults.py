@@ -17,8 +17,11 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models import SIZES, save_model
+from shardes.noise.definition import LOW_RANK_NOISE
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import verify
+from shardes.storage.export import center_of_run, write_export
+from shardes.storage.verify import replayed_digests
 from shardes.trainer import PARTS
 
 pytestmark = pytest.mark.faults
@@ -275,6 +278,33 @@ def test_another_layout_goes_on(zygote, configure, arrived, tmp_path, layout):
     output = finish(zygote, config, directory, *keys, ranks=ranks)
     assert "the base model and 2 iterations replayed" in output
     arrived(directory)
+
+
+def test_a_run_with_low_rank_noise_goes_on_verifies_and_exports(zygote, configure, model, tmp_path):
+    keys = ["es.noise=low_rank", "es.rank=3"]
+    directory, other = tmp_path / "run", tmp_path / "other"
+    config = configure(directory)
+    fault = {"kill_in_append": ["iteration", 4]}
+    run = zygote.start(config, *keys, ranks=2, log=tmp_path / "killed.log", **fault)
+    assert run.wait() == [-signal.SIGKILL] * 2, run.text()
+    finish(zygote, config, directory, *keys, "engine=fsdp", "sharding.shard=2")
+    finish(zygote, configure(other), other, *keys, ranks=1)
+    assert outcome(directory) == outcome(other)
+    history = journal.read(directory / "journal.jsonl")
+    assert history.header.noise == LOW_RANK_NOISE
+    assert [record.rank for record in history.records] == [3] * 5
+    digests = [*(record.digest for record in history.records), history.finish.digest]
+    assert replayed_digests(history, None) == digests and len(set(digests)) == 6
+    # By replaying the journal: nothing else has the center before iteration 3.
+    source = center_of_run(directory, history, None, 3)
+    write_export(source, tmp_path / "out", torch.float32, "5GB")
+    assert verify(tmp_path / "out").digest == digests[3]
+    exported, base = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (tmp_path / "out", model)
+    )
+    for name, values in exported.items():
+        assert torch.equal(values, base[name]) == (values.ndim == 1), name
 
 
 def test_members_that_were_evaluated_are_not_evaluated_again(zygote, configure, arrived, tmp_path):

@@ -169,6 +169,12 @@ MISTAKES = {
     "train replicas.port=0 es.restore=subtract": (
         r"es\.restore=subtract: .* none can join .*; use copy"
     ),
+    "train es.noise=low_rank es.restore=subtract": (
+        r"es\.restore=subtract: is for es\.noise=full; use copy with es\.noise=low_rank"
+    ),
+    "train es.noise=low_rank es.rank=1000": (
+        r"es\.rank=1000: model\.embed_tokens\.weight is \d+ × \d+, so its rank is at most \d+"
+    ),
     # config files and arguments
     "cli train": r"arguments are required: CONFIG\.yaml.*; see shardes train --help",
     "cli train missing.yaml": r"missing\.yaml: no such config file",

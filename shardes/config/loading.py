@@ -16,6 +16,7 @@ from shardes.config.schema import (
     SCHEDULED_CENTER_SETTINGS,
     SETTINGS,
     Config,
+    Noise,
     Restore,
 )
 from shardes.errors import ConfigError, one_line, suggestion
@@ -143,6 +144,12 @@ def check(config: Config) -> None:
         "es.restore",
         es.restore is Restore.copy or (replicas.join is None and replicas.port is None),
         "replicas drift apart by rounding, so none can join the run; use copy",
+    )
+    _demand(
+        config,
+        "es.restore",
+        es.restore is Restore.copy or es.noise is Noise.full,
+        "is for es.noise=full; use copy with es.noise=low_rank",
     )
 
 

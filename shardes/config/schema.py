@@ -43,6 +43,11 @@ class Offload(Enum):
     cpu = "cpu"
 
 
+class Noise(Enum):
+    full = "full"
+    low_rank = "low_rank"
+
+
 class Restore(Enum):
     copy = "copy"
     subtract = "subtract"
@@ -180,6 +185,15 @@ class ESConfig:
         "copy: keep an exact float32 center beside the live weights; "
         "subtract: the paper's way, without a copy; the live weights drift by rounding",
         decides_center=True,
+    )
+    noise: Noise = _setting(
+        Noise.full,
+        "a member's noise: full (the paper's, a number for every weight) or low_rank (on each "
+        "matrix a product of two factors of rank es.rank; vectors are not trained)",
+        decides_center=True,
+    )
+    rank: int = _setting(
+        1, "r, rank of the noise on a matrix (low_rank)", limit=at_least(1), decides_center=True
     )
     antithetic: bool = _setting(
         False, "members come in pairs of one seed, θ + σ·ε and θ − σ·ε", decides_center=True

@@ -19,7 +19,7 @@ from shardes.config.schema import Restore
 from shardes.distributed.world import World
 from shardes.errors import RunError
 from shardes.es.population import Member
-from shardes.es.update import Update, evolves
+from shardes.es.update import Update, evolves, noise_kind
 from shardes.noise import add_noise
 from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.regions import BLOCK, ParameterShard, Region
@@ -36,6 +36,7 @@ class Center(ABC):
         base: the base model.
         evolve: members differ from the center in the parameters whose names match this regular
             expression; None: in all.
+        rank: of the noise on matrices, and vectors have none; 0: full noise.
         clock: its parts "perturb" and "restore" are timed.
     """
 
@@ -45,10 +46,14 @@ class Center(ABC):
         world: World,
         base: WeightFiles,
         evolve: str | None,
+        rank: int,
         clock: Clock,
     ):
         self._shards, self._world, self._base, self._clock = shards, world, base, clock
-        self._evolving = [shard for shard in shards if evolves(evolve, shard.name)]
+        self._rank = rank
+        self._evolving = [
+            shard for shard in shards if evolves(evolve, rank, shard.name, shard.shape)
+        ]
         # In 16 bits an update can be too small to change a live weight.
         self._lossy = shards[0].tensor.dtype != torch.float32
 
@@ -155,9 +160,10 @@ class CopyCenter(Center):
         source: WeightFiles,
         base: WeightFiles,
         evolve: str | None,
+        rank: int,
         clock: Clock,
     ):
-        super().__init__(shards, world, base, evolve, clock)
+        super().__init__(shards, world, base, evolve, rank, clock)
         pinned = world.device.type == "cuda"
         self._thetas = {
             shard.name: torch.empty(shard.numel, dtype=torch.float32, pin_memory=pinned)
@@ -176,8 +182,9 @@ class CopyCenter(Center):
         self._in_model = False
         for shard in self._evolving:
             for block, regions, theta in self._staged(shard, shard.numel):
-                live = shard.values[block]
-                add_noise(theta, shard.name, regions, [member.seed], [member.sigma], out=live)
+                term = [member.seed], [member.sigma]
+                kind = noise_kind(self._rank, shard.shape)
+                add_noise(theta, shard.name, regions, *term, shard.values[block], kind)
 
     def _restore(self, member: Member) -> None:
         pass  # members and updates are written from the center, whatever the live weights are
@@ -194,7 +201,7 @@ class CopyCenter(Center):
             for block, regions, theta in self._staged(shard, BLOCK if self._lossy else shard.numel):
                 live, stored = shard.values[block], self.values(shard)[block]
                 before = theta.to(live.dtype) if self._lossy and shard.counted else None
-                update.apply(theta, shard.name, regions, self._base)
+                update.apply(theta, shard.name, shard.shape, regions, self._base)
                 live.copy_(theta)
                 if before is not None:
                     unchanged += int(torch.sum(live == before))
@@ -228,9 +235,11 @@ class SubtractCenter(Center):
         source: WeightFiles,
         base: WeightFiles,
         evolve: str | None,
+        rank: int,
         clock: Clock,
     ):
-        super().__init__(shards, world, base, evolve, clock)
+        assert rank == 0, "es.restore=subtract is for full noise"
+        super().__init__(shards, world, base, evolve, rank, clock)
         load(source, shards)
         self._perturbed: list[ParameterShard] = []
         self._take_sample()
@@ -258,7 +267,7 @@ class SubtractCenter(Center):
             for block, regions in shard.blocks():
                 live = shard.values[block]
                 before = live.clone() if self._lossy and shard.counted else None
-                update.apply(live, shard.name, regions, self._base, live)
+                update.apply(live, shard.name, shard.shape, regions, self._base, live)
                 if before is not None:
                     unchanged += int(torch.sum(live == before))
         self._take_sample()
@@ -291,10 +300,11 @@ def open_center(
     base: WeightFiles | None = None,
     evolve: str | None = None,
     clock: Clock | None = None,
+    rank: int = 0,
 ) -> Center:
     """The center with the weights of `source`.
 
-    `base`, by default the same, is where training began.
+    `base`, by default the same, is where training began. `restore: subtract` is for full noise.
     """
     kind = {Restore.copy: CopyCenter, Restore.subtract: SubtractCenter}[mode]
-    return kind(shards, world, source, base or source, evolve, clock or Clock())
+    return kind(shards, world, source, base or source, evolve, rank, clock or Clock())

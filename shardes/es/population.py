@@ -5,13 +5,15 @@ resumed run derives the same. `digest` records the center to which they apply.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from shardes.config.schema import Config, ESConfig, Schedule
+from shardes.config.schema import Config, ESConfig, Noise, Schedule
+from shardes.errors import ConfigError
+from shardes.es.update import evolves
 
 P = TypeVar("P")
 
@@ -67,6 +69,28 @@ def members(es: ESConfig, seeds: Sequence[int], sigma: float) -> list[Member]:
     """The population: one member per seed, or a pair θ ± σ·ε(seed) with `es.antithetic`."""
     signs = (1, -1) if es.antithetic else (1,)
     return [Member(seed, sign * sigma) for seed in seeds for sign in signs]
+
+
+def noise_rank(es: ESConfig) -> int:
+    """r of noise of low rank; 0: full noise."""
+    return es.rank if es.noise is Noise.low_rank else 0
+
+
+def check_rank(es: ESConfig, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    """Raise ConfigError if es.rank is above the smaller side of a matrix that is trained.
+
+    Args:
+        shapes: the parameters' names and shapes.
+    """
+    rank = noise_rank(es)
+    for name, shape in shapes if rank else ():
+        side = min(shape[-2:], default=0)
+        if evolves(es.evolve, rank, name, shape) and rank > side:
+            rows, cols = shape[-2:]
+            raise ConfigError(
+                f"es.rank={rank}: {name} is {rows} × {cols}, so its rank is at most {side}; use "
+                "a smaller rank, or leave such parameters out with es.evolve"
+            )
 
 
 def schedule(es: ESConfig, iteration: int) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shardes.noise import add_noise
+from shardes.noise import LowRank, add_noise
 from shardes.sharding.regions import Region
 from shardes.sharding.weight_files import WeightFiles
 
@@ -20,6 +20,7 @@ class Update:
         weight_decay: λ.
         decay_to: the anchor: "zero" for 0, "base" for the base model (arXiv 2605.30148).
         evolve: a regular expression: only parameters with a match in their names change. None: all.
+        rank: r of noise of low rank, with which vectors do not change; 0: full noise.
     """
 
     seeds: Sequence[int]
@@ -27,14 +28,13 @@ class Update:
     weight_decay: float = 0.0
     decay_to: str = "zero"
     evolve: str | None = None
-
-    def touches(self, name: str) -> bool:
-        return evolves(self.evolve, name)
+    rank: int = 0
 
     def apply(
         self,
         theta: torch.Tensor,
         name: str,
+        shape: tuple[int, ...],
         regions: Sequence[Region],
         base: WeightFiles,
         out: torch.Tensor | None = None,
@@ -46,10 +46,11 @@ class Update:
         overwritten.
 
         Args:
+            shape: of the full parameter.
             base: the base model.
             out: None: `theta`.
         """
-        if not self.touches(name):
+        if not evolves(self.evolve, self.rank, name, shape):
             return
         out = theta if out is None else out
         if self.weight_decay:
@@ -61,9 +62,16 @@ class Update:
                 decay -= anchor.to(theta.device)
             decay *= float(np.float32(self.weight_decay))
             theta -= decay
-        add_noise(theta, name, regions, self.seeds, self.coefficients, out)
+        low_rank = noise_kind(self.rank, shape)
+        add_noise(theta, name, regions, self.seeds, self.coefficients, out, low_rank)
 
 
-def evolves(pattern: str | None, name: str) -> bool:
-    """Whether training changes the parameter `name`; see `Update.evolve`."""
-    return pattern is None or re.search(pattern, name) is not None
+def evolves(pattern: str | None, rank: int, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether training changes a parameter; see `Update.evolve` and `Update.rank`."""
+    has_noise = rank == 0 or LowRank(shape, rank).is_matrix
+    return has_noise and (pattern is None or re.search(pattern, name) is not None)
+
+
+def noise_kind(rank: int, shape: tuple[int, ...]) -> LowRank | None:
+    """The kind of noise on a parameter, as `add_noise` takes it; see `Update.rank`."""
+    return LowRank(shape, rank) if rank else None

@@ -8,7 +8,9 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from shardes.config.schema import ESConfig
 from shardes.errors import ConfigError
+from shardes.es.population import noise_rank
 from shardes.es.update import evolves
 
 MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
@@ -98,7 +100,7 @@ def beyond_context(
     )
 
 
-def unused_by_text(module: PreTrainedModel, evolve: str | None) -> list[str]:
+def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:
     """The trained parameters of the model's parts for images, video and audio, by name."""
     parts = [
         f"{name}."
@@ -107,8 +109,9 @@ def unused_by_text(module: PreTrainedModel, evolve: str | None) -> list[str]:
     ]
     return [
         name
-        for name, _ in module.named_parameters()
-        if name.startswith(tuple(parts)) and evolves(evolve, name)
+        for name, param in module.named_parameters()
+        if name.startswith(tuple(parts))
+        and evolves(es.evolve, noise_rank(es), name, tuple(param.shape))
     ]
 
 

@@ -13,6 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 NOISE = "philox4x32-10/quantile16/1"  # the name of this definition in journals
+LOW_RANK_NOISE = "philox4x32-10/quantile16/low_rank/1"  # and that of products of ε (low_rank.py)
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85

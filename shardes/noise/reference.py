@@ -1,6 +1,6 @@
 """The noise in plain torch: a readable specification, and the fallback for other devices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -15,6 +15,7 @@ from shardes.noise.definition import (
     name_key,
     table,
 )
+from shardes.noise.low_rank import COLS, ROWS, LowRank
 
 BLOCK = 1 << 18  # elements computed at a time, which bounds temporary memory
 MASK = 0xFFFFFFFF
@@ -48,6 +49,44 @@ def philox(counter: Sequence[torch.Tensor], key_0: int, key_1: int) -> list[torc
 
 def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: torch.Tensor) -> None:
     """`noise.add_noise` with checked arguments; the coefficients are exact float32 values."""
+
+    def add(total: torch.Tensor, index: torch.Tensor) -> None:
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            total += gaussian(seed, name, index) * coefficient  # rounded twice, never fused
+
+    _add(x, regions, out, add)
+
+
+def add_low_rank_noise(
+    x: torch.Tensor,
+    name: str,
+    regions,
+    seeds,
+    coefficients,
+    out: torch.Tensor,
+    low_rank: LowRank,
+) -> None:
+    """`noise.add_noise` of low rank, with checked arguments; the coefficients are exact c_n'."""
+    (m, n), rank = low_rank.matrix, low_rank.rank
+
+    def add(total: torch.Tensor, index: torch.Tensor) -> None:
+        row, col = index // n, index // n // m * n + index % n
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            for k in range(rank):
+                a = gaussian(seed, name + ROWS, row * rank + k)
+                b = gaussian(seed, name + COLS, col * rank + k)
+                total += a * b * coefficient  # rounded three times
+
+    _add(x, regions, out, add)
+
+
+def _add(
+    x: torch.Tensor,
+    regions,
+    out: torch.Tensor,
+    add: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """out = x + what `add` adds to zeros, given the elements' indices in the full tensor."""
     offset = 0
     for region in regions:
         for first in range(0, region.rows * region.cols, BLOCK):
@@ -56,8 +95,7 @@ def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: tor
             index = region.start + (local // region.cols) * region.stride + local % region.cols
             part = slice(offset + first, offset + last)
             total = torch.zeros(last - first, dtype=torch.float32, device=x.device)
-            for seed, coefficient in zip(seeds, coefficients, strict=True):
-                total += gaussian(seed, name, index) * coefficient  # rounded twice, never fused
+            add(total, index)
             out[part] = (x[part].float() + total).to(out.dtype)
         offset += region.rows * region.cols
 

@@ -19,7 +19,7 @@ from shardes.clock import Clock
 from shardes.config.schema import ESConfig
 from shardes.distributed.world import World
 from shardes.es.fitness import coefficients, fitness
-from shardes.es.population import Iteration
+from shardes.es.population import Iteration, noise_rank
 from shardes.replicas.consistency import check_digest
 from shardes.replicas.heartbeat import Heartbeats
 from shardes.replicas.member_queue import (
@@ -228,4 +228,5 @@ def iteration_record(es: ESConfig, iteration: Iteration, results: list[MemberRes
         iteration.prompt_numbers,
         sum(result.tokens for result in results),
         dict(+failures),  # those that happened
+        noise_rank(es),
     )

@@ -14,7 +14,6 @@ from shardes.config.loading import replica_settings
 from shardes.config.schema import Config
 from shardes.distributed.world import World
 from shardes.errors import ConfigError, RunError
-from shardes.noise.definition import NOISE
 from shardes.replicas.gateway import StoreGateway
 from shardes.replicas.gateway_client import connect
 from shardes.replicas.protocol import RunStore, Welcome
@@ -23,7 +22,7 @@ from shardes.replicas.validation import ResultLimits
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.files import differing, fingerprint, write_whole
 from shardes.storage.journal import Header
-from shardes.storage.resume import ResumePoint, RunDirectory
+from shardes.storage.resume import ResumePoint, RunDirectory, noise_name
 from shardes.storage.snapshots import latest_valid_snapshot
 from shardes.storage.sources import first_difference
 
@@ -156,14 +155,15 @@ def join_run(
 def _header(config: Config, base: WeightFiles, sources: dict[str, str], date: str) -> Header:
     """What all replicas of a run must have in common."""
     settings = replica_settings(config)
-    return Header(config.model.path, fingerprint(base), settings, sources=sources, date=date)
+    files, noise = fingerprint(base), noise_name(config)
+    return Header(config.model.path, files, settings, noise=noise, sources=sources, date=date)
 
 
 def _compare(run: Header, job: Header) -> None:
-    if run.noise != NOISE:
+    if run.noise != job.noise:
         raise ConfigError(
-            f"replicas.join: the run's noise is {run.noise}, this version's {NOISE}; "
-            "install the run's version"
+            f"replicas.join: the run's noise is {run.noise}, this job's {job.noise}; "
+            "join with the run's es.noise and version"
         )
     if differences := differing(run.files, job.files):
         name = differences[0]

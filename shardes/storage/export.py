@@ -89,7 +89,13 @@ def center_of_run(
     return ExportSource(
         files,
         _shapes(module),
-        _replay(source, history.records[first:iteration], torch.float32 if exact else dtype, files),
+        _replay(
+            source,
+            history.records[first:iteration],
+            torch.float32 if exact else dtype,
+            files,
+            _shapes(module),
+        ),
         dtype,
         iteration,
         history.digest(iteration) if exact or first == iteration else None,
@@ -181,7 +187,11 @@ def write_export(source: ExportSource, out: Path, dtype: torch.dtype, shard_size
 
 
 def _replay(
-    source: WeightFiles, records: list[Record], dtype: torch.dtype, base: WeightFiles
+    source: WeightFiles,
+    records: list[Record],
+    dtype: torch.dtype,
+    base: WeightFiles,
+    shapes: dict[str, tuple[int, ...]],
 ) -> Callable[[str, int], torch.Tensor]:
     """A reader of the values of `source` with the updates of `records` applied."""
 
@@ -189,7 +199,7 @@ def _replay(
         theta, regions = torch.empty(numel, dtype=dtype), [Region.contiguous(0, numel)]
         source.read(name, regions, theta)
         for record in records:
-            record.update.apply(theta, name, regions, base)
+            record.update.apply(theta, name, shapes[name], regions, base)
         return theta
 
     return read

@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 
 from shardes.errors import ConfigError, RunError
 from shardes.es.update import Update
-from shardes.noise.definition import NOISE
+from shardes.noise.definition import LOW_RANK_NOISE, NOISE
 from shardes.storage.files import checksum, sync
 
 JOURNAL = "journal.jsonl"
 FORMAT = 2
 READABLE = (1, 2)  # format 1 has no sources, no date and no evaluations
+NOISES = (NOISE, LOW_RANK_NOISE)
 CHECKSUM_KEY = ', "checksum": "'
 
 
@@ -68,7 +69,7 @@ class Record:
     `digest` is that of the center before the iteration, on which the rewards were measured. The two
     members of an antithetic pair share a seed, so there are half as many seeds and coefficients as
     rewards. `prompts` are the numbers of the training prompts used; None: all. `tokens` and
-    `failures` are sums over the members.
+    `failures` are sums over the members. `rank` is that of the noise; 0: full noise.
     """
 
     kind: ClassVar = "iteration"
@@ -85,10 +86,18 @@ class Record:
     prompts: list[int] | None = None
     tokens: int = 0
     failures: dict[str, int] = field(default_factory=dict)
+    rank: int = 0
 
     @property
     def update(self) -> Update:
-        return Update(self.seeds, self.coefficients, self.weight_decay, self.decay_to, self.evolve)
+        return Update(
+            self.seeds,
+            self.coefficients,
+            self.weight_decay,
+            self.decay_to,
+            self.evolve,
+            self.rank,
+        )
 
 
 @dataclass
@@ -292,10 +301,11 @@ def read(path: Path) -> History | None:
 def _begin(path: Path, entry: Entry) -> History:
     if not isinstance(entry, Header):
         raise ValueError("no header")
-    if entry.format not in READABLE or entry.noise != NOISE:
+    if entry.format not in READABLE or entry.noise not in NOISES:
         raise ConfigError(
             f"{path}: journal format {entry.format} with noise {entry.noise}; this version of "
-            f"shardes uses format {FORMAT} with noise {NOISE}. Continue with the version that "
+            f"shardes uses format {FORMAT} with noise {' or '.join(NOISES)}. Continue with the "
+            "version that "
             "began the run"
         )
     return History(

@@ -11,9 +11,10 @@ from typing import Any
 
 from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.loading import center_settings, to_yaml
-from shardes.config.schema import CENTER_SETTINGS, SCHEDULED_CENTER_SETTINGS, Config
+from shardes.config.schema import CENTER_SETTINGS, SCHEDULED_CENTER_SETTINGS, Config, Noise
 from shardes.errors import ConfigError, suggestion
 from shardes.es.statistics import mean
+from shardes.noise.definition import LOW_RANK_NOISE, NOISE
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import PARTIAL, read_manifest
@@ -29,6 +30,9 @@ from shardes.storage.journal import (
 )
 from shardes.storage.snapshots import Snapshot, latest_valid_snapshot
 from shardes.storage.sources import PROMPTS, check_sources
+
+UNCHANGEABLE = ("es.noise", "es.rank")  # a run has one kind of noise, which its header names
+ANOTHER_NOISE = "for another noise, export the center (shardes export) and start a run from it"
 
 
 @dataclass
@@ -113,6 +117,11 @@ class RunDirectory:
         self.lock.release()
 
 
+def noise_name(config: Config) -> str:
+    """The definition of the noise that a run with these settings has, for its header."""
+    return LOW_RANK_NOISE if config.es.noise is Noise.low_rank else NOISE
+
+
 def recorded_date(config: Config) -> str:
     """The date that the run's chat templates show, in ISO format; "" if there is no run yet."""
     runs, source = [Path(config.run.dir)], Path(config.resume.source)
@@ -146,6 +155,7 @@ def open_run_directory(
             str(base.directory.resolve()),
             fingerprint(base),
             center_settings(config),
+            noise=noise_name(config),
             sources=sources,
             date=date,
         )
@@ -301,6 +311,10 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     allowed = config.resume.allow_changes
     known = [*CENTER_SETTINGS, *SCHEDULED_CENTER_SETTINGS, "model.path", PROMPTS]
     for key in allowed:
+        if key in UNCHANGEABLE:
+            raise ConfigError(
+                f"resume.allow_changes: {key} cannot change within a run; {ANOTHER_NOISE}"
+            )
         if key not in known:
             raise ConfigError(
                 f"resume.allow_changes: {key} is not a setting that decides the center; "
@@ -319,6 +333,11 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     settings = center_settings(Config()) | history.settings
     for key, value in header.settings.items():
         if settings.get(key) != value:
+            if key in UNCHANGEABLE:
+                raise ConfigError(
+                    f"{key}={value}: the run in {history.path.parent} has {settings.get(key)}; use "
+                    f"that value, since {key} cannot change within a run, or {ANOTHER_NOISE}"
+                )
             # A run that had no schedule so far has recorded nothing for these.
             if key not in allowed and key in settings:
                 raise ConfigError(

@@ -49,7 +49,7 @@ def replayed_digests(history: History, base: str | None) -> list[str]:
         files.read(name, regions, theta)
         totals[0] += digest(name, regions, theta)
         for number, record in enumerate(history.records, 1):
-            record.update.apply(theta, name, regions, files)
+            record.update.apply(theta, name, tuple(param.shape), regions, files)
             totals[number] += digest(name, regions, theta)
     return [format_digest(total) for total in totals]
 

@@ -63,6 +63,8 @@ def test_written_settings_load_as_the_same(load, tmp_path):
         ("es.alpha=-1", ["es.alpha=-1"]),
         ("es.population_size=1", ["es.population_size=1", "at least 2"]),
         ("es.iterations=0", ["es.iterations=0"]),
+        ("es.rank=0", ["es.rank=0", "at least 1"]),
+        ("es.noise=sparse", ["es.noise", "low_rank"]),
         ("sharding.shard=0", ["sharding.shard=0"]),
         ("sharding.tensor=0", ["sharding.tensor=0"]),
         ("sharding.replicas=0", ["sharding.replicas=0"]),

@@ -18,6 +18,8 @@ DECIDE_THE_CENTER = [
     "es.alpha",
     "es.seed",
     "es.restore",
+    "es.noise",
+    "es.rank",
     "es.antithetic",
     "es.fitness",
     "es.standardize_prompts",

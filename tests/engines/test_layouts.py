@@ -8,7 +8,7 @@ import pytest
 from models import paper_coefficients
 from reference import Reference
 from shardes.es.population import member_seeds
-from workers.layout import ENDS, PROCESSORS, PROMPTS, RESPONSES, REWARDS, SEEDS
+from workers.layout import ENDS, PROCESSORS, PROMPTS, RANK, RESPONSES, REWARDS, SEEDS
 
 LAYOUTS = {  # engine, replicas, shard, tensor
     "1 rank": ("deepspeed", 1, 1, 1),
@@ -84,6 +84,12 @@ def expected_results(directory: Path) -> dict:
     }
     reference.perturb(7, 0.05)
     expected["member tokens"] = reference.generate(PROMPTS, 24, ENDS)
+    low_rank = Reference(directory)
+    low_rank.perturb(7, 0.05, RANK)
+    expected["low-rank member tokens"] = low_rank.generate(PROMPTS, 24, ENDS)
+    seeds = member_seeds(5, 0, len(REWARDS[0]))
+    low_rank.update(seeds, paper_coefficients(REWARDS[0], 0.05), RANK)
+    expected["low-rank digest"] = low_rank.digest()
     expected["digests"] = []
     for iteration, rewards in enumerate(REWARDS):
         seeds = member_seeds(5, iteration, len(rewards))
@@ -105,6 +111,7 @@ def test_centers_are_the_same_to_the_bit_in_every_dtype(results, references):
         expected = references[model]
         assert values["base"] == expected["base"], (rank, model, dtype)
         assert values["digests"] == expected["digests"], (rank, model, dtype)
+        assert values["low-rank digest"] == expected["low-rank digest"], (rank, model, dtype)
 
 
 def test_responses_end_at_different_lengths(references):
@@ -113,7 +120,9 @@ def test_responses_end_at_different_lengths(references):
         assert len({len(tokens) for tokens in expected["tokens"]}) > 1, name
 
 
-@pytest.mark.parametrize("key", ["tokens", "processed tokens", "member tokens", "sampled"])
+@pytest.mark.parametrize(
+    "key", ["tokens", "processed tokens", "member tokens", "low-rank member tokens", "sampled"]
+)
 def test_tokens_are_those_of_transformers_on_every_rank(results, references, key):
     for rank, model, dtype, values in cases(results):
         if dtype == "float32":

@@ -10,7 +10,7 @@ from shardes.config.schema import Restore
 from shardes.es.center import CopyCenter, open_center
 from shardes.es.population import Member
 from shardes.es.update import Update
-from shardes.noise import add_noise
+from shardes.noise import LowRank, add_noise
 from shardes.sharding.regions import ParameterShard, Region
 from shardes.sharding.weight_files import WeightFiles
 
@@ -75,6 +75,24 @@ def test_a_member_is_the_center_plus_noise_cast_once(base):
             assert torch.equal(shard.values, expected.bfloat16())
 
 
+def test_low_rank_noise_is_on_matrices_alone(base):
+    shards = make_shards(torch.bfloat16)
+    center = open_center(Restore.copy, shards, Alone(), base, rank=2)
+    before = [center.values(shard).clone() for shard in shards]
+    kind = LowRank((90, 70), 2)
+    for seed in (9, 10):
+        with center.perturbed(Member(seed, 0.01)):
+            expected = before[0].clone()
+            add_noise(expected, "a", shards[0].regions, [seed], [0.01], low_rank=kind)
+            assert torch.equal(shards[0].values, expected.bfloat16())
+            assert torch.equal(shards[1].values, before[1].bfloat16())
+    center.update(Update([1, 2], [1e-4, -2e-4], weight_decay=0.1, rank=2))
+    assert torch.equal(center.values(shards[1]), before[1])
+    expected = before[0] - before[0] * torch.tensor(0.1)
+    add_noise(expected, "a", shards[0].regions, [1, 2], [1e-4, -2e-4], low_rank=kind)
+    assert torch.equal(center.values(shards[0]), expected)
+
+
 def test_updates_land_in_float32_and_the_live_weights_follow(base):
     shards = make_shards(torch.bfloat16)
     center = open_center(Restore.copy, shards, Alone(), base)
@@ -95,18 +113,20 @@ def test_updates_land_in_float32_and_the_live_weights_follow(base):
     assert 0.01 < metrics["unmoved"] < 0.99
 
 
-def test_staging_a_center_in_blocks_changes_no_bit(base, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_staging_a_center_in_blocks_changes_no_bit(base, monkeypatch, rank):
     whole, staged = (
-        open_center(Restore.copy, make_shards(torch.bfloat16), Alone(), base) for _ in range(2)
+        open_center(Restore.copy, make_shards(torch.bfloat16), Alone(), base, rank=rank)
+        for _ in range(2)
     )
 
     def blocks(self, shard, size):
         for where, regions in shard.blocks(997):
             yield where, regions, self.values(shard)[where].clone()
 
-    whole.update(Update([5, 6], [0.1, 0.2]))
+    whole.update(Update([5, 6], [0.1, 0.2], rank=rank))
     monkeypatch.setattr(CopyCenter, "_staged", blocks)
-    staged.update(Update([5, 6], [0.1, 0.2]))
+    staged.update(Update([5, 6], [0.1, 0.2], rank=rank))
     assert whole.digest() == staged.digest()
     assert torch.equal(live(whole._shards), live(staged._shards))
 

@@ -119,13 +119,13 @@ def test_weight_decay_is_its_formula_on_any_cut(tmp_path, decay_to, dtype):
     noise = 0.5 * gaussian(5, "w", 0, 1000) - 0.25 * gaussian(6, "w", 0, 1000)
     expected = (theta.double() - 0.1 * (theta.double() - anchor) + noise).to(dtype)
     whole = theta.clone()
-    update.apply(whole, "w", [Region.contiguous(0, 1000)], base, whole)
+    update.apply(whole, "w", (1000,), [Region.contiguous(0, 1000)], base, whole)
     assert whole.float() == pytest.approx(
         expected.float(), abs=1e-5 if dtype is torch.float32 else 0.05
     )
     pieces = [theta[begin : begin + 125].clone() for begin in range(0, 1000, 125)]
     for number, piece in enumerate(pieces):
-        update.apply(piece, "w", [Region.contiguous(125 * number, 125)], base, piece)
+        update.apply(piece, "w", (1000,), [Region.contiguous(125 * number, 125)], base, piece)
     assert torch.equal(torch.cat(pieces), whole)
 
 
@@ -135,8 +135,17 @@ def test_what_does_not_evolve_is_left_alone(tmp_path):
     for pattern, touched in (("^v", False), ("w|x", True), (None, True)):
         update = Update([1], [0.5], weight_decay=0.5, evolve=pattern)
         found = theta.clone()
-        update.apply(found, "w", [Region.contiguous(0, 8)], WeightFiles(tmp_path))
+        update.apply(found, "w", (8,), [Region.contiguous(0, 8)], WeightFiles(tmp_path))
         assert torch.equal(found, theta) != touched
+
+
+def test_with_low_rank_noise_vectors_are_left_alone(tmp_path):
+    save_file({"w": torch.randn(2, 4)}, tmp_path / "model.safetensors")
+    update, base = Update([1], [0.5], weight_decay=0.5, rank=1), WeightFiles(tmp_path)
+    for shape, touched in (((8,), False), ((2, 4), True)):
+        theta = torch.ones(8)
+        update.apply(theta, "w", shape, [Region.contiguous(0, 8)], base)
+        assert torch.equal(theta, torch.ones(8)) != touched
 
 
 @pytest.fixture(scope="module")

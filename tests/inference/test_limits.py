@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from architectures import tiny_config
 from models import SIZES, byte_tokenizer
+from shardes.config.schema import ESConfig
 from shardes.engines import open_model
 from shardes.errors import ConfigError
 from shardes.inference.generation import Decoder
@@ -109,10 +110,10 @@ def test_prompts_beyond_the_context_are_warned_of(tied_llama):
 
 def test_parts_that_text_does_not_use_are_named():
     model = AutoModelForCausalLM.from_config(tiny_config("gemma3"))
-    unused = unused_by_text(model, None)
+    unused = unused_by_text(model, ESConfig())
     assert unused and all("vision" in name or "multi_modal" in name for name in unused)
-    assert unused_by_text(model, "language_model") == []
-    assert unused_by_text(make("llama"), None) == []
+    assert unused_by_text(model, ESConfig(evolve="language_model")) == []
+    assert unused_by_text(make("llama"), ESConfig()) == []
 
 
 def test_a_model_that_does_not_decode_is_named():

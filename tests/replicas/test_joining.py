@@ -298,9 +298,9 @@ def test_who_does_not_fit_is_refused_in_one_line_and_the_run_is_not_disturbed(
         (["eval.every=3"], {}, "eval.every=3: the run has 2"),
         (["replicas.join=127.0.0.1:1"], {}, "cannot join"),
         (
-            [],
-            {"noise": "philox/0"},
-            "the run's noise is philox4x32-10/quantile16/1, this version's philox/0",
+            ["es.noise=low_rank"],
+            {},
+            "the run's noise is philox4x32-10/quantile16/1, this job's philox4x32-10/quantile16/l",
         ),
         ([], {"ranks": 2}, "a launch joins as one replica"),
     ]

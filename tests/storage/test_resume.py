@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from shardes.config.loading import center_settings
-from shardes.config.schema import Config
+from shardes.config.schema import Config, Noise
 from shardes.errors import ConfigError
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.files import fingerprint
@@ -135,6 +135,16 @@ def test_what_decides_the_center_may_change_on_purpose_only(begun, base, section
     assert history.resumptions == [Resumption(2, {f"{section}.{name}": [old, value]})]
     begun.resume.allow_changes = []
     assert open_run_directory(begun, base).resume.iteration == 2  # it is the setting now
+
+
+@pytest.mark.parametrize("name, value", [("noise", Noise.low_rank), ("rank", 2)])
+def test_the_kind_of_noise_cannot_change_within_a_run(begun, base, name, value):
+    setattr(begun.es, name, value)
+    with pytest.raises(ConfigError, match=rf"es\.{name}=.* cannot change within a run"):
+        open_run_directory(begun, base)
+    begun.resume.allow_changes = [f"es.{name}"]
+    with pytest.raises(ConfigError, match=rf"allow_changes: es\.{name} cannot change within a run"):
+        open_run_directory(begun, base)
 
 
 def test_what_does_not_decide_it_may_change(begun, base):

@@ -28,6 +28,7 @@ SEEDS = [2**63 + 5, 1, 2, 3, 4]
 ENDS = [*range(24), 256]  # many end-of-sequence tokens, so that responses differ in length
 PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=3)
 REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
+RANK = 3  # of low-rank noise
 VARIANTS = [
     (torch.float32, Gather.member, Offload.none),
     (torch.float32, Gather.layer, Offload.none),
@@ -98,6 +99,12 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
         digests.append(center.digest())
     results["digests"] = digests
     results["distance"] = center.distance()
+    low_rank = open_center(Restore.copy, engine.shards, world, files, rank=RANK)
+    with low_rank.perturbed(Member(7, 0.05)):
+        results["low-rank member tokens"] = sampler.generate(PROMPTS)
+    seeds = member_seeds(5, 0, len(REWARDS[0]))
+    low_rank.update(Update(seeds, paper_coefficients(REWARDS[0], 0.05), rank=RANK))
+    results["low-rank digest"] = low_rank.digest()
     with engine.gathered() as module:
         results["gradients"] = sum(
             p.grad is not None or p.requires_grad for p in module.parameters()

@@ -31,7 +31,6 @@ from launch import script
 from shardes.commands import export, train
 from shardes.distributed import environment
 from shardes.es.center import CopyCenter
-from shardes.replicas import joining
 from shardes.storage import journal
 
 TOOLS = {"train": train, "export": export} | {
@@ -53,7 +52,6 @@ def inject(faults: dict, rank: int) -> None:
     "stop in append": n     hang at the journal's n-th line
     "flip": [rank, n]       flip a bit of this rank's center before the n-th update
     "slow": SECONDS         sleep before every decode step
-    "noise": NAME           pretend to be a version whose noise has this name
     """
     if rank == 0 and {"kill in append", "fill in append", "stop in append"} & set(faults):
         journal.open = lambda *arguments, **named: FaultyFile(open(*arguments, **named), faults)
@@ -65,8 +63,6 @@ def inject(faults: dict, rank: int) -> None:
         slow_down(faults["slow"])
     if "flip" in faults and faults["flip"][0] == rank:
         flip_before_update(faults["flip"][1])
-    if "noise" in faults:
-        joining.NOISE = faults["noise"]
 
 
 class FaultyFile:
