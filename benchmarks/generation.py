@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import Row, ratios, seconds
-from shardes.engines.cpu import use_onednn
+from shardes.engines.linear import use_own_forward
 from shardes.inference.generation import decoder
 from shardes.inference.prompts import encode
 
@@ -41,7 +41,7 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     """Responses of very different lengths, compared with transformers' `generate`."""
     tokenizer, model = _load(directory)
     plain = deepcopy(model)
-    use_onednn(model)  # as the engines do
+    use_own_forward(model)  # as the engines do
     count, longest = (8, 12) if toy else (64, 256)
     encoded = encode(tokenizer, prompts(count))
     decode = decoder(tokenizer, model.generation_config, max_new_tokens=longest)
@@ -69,7 +69,7 @@ def against_vllm(directory: Path, toy: bool, vllm: str | None) -> Row:
         row.note = "needs vLLM: name the Python of its environment with --vllm PYTHON"
         return row
     tokenizer, model = _load(directory)
-    use_onednn(model)
+    use_own_forward(model)
     encoded = encode(tokenizer, prompts(count))
     decode = decoder(tokenizer, model.generation_config, max_new_tokens=longest)
     decode.eos = frozenset()  # every response has the maximum length, as with vLLM

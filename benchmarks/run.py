@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import generation, iteration, noise
+from benchmarks import generation, iteration, noise, side_by_side
 from benchmarks.measure import Row
 from shardes.distributed import environment
 
@@ -24,6 +24,7 @@ GROUPS = {
     "noise": lambda options: noise.rows(options.model, options.toy),
     "generation": lambda options: generation.rows(options.model, options.toy),
     "vllm": lambda options: [generation.against_vllm(options.model, options.toy, options.vllm)],
+    "side_by_side": lambda options: side_by_side.rows(options.model, options.toy),
     "iteration": lambda options: iteration.rows(options.model, options.toy),
 }
 

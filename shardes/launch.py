@@ -22,6 +22,7 @@ from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model
+from shardes.engines.side_by_side import answer_side_by_side, matrix_layers
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
 from shardes.es.population import check_rank, noise_rank
 from shardes.es.update import evolves
@@ -85,6 +86,9 @@ def check(config: Config, job: Job) -> PreparedRun:
         )
     settings = config.generation
     check_rank(config.es, ((name, tuple(p.shape)) for name, p in module.named_parameters()))
+    if answer_side_by_side(config.es):
+        shapes = {name: param.shape for name, param in module.named_parameters()}
+        matrix_layers(module, shapes, config.es.rank, config.es.evolve)
     with mistakes_in(f"model.path={directory}"):
         check_model(config, module)
         tokenizer = open_tokenizer(directory, trusted)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from shardes import launch
+from shardes.answers import Answers, InPlace, OneBatch
 from shardes.clock import Clock
 from shardes.config.schema import Restore
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
+from shardes.engines.side_by_side import SideBySide, answer_side_by_side
 from shardes.errors import RunError
 from shardes.es.center import open_center
 from shardes.es.population import noise_rank
@@ -74,6 +76,12 @@ class JobRoles(ABC):
         self.world, engine, self.sampler = launch.build_replica(
             job, prepared, self.clock, self.joined()
         )
+        es = self.config.es
+        self.side_by_side = (
+            SideBySide(prepared.module, engine.shards, es.rank, es.evolve)
+            if answer_side_by_side(es)
+            else None
+        )
         self.center = open_center(
             self.config.es.restore,
             engine.shards,
@@ -120,6 +128,7 @@ class JobRoles(ABC):
             prepared.prompts,
             self.center,
             self.sampler,
+            self._answers(),
             self.scorer,
             self._evaluator(coordinator, reporter),
             coordinator,
@@ -130,6 +139,13 @@ class JobRoles(ABC):
             self.clock,
             self.watcher.poll,
             trace if config.profile and self.world.replica == 0 else None,
+        )
+
+    def _answers(self) -> Answers:
+        if self.side_by_side is None:
+            return InPlace(self.center, self.sampler)
+        return OneBatch(
+            self.config, self.world, self.center, self.sampler, self.side_by_side, self.clock
         )
 
     def _evaluator(self, coordinator: Coordinator, reporter: Reporter) -> Evaluator:

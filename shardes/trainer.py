@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch.profiler import profile
 
+from shardes.answers import Answers
 from shardes.clock import Clock
 from shardes.config.schema import Config, Restore
 from shardes.distributed.world import World
@@ -53,6 +54,7 @@ class Trainer:
         prompts: dict[str, list[list[int]]],
         center: Center,
         sampler: Sampler,
+        answers: Answers,
         scorer: Scorer,
         evaluator: Evaluator,
         coordinator: Coordinator,
@@ -65,7 +67,8 @@ class Trainer:
         trace: Path | None = None,
     ):
         self.config, self.world, self.task, self.prompts = config, world, task, prompts
-        self.center, self.sampler, self.scorer, self.evaluator = center, sampler, scorer, evaluator
+        self.center, self.sampler, self.answers = center, sampler, answers
+        self.scorer, self.evaluator = scorer, evaluator
         self.coordinator, self.consistency, self.snapshots = coordinator, consistency, snapshots
         self.reporter, self.resume, self.clock, self.poll = reporter, resume, clock, poll
         self.trace = trace
@@ -110,11 +113,10 @@ class Trainer:
 
     def evaluate_members(self, iteration: Iteration) -> IterationResults:
         """Evaluate members for this replica until every member has a reward."""
-        queue = self.coordinator.member_queue(iteration)
+        queue = self.coordinator.member_queue(iteration, self.answers.group_size(iteration))
         for group in queue:  # this replica's claims, then the members of replicas that died
-            for number in group:  # one, since a member perturbs all weights
-                with self.center.perturbed(iteration.members[number]):  # θ + σ·ε(s_n)
-                    responses = self.sampler.generate(iteration.prompts, poll=queue.poll)
+            answers = self.answers.generate(iteration, group, queue.poll)  # with θ + σ·ε(s_n)
+            for number, responses in zip(group, answers, strict=True):
                 self.score_member(iteration, number, responses, queue)
         return queue.results()
 

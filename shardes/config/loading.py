@@ -151,6 +151,12 @@ def check(config: Config) -> None:
         es.restore is Restore.copy or es.noise is Noise.full,
         "is for es.noise=full; use copy with es.noise=low_rank",
     )
+    _demand(
+        config,
+        "es.members_per_batch",
+        es.members_per_batch is None or es.noise is Noise.low_rank,
+        "is for es.noise=low_rank: with full noise a member changes every weight",
+    )
 
 
 def _check_kinds(config: Config) -> None:

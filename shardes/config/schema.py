@@ -195,6 +195,13 @@ class ESConfig:
     rank: int = _setting(
         1, "r, rank of the noise on a matrix (low_rank)", limit=at_least(1), decides_center=True
     )
+    members_per_batch: int | None = _setting(
+        None,
+        "members of low-rank noise that answer side by side in one batch; 1: one after another, "
+        "with perturbed weights; null: as many as generation.batch_tokens holds",
+        limit=at_least(1),
+        decides_center=False,
+    )
     antithetic: bool = _setting(
         False, "members come in pairs of one seed, θ + σ·ε and θ − σ·ε", decides_center=True
     )

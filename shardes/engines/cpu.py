@@ -1,4 +1,4 @@
-"""Faster linear layers and all-reduces on CPUs: oneDNN and DeepSpeed's shared memory."""
+"""Faster all-reduces on CPUs: DeepSpeed's shared memory."""
 
 import fcntl
 import os
@@ -8,44 +8,17 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from shardes.errors import ConfigError, RunError
 
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT = "deepspeed_allreduce_buffer"
 ABANDONED_AFTER = 60.0  # seconds; a run opens its segments within moments of each other
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`; on a CPU in float32 it uses oneDNN, as torch does for bfloat16.
-
-    torch uses MKL for float32, which can take several times as long for the few rows of a decode
-    step.
-    """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def use_onednn(module: nn.Module) -> None:
-    """Let the plain linear layers of a module use `linear`."""
-    for layer in module.modules():
-        if type(layer) is nn.Linear and not isinstance(layer.weight, DTensor):
-            layer.forward = partial(linear_forward, layer)  # type: ignore[method-assign]
-
-
-def linear_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """`linear` with a layer's `weight` and `bias`."""
-    return linear(x, layer.weight, layer.bias)
 
 
 def load_shared_memory_op() -> None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from shardes.config.schema import Gather, Offload, ShardingConfig
 from shardes.distributed.world import World, all_gather
-from shardes.engines import cpu
+from shardes.engines import cpu, linear
 from shardes.engines.vocabulary import VocabularySlice
 from shardes.errors import ConfigError
 from shardes.sharding.regions import ParameterShard, Region, cut, strided_regions
@@ -83,8 +83,7 @@ class DeepSpeedEngine:
         self._runtime, shm_all_reduce = _initialize(module, world, sharding)
         # Not earlier: AutoTP registers gradient hooks where a plan asks for them (Qwen3's norms).
         module.requires_grad_(False)
-        if world.device.type == "cpu":
-            _use_fast_linear(module, shm_all_reduce or dist.all_reduce)
+        _use_own_forward(module, shm_all_reduce or dist.all_reduce)
         for buffer in module.buffers():
             buffer.data = buffer.data.to(world.device)
 
@@ -169,20 +168,14 @@ def _initialize(
     return runtime, deepspeed.comm.inference_all_reduce if usable else None
 
 
-def _use_fast_linear(module: nn.Module, all_reduce: Callable[..., object]) -> None:
-    """Let linear layers on a CPU, whole or split by AutoTP, use oneDNN and this all-reduce."""
-
-    def forward_row_parallel(layer: LinearAllreduce, x: torch.Tensor) -> torch.Tensor:
-        out = cpu.linear(x, layer.weight)
-        all_reduce(out, group=layer.mp_group)
-        return out if layer.bias is None else out + layer.bias
-
-    cpu.use_onednn(module)
+def _use_own_forward(module: nn.Module, all_reduce: Callable[..., object]) -> None:
+    """Let linear layers, whole or split by AutoTP, use our forward passes and this all-reduce."""
+    linear.use_own_forward(module)
     for layer in module.modules():
         if type(layer) is LinearAllreduce:
-            layer.forward = partial(forward_row_parallel, layer)
+            layer.forward = partial(linear.forward_row_parallel, all_reduce, layer)
         elif type(layer) in (LinearLayer, VocabParallelLinear) and not layer.gather_output:
-            layer.forward = partial(cpu.linear_forward, layer)
+            layer.forward = partial(linear.forward, layer)
 
 
 def _deepspeed_config(module: nn.Module, tensors: int, offload: Offload) -> dict:
@@ -232,7 +225,7 @@ def _shard(name: str, shape: tuple[int, ...], param: ZeroParameter, world: World
     regions, counted = slice_regions(name, shape, param, tensor_rank)
     assert sum(region.numel for region in regions) == param.ds_numel, name
     partition = zero_partition(regions, world.mesh.shape[0], shard_rank)
-    return ParameterShard(name, shape, param.ds_tensor, partition, counted)
+    return ParameterShard(name, shape, param.ds_tensor, partition, regions, counted)
 
 
 def zero_partition(regions: tuple[Region, ...], shards: int, rank: int) -> tuple[Region, ...]:

@@ -19,7 +19,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from shardes.config.schema import Gather, Offload, ShardingConfig
 from shardes.distributed.world import World
-from shardes.engines import cpu
+from shardes.engines import linear
 from shardes.engines.vocabulary import VocabularySlice
 from shardes.sharding.regions import ParameterShard, Region, box_regions, cut
 
@@ -42,6 +42,7 @@ class FSDPEngine:
         # On a CPU the shards are on the host anyway, and FSDP's policy would pin their memory.
         offload = sharding.offload is Offload.cpu and world.device.type != "cpu"
         vocab_parallel = False
+        linear.use_own_forward(module)  # not later: tensor parallelism wraps these passes
         if shards * tensors > 1:
             vocab_parallel = distribute(
                 module,
@@ -51,9 +52,6 @@ class FSDPEngine:
         _tie(module)
         for name, buffer in module.named_buffers():
             buffer.data = buffers[name]
-
-        if world.device.type == "cpu":
-            cpu.use_onednn(module)
 
         self.device = world.device
         self.vocabulary = None
@@ -130,10 +128,11 @@ def _shard(name: str, shape: tuple[int, ...], param: nn.Parameter, world: World)
     """This rank's shard of a parameter."""
     tensor = param.detach()
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    regions, counted = regions_of(
-        shape, *placements(param), _axis(world, "tensor"), _axis(world, "shard")
-    )
-    shard = ParameterShard(name, shape, local.view(-1), regions, counted)
+    by_tensor, by_shard = placements(param)
+    axes = _axis(world, "tensor"), _axis(world, "shard")
+    regions, counted = regions_of(shape, by_tensor, by_shard, *axes)
+    tensor_regions, _ = regions_of(shape, by_tensor, Replicate(), *axes)
+    shard = ParameterShard(name, shape, local.view(-1), regions, tensor_regions, counted)
     assert shard.numel == local.numel(), name
     return shard
 

@@ -34,6 +34,11 @@ from shardes.inference.forward_sync import announce_forward, join_forwards
 from shardes.inference.processors import RowProcessors, active_keys
 from shardes.inference.stop_strings import StopStrings
 
+
+def ignore_members(members: Sequence[int]) -> None:
+    """For a batch whose rows are all the same model's."""
+
+
 INVALID = -1  # in place of a token that was chosen by a logit that is NaN or infinite
 
 
@@ -75,6 +80,8 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         *,
         seeds: Sequence[int] | None = None,
+        members: Sequence[int] | None = None,
+        set_members: Callable[[Sequence[int]], None] = ignore_members,
         vocabulary: VocabularySlice | None = None,
         sync_forwards: dist.ProcessGroup | None = None,
         poll: Callable[[], None] = no_poll,
@@ -86,6 +93,9 @@ class Decoder:
             prompts: token ids, at least one per prompt.
             seeds: one of 64 bits per prompt, to sample its response from the model's distribution
                 at temperature 1, without logits processors. None: greedy decoding.
+            members: the number of the member that answers each prompt, if several answer side by
+                side.
+            set_members: told the members of a batch's rows before forward passes with them.
             vocabulary: the slice of the vocabulary that this rank's logits cover. None: they cover
                 all.
             sync_forwards: the group whose ranks must make the same number of forward passes,
@@ -103,12 +113,14 @@ class Decoder:
                 batch = _Batch(
                     [prompts[row] for row in rows],
                     None if seeds is None else [seeds[row] for row in rows],
+                    [] if members is None else [members[row] for row in rows],
                     self.max_new_tokens,
                     device,
                 )
-                self._decode(module, batch, scaling, vocabulary, sync_forwards, poll)
+                self._decode(module, batch, scaling, set_members, vocabulary, sync_forwards, poll)
                 for row, response in zip(rows, batch.responses, strict=True):
                     responses[row] = response
+            set_members([])
             join_forwards(module, device, sync_forwards)
         return responses
 
@@ -117,13 +129,16 @@ class Decoder:
     ) -> list[list[int]]:
         return batches(list(map(len, prompts)), self.max_new_tokens, self.batch_tokens, scaling)
 
-    def _decode(self, module, batch: "_Batch", scaling, vocabulary, sync_forwards, poll) -> None:
+    def _decode(
+        self, module, batch: "_Batch", scaling, set_members, vocabulary, sync_forwards, poll
+    ) -> None:
         """Decode a batch to the end of its responses."""
         processors = self._processors(module, batch)
         name = _cache_parameter(module)
         cache = self._empty_cache(module, batch.ids.shape[1])
         first = 0  # of the tokens that the next forward pass computes
         recurrent = is_recurrent(module.config)
+        set_members(batch.row_members)
         for step in itertools.count():
             poll()
             announce_forward(batch.ids.device, sync_forwards)
@@ -148,6 +163,7 @@ class Decoder:
                 break
             if not all(active) and cache is self._cache:
                 cache.batch_select_indices(batch.keep(active))
+                set_members(batch.row_members)
             first = width
 
     @contextmanager
@@ -276,6 +292,7 @@ class _Batch:
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int] | None
+    members: Sequence[int]
     max_new_tokens: int
     device: torch.device
 
@@ -294,6 +311,11 @@ class _Batch:
         self.ids = torch.tensor(ids, device=self.device)
         self.mask = torch.tensor(mask, device=self.device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def row_members(self) -> list[int]:
+        """The member of each row; empty if all rows are the same model's."""
+        return [self.members[row] for row in self.rows] if self.members else []
 
     def append(self, tokens: torch.Tensor) -> None:
         """Add one token to each row."""

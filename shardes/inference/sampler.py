@@ -11,7 +11,7 @@ from shardes.config.schema import DType
 from shardes.distributed.store import no_poll
 from shardes.distributed.world import World, all_gather
 from shardes.engines import Engine
-from shardes.inference.generation import Decoder
+from shardes.inference.generation import Decoder, ignore_members
 from shardes.inference.log_probs import log_probs
 
 
@@ -46,15 +46,22 @@ class Sampler:
         prompts: Sequence[list[int]],
         seeds: Sequence[int] | None = None,
         poll: Callable[[], None] = no_poll,
+        members: Sequence[int] | None = None,
+        set_members: Callable[[Sequence[int]], None] = ignore_members,
     ) -> list[list[int]]:
-        """The response to each prompt, as token ids; see `Decoder` for `seeds` and `poll`.
+        """The response to each prompt, as token ids; see `Decoder` for the arguments.
 
         It is empty where the logits were NaN or infinite, on every rank of the replica.
         """
-        share_seeds = None if seeds is None else seeds[self._share]
         with self._gathered() as (module, parallelism):
             tokens = self._decoder(
-                module, prompts[self._share], seeds=share_seeds, poll=poll, **parallelism
+                module,
+                prompts[self._share],
+                seeds=None if seeds is None else seeds[self._share],
+                members=None if members is None else members[self._share],
+                set_members=set_members,
+                poll=poll,
+                **parallelism,
             )
         return self._exchange(tokens, len(prompts), self._decoder.max_new_tokens, torch.long)
 

@@ -83,9 +83,9 @@ class Coordinator(ABC):
     def _is_finished(self, iteration: int) -> bool:
         return self._store.has_record(iteration)
 
-    def member_queue(self, iteration: Iteration) -> MemberQueue:
-        """The iteration's members."""
-        return MemberQueue(self._member_work(iteration), iteration, self._poll)
+    def member_queue(self, iteration: Iteration, size: int) -> MemberQueue:
+        """The iteration's members, in groups of at most `size`."""
+        return MemberQueue(self._member_work(iteration), iteration, size, self._poll)
 
     def _member_work(self, iteration: Iteration) -> WorkQueue:
         known = {number: result.to_json() for number, result in self._known.items()}
@@ -134,9 +134,9 @@ class PrimaryCoordinator(Coordinator):
     def _is_finished(self, iteration: int) -> bool:
         return False  # this rank itself finishes it
 
-    def member_queue(self, iteration: Iteration) -> MemberQueue:
+    def member_queue(self, iteration: Iteration, size: int) -> MemberQueue:
         work = self._member_work(iteration)
-        return PrimaryMemberQueue(work, iteration, self._poll, self._journal, self._observer)
+        return PrimaryMemberQueue(work, iteration, size, self._poll, self._journal, self._observer)
 
     def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
         record = iteration_record(self._es, iteration, results.members)

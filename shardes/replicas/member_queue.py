@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from shardes.config.limits import REWARD_RANGE, is_reward
@@ -51,15 +52,18 @@ class MemberQueue:
 
     Iterating yields groups of member numbers: first those that this replica claims, then those of
     replicas that died; it ends once all members are evaluated. Members of a group answer together.
-    A member perturbs all weights, so a group is one member.
+
+    Args:
+        size: members of a group, at most.
     """
 
-    def __init__(self, queue: WorkQueue, iteration: Iteration, poll: Callable[[], None]):
-        self._queue, self._iteration, self._poll = queue, iteration, poll
+    def __init__(self, queue: WorkQueue, iteration: Iteration, size: int, poll: Callable[[], None]):
+        self._queue, self._iteration, self._size, self._poll = queue, iteration, size, poll
 
     def __iter__(self) -> Iterator[Sequence[int]]:
-        for number in self._queue.claims():
-            yield [number]
+        claims = self._queue.claims()
+        while group := list(islice(claims, self._size)):
+            yield group
         for number in self._queue.orphans():
             yield [number]
 
@@ -94,11 +98,12 @@ class PrimaryMemberQueue(MemberQueue):
         self,
         queue: WorkQueue,
         iteration: Iteration,
+        size: int,
         poll: Callable[[], None],
         journal: Journal,
         observer: MemberObserver,
     ):
-        super().__init__(queue, iteration, poll)
+        super().__init__(queue, iteration, size, poll)
         self._journal, self._observer = journal, observer
         self._reported = time.monotonic()
         queue.poll = self.poll  # rewards are journaled while this rank waits, too

@@ -122,6 +122,8 @@ class ParameterShard:
         tensor: the live weights: flat, with the model's dtype and device. Its elements follow
             `regions` in order; any beyond them are padding.
         regions: where the elements lie in the full tensor.
+        tensor_regions: those of the rank's slice under tensor parallelism, of which the shard is a
+            part.
         counted: whether this rank counts these elements in sums over all weights. Of the ranks of a
             replica that hold the same elements, exactly one does.
     """
@@ -130,6 +132,7 @@ class ParameterShard:
     shape: tuple[int, ...]
     tensor: torch.Tensor
     regions: tuple[Region, ...]
+    tensor_regions: tuple[Region, ...] = ()
     counted: bool = True
 
     def __post_init__(self):

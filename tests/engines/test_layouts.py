@@ -8,7 +8,7 @@ import pytest
 from models import paper_coefficients
 from reference import Reference
 from shardes.es.population import member_seeds
-from workers.layout import ENDS, PROCESSORS, PROMPTS, RANK, RESPONSES, REWARDS, SEEDS
+from workers.layout import ENDS, GROUP, PROCESSORS, PROMPTS, RANK, RESPONSES, REWARDS, SEEDS
 
 LAYOUTS = {  # engine, replicas, shard, tensor
     "1 rank": ("deepspeed", 1, 1, 1),
@@ -87,6 +87,11 @@ def expected_results(directory: Path) -> dict:
     low_rank = Reference(directory)
     low_rank.perturb(7, 0.05, RANK)
     expected["low-rank member tokens"] = low_rank.generate(PROMPTS, 24, ENDS)
+    expected["side by side"] = [*expected["low-rank member tokens"]]
+    for member in GROUP[1:]:
+        alone = Reference(directory)
+        alone.perturb(member.seed, member.sigma, RANK)
+        expected["side by side"] += alone.generate(PROMPTS, 24, ENDS)
     seeds = member_seeds(5, 0, len(REWARDS[0]))
     low_rank.update(seeds, paper_coefficients(REWARDS[0], 0.05), RANK)
     expected["low-rank digest"] = low_rank.digest()
@@ -127,6 +132,15 @@ def test_tokens_are_those_of_transformers_on_every_rank(results, references, key
     for rank, model, dtype, values in cases(results):
         if dtype == "float32":
             assert values[key] == references[model][key], (rank, model)
+
+
+def test_members_answer_side_by_side_as_alone(results, references):
+    for rank, model, dtype, values in cases(results):
+        if "moe" in model:
+            assert "experts.gate_up_proj" in values["side by side"]
+        elif dtype == "float32":
+            assert values["side by side"] == references[model]["side by side"], (rank, model)
+            assert values["alone again"] == values["tokens"], (rank, model)
 
 
 def test_log_probabilities_are_those_of_transformers_on_every_rank(results, references):

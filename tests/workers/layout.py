@@ -10,11 +10,14 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from launch import report
 from models import paper_coefficients
+from shardes.clock import Clock
 from shardes.config.schema import Gather, Offload, Restore, ShardingConfig
 from shardes.distributed.world import form_replica, join_job
 from shardes.engines import empty_model
 from shardes.engines.deepspeed import DeepSpeedEngine
 from shardes.engines.fsdp import FSDPEngine
+from shardes.engines.side_by_side import SideBySide
+from shardes.errors import ConfigError
 from shardes.es.center import open_center
 from shardes.es.population import Member, member_seeds
 from shardes.es.update import Update
@@ -28,6 +31,7 @@ SEEDS = [2**63 + 5, 1, 2, 3, 4]
 ENDS = [*range(24), 256]  # many end-of-sequence tokens, so that responses differ in length
 PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=3)
 REWARDS = [[3.0, -1.0, 2.5, 0.0], [-4.0, -4.5, -1.0, -2.0], [10.0, 11.0, 9.0, 12.5]]
+GROUP = [Member(7, 0.05), Member(8, 0.03), Member(7, -0.05)]  # two of one seed, as pairs are
 RANK = 3  # of low-rank noise
 VARIANTS = [
     (torch.float32, Gather.member, Offload.none),
@@ -102,6 +106,18 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     low_rank = open_center(Restore.copy, engine.shards, world, files, rank=RANK)
     with low_rank.perturbed(Member(7, 0.05)):
         results["low-rank member tokens"] = sampler.generate(PROMPTS)
+    low_rank.load_into_model()
+    try:
+        side_by_side = SideBySide(module, engine.shards, RANK)
+    except ConfigError as error:
+        results["side by side"] = str(error)
+    else:
+        with side_by_side.members(GROUP, Clock()):
+            rows = [member for member in range(len(GROUP)) for _ in PROMPTS]
+            results["side by side"] = sampler.generate(
+                PROMPTS * len(GROUP), members=rows, set_members=side_by_side.set_rows
+            )
+        results["alone again"] = sampler.generate(PROMPTS)
     seeds = member_seeds(5, 0, len(REWARDS[0]))
     low_rank.update(Update(seeds, paper_coefficients(REWARDS[0], 0.05), rank=RANK))
     results["low-rank digest"] = low_rank.digest()
