@@ -14,6 +14,10 @@ settings.register_profile("loaded", deadline=None)  # other processes may take t
 settings.load_profile("loaded")
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=30, help="of tests/test_kills.py, in all")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Print what tests have measured (`record_property`); docs/scaling.md quotes it."""
     for report in terminalreporter.getreports("passed"):

@@ -1,14 +1,11 @@
 """Runs that are killed, stopped or short of disk reach the undisturbed run's center, to the bit."""
 
-import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,23 +14,14 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models import SIZES, save_model
+from outcome import TASK, killed_often, outcome, rows
 from shardes.noise.definition import LOW_RANK_NOISE
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import verify
 from shardes.storage.export import center_of_run, write_export
 from shardes.storage.verify import replayed_digests
-from shardes.trainer import PARTS
 
 pytestmark = pytest.mark.faults
-
-TASK = '''
-class Letters:
-    """A reward that differs from member to member."""
-    def prompts(self, split):
-        return ["abc", "a much longer prompt", "x"] if split == "train" else ["hello"]
-    def score(self, split, responses):
-        return [float(sum(map(ord, text)) % 97) for text in responses]
-'''
 
 
 @pytest.fixture(scope="module")
@@ -96,48 +84,6 @@ def arrived(undisturbed):
     return check
 
 
-def outcome(directory: Path) -> dict:
-    """What a run has written, without times and without what depends on the layout."""
-    history = journal.read(directory / "journal.jsonl")
-    summary = json.loads((directory / "summary.json").read_text())
-    return {
-        "records": history.records,
-        "evaluations": [
-            asdict(evaluation) | {"metrics": rounded(evaluation.metrics)}
-            for _, evaluation in sorted(history.evaluations.items())
-        ],
-        "best": history.best,
-        "finish": history.finish,
-        "metrics": [
-            {key: value for key, value in row.items() if key not in NOT_COMPARED}
-            for row in map(rounded, rows(directory / "metrics.jsonl"))
-        ],
-        "samples": rows(directory / "samples.jsonl"),
-        "summary": {key: value for key, value in rounded(summary).items() if key != "seconds"},
-    }
-
-
-NOT_COMPARED = {
-    "seconds",
-    *(f"seconds_{part}" for part in (*PARTS, "idle")),
-    "exchanged_bytes",
-    "peak_resident_bytes",
-}
-
-
-def rounded(row: dict) -> dict:
-    """Without the last digits of sums of floats, whose order depends on the layout."""
-    return {k: round(v, 12) if isinstance(v, float) else v for k, v in row.items()}
-
-
-def finish_of(directory: Path) -> journal.Finish | None:
-    return journal.read(directory / "journal.jsonl").finish
-
-
-def rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def finish(zygote, config: str, directory: Path, *keys: str, ranks: int = 2) -> str:
     """Resume the run to its end; returns its output."""
     run = zygote.start(config, *keys, ranks=ranks, log=directory.with_suffix(".log"))
@@ -145,37 +91,13 @@ def finish(zygote, config: str, directory: Path, *keys: str, ranks: int = 2) -> 
     return run.text()
 
 
-def killed_often(zygote, configure, arrived, tmp_path, seconds: float, kills: int) -> None:
-    random.seed(kills)
-    done, number = 0, 0
-    while done < kills:
-        directory = tmp_path / f"run{number}"
-        config = configure(directory)
-        number += 1
-        while done < kills:
-            fresh, started = not directory.exists(), time.monotonic()
-            run = zygote.start(config, ranks=2, log=directory.with_suffix(".log"))
-            codes = run.poll(random.uniform(0.1 * seconds, seconds))
-            if codes == [0, 0]:
-                if fresh:  # a whole run takes less time than expected
-                    seconds = time.monotonic() - started
-                break
-            # One rank may end a moment after the other.
-            assert set(codes) <= {0, None}, (codes, run.text())
-            run.kill()
-            run.wait()
-            done += 1
-        finish(zygote, config, directory)
-        arrived(directory)
-
-
-@pytest.mark.slow
-def test_killed_at_thirty_instants(zygote, configure, undisturbed, arrived, tmp_path):
-    killed_often(zygote, configure, arrived, tmp_path, undisturbed[1], 30)
-
-
 def test_killed_at_a_few_instants(zygote, configure, undisturbed, arrived, tmp_path):
-    killed_often(zygote, configure, arrived, tmp_path, undisturbed[1], 4)
+    def start(directory: Path):
+        return zygote.start(configure(directory), ranks=2, log=directory.with_suffix(".log"))
+
+    for directory in killed_often(start, tmp_path, undisturbed[1], 4):
+        finish(zygote, configure(directory), directory)
+        arrived(directory)
 
 
 @pytest.mark.parametrize(
