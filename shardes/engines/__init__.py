@@ -190,6 +190,16 @@ def _check_fsdp(config: Config, module: PreTrainedModel, heads: list[int]) -> No
                 f"sharding.{key}={degree}: "
                 f"transformers has no plan to shard {type(module).__name__}"
             )
+    text = module.config.get_text_config()
+    if (
+        tensor > 1
+        and text is not module.config
+        and getattr(text, "hidden_size_per_layer_input", False)
+    ):
+        raise ConfigError(
+            f"sharding.tensor={tensor}: transformers cannot split {type(module).__name__} with its "
+            "embeddings per layer; use sharding.shard instead, or the text model alone"
+        )
     for count in heads:
         if count % tensor:
             raise ConfigError(

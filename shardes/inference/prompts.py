@@ -58,13 +58,13 @@ def _encode(
             ids = tokenizer(prompt)["input_ids"]
         if ids[:2] == [tokenizer.bos_token_id] * 2:
             _warn_of_second_begin(tokenizer)
-    if not ids:
-        raise ConfigError(f"{position} is empty")
     if _is_text_lost(tokenizer, prompt, ids):
         raise ConfigError(
             f"{position}: the tokenizer of {tokenizer.name_or_path} has no tokens for its text: it "
             f"becomes {tokenizer.decode(ids[:4])!r}; are tokenizer files missing there?"
         )
+    if not ids:
+        raise ConfigError(f"{position} is empty")
     return ids
 
 

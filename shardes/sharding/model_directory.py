@@ -157,7 +157,9 @@ def reason(error: Exception) -> str:
             "and trust it, set model.trust_remote_code=true"
         )
     if isinstance(error, OSError | ValueError):  # says what is wrong, and goes on with advice
-        return one_line(str(error).strip().partition("\n")[0] or error)
+        text = str(error).strip()
+        first = text.partition("\n")[0]
+        return one_line((text[:300] if first.rstrip().endswith(":") else first) or error)
     return f"{type(error).__name__}: {one_line(error)}"
 
 
