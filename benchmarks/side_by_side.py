@@ -38,7 +38,7 @@ class Population:
             shards.append(ParameterShard(name, tuple(param.shape), param.view(-1), whole, whole))
         world = SimpleNamespace(device=torch.device("cpu"))
         self.center = open_center(Restore.copy, shards, world, WeightFiles(directory))
-        self.side_by_side = SideBySide(self.model, shards, rank)
+        self.side_by_side = SideBySide(self.model, shards, world.device, rank)
 
     def decoder(self, new_tokens: int) -> Decoder:
         """Without end-of-sequence tokens, so that every response has `new_tokens` tokens."""

@@ -68,15 +68,19 @@ class OneBatch(Answers):
         self._center, self._sampler, self._side_by_side = center, sampler, side_by_side
 
     def group_size(self, iteration: Iteration) -> int:
-        """`es.members_per_batch`; by default as many as `generation.batch_tokens` holds, but no
-        more than a replica's share of the population.
+        """`es.members_per_batch`; by default as many as `generation.batch_tokens` holds.
+
+        If there are several replicas, or may be, that is at most half a replica's share of the
+        members, so that a fast one can take more than a slow one.
         """
         if self._config.es.members_per_batch is not None:
             return self._config.es.members_per_batch
         generation, prompts = self._config.generation, iteration.prompts
         tokens = max(map(len, prompts)) + generation.max_new_tokens
         rows = generation.batch_tokens // tokens * self._config.sharding.shard
-        share = -(-len(iteration.members) // self._world.replicas)
+        share, replicas = len(iteration.members), self._world.replicas
+        if replicas > 1 or self._config.replicas.port is not None or self._world.is_client:
+            share = -(-share // (2 * replicas))
         return max(min(rows // len(prompts), share), 1)
 
     def generate(

@@ -52,6 +52,9 @@ class PreparedRun:
     decoder: Decoder
     sources: dict[str, str] = field(default_factory=dict, kw_only=True)  # see `run_sources`
 
+    def abandon(self) -> None:
+        """Leave everything as it was: another rank cannot start."""
+
 
 Prepared = TypeVar("Prepared", bound=PreparedRun)
 
@@ -214,6 +217,8 @@ def launch(
     settings = loading.to_yaml(prepared.config) if prepared else ""
     sources = prepared.sources if prepared else {}
     if not agree(job, problem, settings, complain, sources) or prepared is None:
+        if prepared:
+            prepared.abandon()
         return code
     return _work(job, prepared, work)
 

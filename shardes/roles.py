@@ -57,6 +57,10 @@ class PreparedTraining(PreparedRun):
     prompts: dict[str, list[list[int]]]
     run: RunDirectory | JoinedRun | None
 
+    def abandon(self) -> None:
+        if isinstance(self.run, RunDirectory):
+            self.run.close()
+
 
 class JobRoles(ABC):
     """Puts together one rank's trainer; each kind of job is a subclass.
@@ -78,7 +82,7 @@ class JobRoles(ABC):
         )
         es = self.config.es
         self.side_by_side = (
-            SideBySide(prepared.module, engine.shards, es.rank, es.evolve)
+            SideBySide(prepared.module, engine.shards, engine.device, es.rank, es.evolve)
             if answer_side_by_side(es)
             else None
         )
@@ -188,6 +192,7 @@ class JobRoles(ABC):
             self.resume.best,
             reporter.say,
             self.config.run.timeout,
+            self.watcher.poll,
         )
 
     def _consistency(self) -> ConsistencyCheck:
@@ -196,7 +201,8 @@ class JobRoles(ABC):
         comparable = exact and self.world.replicas > 1 and not self.world.is_client
         every = self.config.checkpoint.verify_every if comparable else 0
         timeout = self.config.run.timeout
-        return ConsistencyCheck(self.world, self.store, self.center, every, timeout)
+        poll = self.watcher.poll
+        return ConsistencyCheck(self.world, self.store, self.center, every, timeout, poll)
 
     def _share_resume_point(self) -> ResumePoint:
         """The resume point that rank 0 has, on every rank of the job."""
@@ -227,6 +233,7 @@ class PrimaryJob(JobRoles):
     ):
         if isinstance(prepared.run, RunDirectory):
             stack.callback(prepared.run.close)
+            prepared.run.begin()
             add_recorded_evaluations(Path(prepared.config.run.dir), prepared.run.resume)
         super().__init__(job, prepared, watcher, stack)
 

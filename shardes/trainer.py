@@ -72,7 +72,10 @@ class Trainer:
         self.coordinator, self.consistency, self.snapshots = coordinator, consistency, snapshots
         self.reporter, self.resume, self.clock, self.poll = reporter, resume, clock, poll
         self.trace = trace
-        self.saved = -1 if resume.source is None else resume.source_iteration  # as a snapshot
+        own = resume.source is not None and (
+            Path(resume.source).parent.parent.resolve() == Path(config.run.dir).resolve()
+        )
+        self.saved = resume.source_iteration if own else -1  # as a snapshot of this run
         self.digest = ""  # of the center
         self.members_evaluated = 0  # by this replica
         self.reward_means = list(resume.reward_means)

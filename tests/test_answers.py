@@ -66,7 +66,7 @@ def test_the_journal_does_not_depend_on_how_members_are_grouped(start):
     "members, prompts, tokens, shard, replicas, expected",
     [
         (10, 2, 65536, 1, 1, 10),  # all
-        (10, 2, 65536, 1, 4, 3),  # a replica's share
+        (10, 2, 65536, 1, 4, 2),  # half a replica's share
         (10, 2, 100, 1, 1, 2),  # 5 rows of 20 tokens
         (10, 2, 100, 4, 1, 10),  # on each of four ranks
         (10, 50, 100, 1, 1, 1),  # never less
@@ -81,7 +81,7 @@ def test_as_many_members_as_a_batch_holds(members, prompts, tokens, shard, repli
         pass
 
     world = World()
-    world.replicas = replicas
+    world.replicas, world.is_client = replicas, False
     answers = OneBatch(config, world, None, None, None, None)
     iteration = Iteration.derive(config, 0, "", [[1] * 8] * prompts)
     assert answers.group_size(iteration) == expected

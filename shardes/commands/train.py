@@ -27,6 +27,7 @@ from shardes.config import loading as settings
 from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
+from shardes.engines.side_by_side import answer_side_by_side
 from shardes.errors import ConfigError, RunError, one_line, unusable_files
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
@@ -108,6 +109,8 @@ def _memory(config: Config, layout: Layout, workload: Workload) -> str:
 
     They may run nevertheless.
     """
+    if answer_side_by_side(config.es):
+        return "not estimated (for members that answer side by side)"
     device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     try:
         shapes = read_shapes(config)[0]

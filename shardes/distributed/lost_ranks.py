@@ -7,7 +7,7 @@ missing.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
 
@@ -73,13 +73,17 @@ def _missing_ranks(job: Job, ranks: Sequence[int]) -> dict[int, str]:
     answer: SimpleQueue[dict[int, str]] = SimpleQueue()
 
     def ask() -> None:
+        with suppress(dist.DistError):  # rank 0 is gone
+            answer.put(missing_ranks())
+
+    def missing_ranks() -> dict[int, str]:
         job.keys.set_collective_failed(job.rank)
         until, missing = time.monotonic() + PATIENCE, list(ranks)
         while missing and time.monotonic() < until:
             time.sleep(0.1)
             missing = [rank for rank in missing if not job.keys.collective_failed(rank)]
         hosts = RendezvousStore(job.store)
-        answer.put({rank: f"rank {rank} on {hosts.host(rank)}" for rank in missing})
+        return {rank: f"rank {rank} on {hosts.host(rank)}" for rank in missing}
 
     Thread(target=ask, daemon=True).start()
     try:

@@ -10,7 +10,7 @@ from shardes.errors import RunError
 
 
 class KeyValueStore(Protocol):
-    """What is used of torch's stores, and of `replicas.gateway.GatewayStore`."""
+    """What is used of torch's stores, and of `replicas.gateway_client.GatewayStore`."""
 
     def set(self, key: str, value: str, /) -> None: ...
 

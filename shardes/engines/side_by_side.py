@@ -162,6 +162,7 @@ class SideBySide:
     Args:
         module: the model that an engine has sharded.
         shards: the engine's.
+        device: where it computes.
         rank: r.
         evolve: see `Update.evolve`.
 
@@ -173,10 +174,11 @@ class SideBySide:
         self,
         module: PreTrainedModel,
         shards: Sequence[ParameterShard],
+        device: torch.device,
         rank: int,
         evolve: str | None = None,
     ):
-        self._rank, self._device = rank, next(module.parameters()).device
+        self._rank, self._device = rank, device
         self._rows = Rows(self._device)
         self._members: list[tuple[int, float]] = []  # of the group: slot and scale
         by_name = {shard.name: shard for shard in shards}
@@ -206,8 +208,11 @@ class SideBySide:
             for user in self._users:
                 factors = _cut(held[user.name], self._held[user.name], user.matrix)
                 stack.enter_context(self._attached(user.layer, factors))
-            yield
-        self._members = []
+            try:
+                yield
+            finally:
+                self._members = []
+                self.set_rows([])
 
     def set_rows(self, members: Sequence[int]) -> None:
         """Set the member of each row of the batch, by its number in the group; empty: no rows."""
@@ -276,7 +281,9 @@ def matrix_layers(
             name = names[id(param)]
             if not evolves(evolve, rank, name, tuple(shapes[name])):
                 continue
-            if key != "weight" or not (_is_linear(layer) or _is_embedding(layer)):
+            supported = _is_linear(layer) or _is_embedding(layer)
+            # An expert computes with some of the tokens, in an order of its own.
+            if key != "weight" or not supported or ".experts." in name:
                 raise ConfigError(
                     f"es.members_per_batch: members cannot share {name}, which "
                     f"{type(layer).__name__} computes with in its own way; set "

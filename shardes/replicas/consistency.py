@@ -1,7 +1,9 @@
 """Stops the run if the replicas' centers differ, for example after a memory error."""
 
 from collections import Counter
+from collections.abc import Callable
 
+from shardes.distributed.store import no_poll
 from shardes.distributed.world import World
 from shardes.errors import RunError
 from shardes.es.center import Center
@@ -26,8 +28,16 @@ class ConsistencyCheck:
     never).
     """
 
-    def __init__(self, world: World, store: RunStore, center: Center, every: int, timeout: float):
-        self._world, self._store, self._center = world, store, center
+    def __init__(
+        self,
+        world: World,
+        store: RunStore,
+        center: Center,
+        every: int,
+        timeout: float,
+        poll: Callable[[], None] = no_poll,
+    ):
+        self._world, self._store, self._center, self._poll = world, store, center, poll
         self._every, self._timeout = every, timeout
         self._compared: int | None = None  # the iteration of the comparison before
 
@@ -43,7 +53,7 @@ class ConsistencyCheck:
         world, store = self._world, self._store.compare_centers(iteration)
         if world.is_leader:
             store.post_digest(world.replica, digest)
-        digests = store.digests(world.replicas, self._timeout)
+        digests = store.digests(world.replicas, self._timeout, self._poll)
         if len(set(digests)) == 1:
             self._delete_previous(iteration)
             return

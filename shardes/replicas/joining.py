@@ -64,7 +64,10 @@ def gateway_open(
     address = f"{replicas.host or socket.gethostname()}:{gateway.port}"
     file = directory / "meeting"
     try:
-        write_whole(file, address + "\n")
+        try:
+            write_whole(file, address + "\n")
+        except OSError as error:
+            raise RunError(f"{file}: cannot be written ({error})") from error
         yield address
     finally:
         file.unlink(missing_ok=True)

@@ -75,7 +75,8 @@ class MemberQueue:
         """Publish a member's result.
 
         Raises:
-            ConfigError: its reward is NaN or infinite; names the member and its seed.
+            ConfigError: its reward is not one (`config.limits.is_reward`); names the member and its
+                seed.
         """
         if not is_reward(result.reward):
             seed = self._iteration.members[number].seed

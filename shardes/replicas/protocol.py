@@ -216,14 +216,16 @@ class CenterStore:
     def post_digest(self, replica: int, digest: str) -> None:
         self._store.set(f"replica {replica}", digest)
 
-    def digests(self, replicas: int, timeout: float) -> list[str]:
-        """The digest of each replica's center; waits for them.
+    def digests(
+        self, replicas: int, timeout: float, poll: Callable[[], None] = no_poll
+    ) -> list[str]:
+        """The digest of each replica's center; waits for them, calling `poll` meanwhile.
 
         Raises:
             RunError: a replica has posted none after `timeout` seconds.
         """
         keys = [f"replica {replica}" for replica in range(replicas)]
-        wait_for_keys(self._store, keys, timeout, self._what)
+        wait_for_keys(self._store, keys, timeout, self._what, poll)
         return [self._store.get(key).decode() for key in keys]
 
     def post_tensor_digests(self, rank: int, digests: dict[str, str]) -> None:

@@ -65,10 +65,20 @@ def append(file: TextIO, rows: Iterable[dict[str, Any]], durable: bool = False) 
 
 
 def replace(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a file anew; it is replaced only once the new one is complete."""
+    """Write a file anew; it is replaced only once the new one is complete.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(_lines(rows), encoding="utf-8")
-    partial.replace(file)
+    try:
+        partial.write_text(_lines(rows), encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise RunError(
+            f"{file}: cannot be written ({error}). The journal is complete: once there is room, "
+            "start the same command again to continue"
+        ) from error
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

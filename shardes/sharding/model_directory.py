@@ -52,7 +52,7 @@ def download(path: str, fetch: Callable[[], str]) -> Path:
     try:
         return Path(fetch())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(str(error).strip().partition("\n")[0] or error)
         raise ConfigError(
             f"model.path={path}: no such directory, and the download from the hub failed: {reason}"
         ) from error
@@ -73,7 +73,7 @@ def _fetch(path: str) -> str:
     _fetch_files(path, [TEMPLATES], [], subfolders=True)
     # It downloads its own files. Its errors are reported where the directory's is loaded.
     with suppress(Exception):
-        AutoTokenizer.from_pretrained(path, revision=directory.name)
+        AutoTokenizer.from_pretrained(path, revision=directory.name, trust_remote_code=False)
     return str(directory)
 
 
@@ -176,7 +176,7 @@ def tokenizer_files(directory: Path) -> list[str]:
     """The names of the files that the tokenizer has, chat templates of a subfolder included."""
     names = _matching(directory, [TEMPLATES])
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception:  # whatever a tokenizer raises; it may also need code that is not run
         return sorted(names | _matching(directory, VOCABULARIES))
     names |= set(type(tokenizer).vocab_files_names.values())

@@ -342,7 +342,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, history: History | None):
-        self._path = path
+        self.path = path
         self._file = open(path, "r+b" if path.exists() else "x+b", buffering=0)
         self.run = history.run if history else ""  # the checksum of the header
         self._end = history.end if history else 0
@@ -362,7 +362,7 @@ class Journal:
         unwritten = line.encode()
         if os.fstat(self._file.fileno()).st_size != self._end:
             raise RunError(
-                f"{self._path}: another process has written to it; "
+                f"{self.path}: another process has written to it; "
                 "does a second run use this directory?"
             )
         try:
@@ -373,7 +373,7 @@ class Journal:
             self._file.truncate(self._end)
             self._file.seek(self._end)
             raise RunError(
-                f"{self._path}: cannot be written ({error}). The center was not updated beyond it: "
+                f"{self.path}: cannot be written ({error}). The center was not updated beyond it: "
                 "once it can be written, start the same command again to continue"
             ) from error
         self._end, self._checksum = self._end + len(line.encode()), line_checksum

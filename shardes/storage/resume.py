@@ -12,13 +12,13 @@ from typing import Any
 from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.loading import center_settings, to_yaml
 from shardes.config.schema import CENTER_SETTINGS, SCHEDULED_CENTER_SETTINGS, Config, Noise
-from shardes.errors import ConfigError, suggestion
+from shardes.errors import ConfigError, RunError, suggestion
 from shardes.es.statistics import mean
 from shardes.noise.definition import LOW_RANK_NOISE, NOISE
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import PARTIAL, read_manifest
-from shardes.storage.files import differing, fingerprint, make_directory, sync
+from shardes.storage.files import differing, fingerprint, make_directory, sync, write_whole
 from shardes.storage.journal import (
     JOURNAL,
     Header,
@@ -102,7 +102,10 @@ class ResumePoint:
 
 @dataclass
 class RunDirectory:
-    """A run directory that this process has locked, and its journal."""
+    """A run directory that this process has locked, and its journal.
+
+    `begin` must be called before the run does anything.
+    """
 
     lock: "Lock"
     journal: Journal
@@ -111,6 +114,24 @@ class RunDirectory:
     notes: list[str]  # for the user
     sources: dict[str, str] = field(default_factory=dict)  # what else decides the run
     date: str = ""  # that chat templates show, in ISO format
+    entry: Header | Resumption | None = None  # the journal's next
+    settings: str = ""  # all of them, as YAML
+
+    def begin(self) -> None:
+        """Record the start in the journal, and the settings in config.yaml.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        assert self.entry
+        self.journal.append(self.entry)
+        file = self.journal.path.with_name("config.yaml")
+        try:
+            write_whole(file, self.settings)
+        except OSError as error:
+            raise RunError(
+                f"{file}: cannot be written ({error}); once it can, start the same command again"
+            ) from error
 
     def close(self) -> None:
         self.journal.close()
@@ -161,13 +182,10 @@ def open_run_directory(
         )
         if history is None:
             resume = ResumePoint()
-            run_journal = Journal(directory / JOURNAL, None)
-            run_journal.append(header)
+            entry: Header | Resumption = header
         else:
-            resume, notes, resumption = _resume(config, history, header, runs)
-            run_journal = Journal(directory / JOURNAL, history)
-            run_journal.append(resumption)
-        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            resume, notes, entry = _resume(config, history, header, runs)
+        run_journal = Journal(directory / JOURNAL, history)
     except OSError as error:
         raise ConfigError(
             f"run.dir={directory}: cannot be written: {error}; choose another directory"
@@ -175,7 +193,8 @@ def open_run_directory(
     if lock.note:
         notes = [lock.note, *notes]
     records = history.records if history else []
-    return RunDirectory(lock, run_journal, resume, records, notes, sources, date)
+    text = to_yaml(config)
+    return RunDirectory(lock, run_journal, resume, records, notes, sources, date, entry, text)
 
 
 def _resume(
@@ -295,7 +314,15 @@ def _copy_journal(config: Config, run: Path, directory: Path) -> None:
     history = journal.read(run / JOURNAL)
     if history is None:
         raise ConfigError(f"resume={source}: its journal has no header; nothing is recorded there")
-    end = history.end if run == source else history.ends[read_manifest(source).iteration]
+    end = history.end
+    if run != source:
+        iteration = read_manifest(source).iteration
+        if iteration >= len(history.ends):
+            raise ConfigError(
+                f"resume={source}: {history.path} ends before iteration {iteration}; restore the "
+                "journal that belongs to the snapshot"
+            )
+        end = history.ends[iteration]
     partial = directory / (JOURNAL + PARTIAL)
     partial.write_bytes(history.path.read_bytes()[:end])
     sync(partial)

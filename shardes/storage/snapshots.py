@@ -7,9 +7,10 @@ are evaluated. The snapshot is published only if its digest, read back from disk
 import re
 import shutil
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import torch.distributed as dist
 
 from shardes.config.schema import CheckpointConfig
 from shardes.distributed.job_store import SnapshotFailed, SnapshotProgress
+from shardes.distributed.store import no_poll
 from shardes.distributed.world import World
-from shardes.errors import ConfigError, RunError
+from shardes.errors import ConfigError, RunError, one_line
 from shardes.es.center import Center
 from shardes.sharding.digest import format_digest
 from shardes.sharding.weight_files import WeightFiles
@@ -32,6 +34,7 @@ from shardes.storage.checkpoint import (
     verify,
 )
 
+POLL = 0.2  # seconds between two looks whether the run is to stop
 BEST = "best"  # a symbolic link to the snapshot with the highest held-out reward
 
 
@@ -86,11 +89,11 @@ def verify_snapshot(directory: Path, iteration: int, digest: str | None, run: st
         raise ConfigError(f"{directory}: belongs to another run that had this directory")
     if manifest.iteration != iteration:
         raise ConfigError(f"{directory}: holds the center before iteration {manifest.iteration}")
-    verify(directory)
     if digest not in (None, manifest.digest):
         raise ConfigError(
             f"{directory}: its digest is {manifest.digest}, the journal's is {digest}"
         )
+    verify(directory)
     return Snapshot(iteration, directory, manifest.digest)
 
 
@@ -181,6 +184,7 @@ class SnapshotWriter(Snapshots):
         best: the iteration before which the center was the best so far; None if unknown.
         warn: reports a snapshot that could not be written.
         timeout: seconds that a rank waits for another.
+        poll: called while waiting; what it raises ends the wait.
     """
 
     def __init__(
@@ -194,7 +198,9 @@ class SnapshotWriter(Snapshots):
         best: int | None,
         warn: Callable[[str], None],
         timeout: float,
+        poll: Callable[[], None] = no_poll,
     ):
+        self._poll = poll
         self._run, self._config, self._world, self._center = run, config, world, center
         self._base, self._run_id, self._warn, self._timeout = base, run_id, warn, timeout
         self._thread: threading.Thread | None = None
@@ -214,54 +220,81 @@ class SnapshotWriter(Snapshots):
         self._thread.start()
 
     def wait_written(self) -> None:
-        if self._thread and not self._written.wait(self._timeout):
-            raise RunError(
-                f"rank {self._world.job.rank}: a snapshot was not written within "
-                f"{self._timeout:.0f} s"
-            )
+        since = time.monotonic()
+        while self._thread and not self._written.wait(POLL):
+            self._poll()
+            if time.monotonic() - since > self._timeout:
+                raise RunError(
+                    f"rank {self._world.job.rank}: a snapshot was not written within "
+                    f"{self._timeout:.0f} s"
+                )
 
     def keep_best(self, iteration: int) -> None:
         self._best = iteration
         self._link_best()
 
     def finish(self) -> None:
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        while self._thread and self._thread.is_alive():
+            self._thread.join(POLL)
+            self._poll()
+        self._thread = None
 
     def _save(self, iteration: int, digest: str) -> None:
-        # Collectives belong to the main thread: these threads wait for each other in the store.
-        progress = SnapshotProgress(self._world.job.store, iteration, self._timeout)
-        checkpoint = Checkpoint(
-            self._path(iteration),
-            self._base,
-            self._center.names,
-            torch.float32,
-            self._config.shard_size,
-        )
         try:
+            # Collectives belong to the main thread: these threads wait for each other in the store.
+            progress = SnapshotProgress(self._world.job.store, iteration, self._timeout)
+            self._save_or_report(iteration, digest, progress)
+        finally:
+            self._written.set()
+
+    def _save_or_report(self, iteration: int, digest: str, progress: SnapshotProgress) -> None:
+        checkpoint: Checkpoint | None = None
+        try:
+            checkpoint = Checkpoint(
+                self._path(iteration),
+                self._base,
+                self._center.names,
+                torch.float32,
+                self._config.shard_size,
+            )
             self._write(checkpoint, progress, iteration)
             self._read_back(checkpoint, progress)
             if self._world.is_primary:
                 self._publish(checkpoint, progress, iteration, digest)
-                self._link_best()
-                self._prune()
         except SnapshotFailed:
             pass  # the primary rank reports the error of the rank that failed
-        except (OSError, RuntimeError) as error:
-            progress.fail(f"rank {self._world.job.rank}: {error}")
+        except Exception as error:  # whatever it is, other ranks wait for this one
+            progress.fail(f"rank {self._world.job.rank}: {one_line(error)}")
         finally:
-            self._written.set()
+            if checkpoint:
+                checkpoint.close()
             if self._world.is_primary:
                 self._progress.append(progress)
-            checkpoint.close()
-            failure = progress.failure() if self._world.is_primary else None
-            if failure is not None:
-                checkpoint.discard()
-                self._warn(
-                    f"WARNING: no snapshot of iteration {iteration}: {failure}. "
-                    "The journal is complete; the run continues"
-                )
+                self._finish_files(iteration, checkpoint, progress.failure())
+
+    def _finish_files(
+        self, iteration: int, checkpoint: Checkpoint | None, failure: str | None
+    ) -> None:
+        """Link and remove snapshots, or remove what is left of one that failed."""
+        if failure is None:
+            self._link_best()
+            with self._reported("an old snapshot cannot be removed"):
+                self._prune()
+            return
+        if checkpoint:
+            checkpoint.discard()
+        self._warn(
+            f"WARNING: no snapshot of iteration {iteration}: {failure}. "
+            "The journal is complete; the run continues"
+        )
+
+    @contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        """A context in which an OSError is a warning."""
+        try:
+            yield
+        except OSError as error:
+            self._warn(f"WARNING: {what}: {error}")
 
     def _write(self, checkpoint: Checkpoint, progress: SnapshotProgress, iteration: int) -> None:
         """Write this rank's regions."""
@@ -316,7 +349,7 @@ class SnapshotWriter(Snapshots):
         """
         if not (self._world.is_primary and self._config.best):
             return
-        with self._linking:
+        with self._linking, self._reported(f"snapshots/{BEST} cannot be linked"):
             if self._best not in self._own():
                 return
             link = snapshot_directory(self._run) / BEST

@@ -60,7 +60,7 @@ def test_rows_answer_as_their_members_alone(names, rank):
         model = AutoModelForCausalLM.from_config(tiny_config(name)).eval()
         fill(model)
         try:
-            side_by_side = SideBySide(model, shards_of(model), rank)
+            side_by_side = SideBySide(model, shards_of(model), model.device, rank)
         except ConfigError as error:
             assert name in REFUSED and "set es.members_per_batch=1" in str(error), name
             continue

@@ -74,7 +74,7 @@ class Replica:
             evaluation = self.coordinator.work_queue("evaluation", t, 2)
             for number in evaluation.claims():
                 evaluation.post(number, "[]")
-            queue = self.coordinator.member_queue(iteration)
+            queue = self.coordinator.member_queue(iteration, 1)
             for group in queue:
                 before_post(t)
                 number = self.world.replica
@@ -121,12 +121,12 @@ def test_a_late_replica_finds_a_deleted_queue_done(store, config):
     run = RunStore(store, "prefix")
     late = Replica(1, run.clone(), config)
     iteration = Iteration.derive(config, 0, "digest", [[1], [2]])
-    queue = late.coordinator.member_queue(iteration)
+    queue = late.coordinator.member_queue(iteration, 1)
     claimed = next(iter(queue))
     primary = Replica(0, run, config)
     for number in range(6):
         run.queue("iteration 0").post(number, 0, MemberResult(0.5, 1, 0, 1.0).to_json())
-    results = primary.coordinator.member_queue(iteration).results()
+    results = primary.coordinator.member_queue(iteration, 1).results()
     primary.coordinator.commit(iteration, results)
     run.queue("iteration 0").delete(6)
     keys = store.num_keys()

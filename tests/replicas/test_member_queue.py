@@ -76,7 +76,7 @@ def replica(
         heartbeats=heartbeats,
     )
     log = Log([])
-    members_queue = PrimaryMemberQueue(queue, iteration, lambda: None, log, log)
+    members_queue = PrimaryMemberQueue(queue, iteration, 1, lambda: None, log, log)
     members_queue.log = log
     return members_queue
 

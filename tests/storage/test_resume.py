@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -15,11 +16,20 @@ from shardes.storage.journal import Header, Record, Resumption, Reward, read
 from shardes.storage.resume import (
     Lock,
     ResumePoint,
+    RunDirectory,
     describe_run_directory,
-    open_run_directory,
 )
+from shardes.storage.resume import open_run_directory as open_without_recording
 
 pytestmark = pytest.mark.faults
+
+
+def open_run_directory(*arguments, **named) -> RunDirectory:
+    """Open a run directory as a start does that no rank refuses."""
+    run = open_without_recording(*arguments, **named)
+    run.begin()
+    return run
+
 
 REWARD = Reward(2, 1, 0.25, 7, f"{2:016x}")
 
@@ -54,7 +64,7 @@ def begun(config, base):
 def test_a_new_run_begins_at_the_base_model(config, base):
     run = open_run_directory(config, base)
     assert run.resume == ResumePoint() and not run.notes
-    header = read(run.journal._path).header
+    header = read(run.journal.path).header
     model = str(base.directory.resolve())
     assert header == Header(model, fingerprint(base), center_settings(config))
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(header.files)
@@ -131,7 +141,7 @@ def test_what_decides_the_center_may_change_on_purpose_only(begun, base, section
     run = open_run_directory(begun, base)
     run.close()
     assert run.resume.rewards == {} and any(f"{section}.{name}" in note for note in run.notes)
-    history = read(run.journal._path)
+    history = read(run.journal.path)
     assert history.resumptions == [Resumption(2, {f"{section}.{name}": [old, value]})]
     begun.resume.allow_changes = []
     assert open_run_directory(begun, base).resume.iteration == 2  # it is the setting now
@@ -264,3 +274,13 @@ def test_a_schedule_can_be_added_on_purpose(begun, base):
     begun.resume.allow_changes, begun.es.iterations = [], 9
     with pytest.raises(ConfigError, match=r"es\.iterations=9: the run in .* has 5"):
         open_run_directory(begun, base)
+
+
+def test_a_start_that_another_rank_refuses_changes_nothing(begun, base):
+    directory = Path(begun.run.dir)
+    before = {name: (directory / name).read_bytes() for name in ("journal.jsonl", "config.yaml")}
+    begun.es.sigma, begun.resume.allow_changes = 0.5, ["es.sigma"]
+    run = open_without_recording(begun, base)
+    run.close()
+    assert {name: (directory / name).read_bytes() for name in before} == before
+    assert "taking over" not in "".join(open_without_recording(begun, base).notes)

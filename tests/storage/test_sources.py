@@ -73,6 +73,7 @@ def begin(model: Path, task: dict, *overrides: str):
     assert dry_run(model, task).returncode == 0
     prepared = train.prepare(["config.yaml", *overrides], Job(0, 1, None))
     run = prepared.run
+    run.begin()
     run.journal.append(Record(0, [1, 2], [0.0, 1.0], [-0.1, 0.1], 0.001, 0.0005, f"{7:016x}"))
     run.close()
     return run
@@ -148,6 +149,7 @@ def test_a_chat_template_shows_the_date_of_the_first_start(folder, tied_llama, t
     time.sleep(1.1)  # the template shows seconds
     assert dry_run(dated, task).returncode == 0  # the prompts' token ids are the journal's
     later = train.prepare(["config.yaml", "run.dir=another"], Job(0, 1, None))
+    later.run.begin()
     later.run.close()
     assert later.sources["task.prompts/train"] != read(journal).sources["task.prompts/train"]
 

@@ -108,7 +108,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
         results["low-rank member tokens"] = sampler.generate(PROMPTS)
     low_rank.load_into_model()
     try:
-        side_by_side = SideBySide(module, engine.shards, RANK)
+        side_by_side = SideBySide(module, engine.shards, engine.device, RANK)
     except ConfigError as error:
         results["side by side"] = str(error)
     else:
