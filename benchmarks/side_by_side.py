@@ -13,9 +13,9 @@ from benchmarks.measure import Row, ratios
 from shardes.clock import Clock
 from shardes.config.schema import Restore
 from shardes.engines.linear import use_own_forward
-from shardes.engines.side_by_side import SideBySide
 from shardes.es.center import open_center
 from shardes.es.population import Member
+from shardes.es.side_by_side import SideBySide
 from shardes.inference.generation import Decoder
 from shardes.inference.prompts import encode
 from shardes.sharding.regions import ParameterShard, Region

@@ -8,9 +8,9 @@ from typing import Protocol
 from shardes.clock import Clock
 from shardes.config.schema import Config
 from shardes.distributed.world import World
-from shardes.engines.side_by_side import SideBySide
 from shardes.es.center import Center
 from shardes.es.population import Iteration
+from shardes.es.side_by_side import SideBySide
 from shardes.inference.sampler import Sampler
 
 

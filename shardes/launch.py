@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,19 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardes.clock import Clock
 from shardes.config import loading
-from shardes.config.schema import Config, TaskConfig
+from shardes.config.schema import Config, ESConfig, TaskConfig
 from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
 from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model
-from shardes.engines.side_by_side import answer_side_by_side, matrix_layers
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
 from shardes.es.population import check_rank, noise_rank
+from shardes.es.side_by_side import answer_side_by_side, matrix_layers
 from shardes.es.update import evolves
 from shardes.inference.generation import Decoder, decoder
-from shardes.inference.limits import beyond_context, check_decoding, check_prompts, unused_by_text
+from shardes.inference.limits import beyond_context, check_decoding, check_prompts
 from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
@@ -36,6 +37,8 @@ from shardes.sharding.model_directory import model_directory, open_tokenizer
 from shardes.sharding.weight_files import WeightFiles
 from shardes.tasks import Task, configured_task, prompts_of
 
+# In the names of classes whose modules text does not use
+MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
 RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 
 
@@ -107,6 +110,21 @@ def check(config: Config, job: Job) -> PreparedRun:
             logits_processors=settings.logits_processors,
         )
     return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
+
+
+def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:
+    """The trained parameters of the model's parts for images, video and audio, by name."""
+    parts = [
+        f"{name}."
+        for name, part in module.named_modules()
+        if MODALITIES.search(type(part).__name__) and name
+    ]
+    return [
+        name
+        for name, param in module.named_parameters()
+        if name.startswith(tuple(parts))
+        and evolves(es.evolve, noise_rank(es), name, tuple(param.shape))
+    ]
 
 
 def _check_evolve(config: Config, module: PreTrainedModel) -> None:

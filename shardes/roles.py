@@ -19,10 +19,10 @@ from shardes.config.schema import Restore
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
-from shardes.engines.side_by_side import SideBySide, answer_side_by_side
 from shardes.errors import RunError
 from shardes.es.center import open_center
 from shardes.es.population import noise_rank
+from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.evaluator import Evaluator, PrimaryEvaluator
 from shardes.launch import PreparedRun
 from shardes.replicas.consistency import ConsistencyCheck

@@ -27,8 +27,8 @@ from shardes.config import loading as settings
 from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
-from shardes.engines.side_by_side import answer_side_by_side
 from shardes.errors import ConfigError, RunError, one_line, unusable_files
+from shardes.es.side_by_side import answer_side_by_side
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
 from shardes.planning.memory import rank_memory

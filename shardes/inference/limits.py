@@ -1,6 +1,5 @@
 """What a model can take: the token ids of its embedding, its positions, padding, a cache."""
 
-import re
 from collections.abc import Sequence
 from inspect import signature
 from typing import cast
@@ -8,12 +7,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from shardes.config.schema import ESConfig
 from shardes.errors import ConfigError
-from shardes.es.population import noise_rank
-from shardes.es.update import evolves
-
-MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
 
 
 def check_decoding(model: str, module: PreTrainedModel) -> None:
@@ -98,21 +92,6 @@ def beyond_context(
         f"(max_position_embeddings; the longest prompt has {longest}); use fewer new tokens or "
         "shorter prompts, unless you know that the model goes on beyond"
     )
-
-
-def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:
-    """The trained parameters of the model's parts for images, video and audio, by name."""
-    parts = [
-        f"{name}."
-        for name, part in module.named_modules()
-        if MODALITIES.search(type(part).__name__) and name
-    ]
-    return [
-        name
-        for name, param in module.named_parameters()
-        if name.startswith(tuple(parts))
-        and evolves(es.evolve, noise_rank(es), name, tuple(param.shape))
-    ]
 
 
 def learned_positions(module: PreTrainedModel) -> int | None:

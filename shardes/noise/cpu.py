@@ -35,10 +35,10 @@ STRETCH = 1 << 14  # elements that a thread takes at a time
 # Counters per pass: few enough for the rounds of a pass to overlap with the look-ups of the one
 # before.
 COUNTERS = 32
-# 32-bit words are held in uint64, so that their products fit.
 # Of a tile: so large that the factors cost little, so small that its sum stays in the cache.
 TILE_ROWS, TILE_COLS = 64, 512
 TERMS = 4  # products that are added to a sum in one pass
+# 32-bit words are held in uint64, so that their products fit.
 MASK, WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 SCRATCH = 1 << 20  # float32 elements of scratch memory for dtypes that the kernel does not support
 

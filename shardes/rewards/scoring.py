@@ -79,7 +79,7 @@ class Scorer:
         Raises:
             ConfigError: a response is not complete, with task.on_error=fail; or the task failed in
                 this process, or in a worker with task.on_error=fail, or returned a wrong number of
-                rewards or one that is not REWARD_RANGE. The prompts and responses are then saved.
+                rewards or one that is not REWARD_RANGE. What failed in scoring is then saved.
         """
         prompts = prompts_of(self._task, split)
         numbers = range(len(prompts)) if which is None else which

@@ -5,9 +5,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from architectures import tiny_config
 from models import SIZES, byte_tokenizer
-from shardes.config.schema import ESConfig
 from shardes.engines import open_model
 from shardes.errors import ConfigError
 from shardes.inference.generation import Decoder
@@ -16,7 +14,6 @@ from shardes.inference.limits import (
     check_decoding,
     check_prompts,
     learned_positions,
-    unused_by_text,
 )
 
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
@@ -106,14 +103,6 @@ def test_prompts_beyond_the_context_are_warned_of(tied_llama):
     warning = beyond_context("m", module, "train", [[1] * 12, [1] * 501], 12)
     assert "1 of 2 prompts of train pass the 512 tokens that m was made for" in warning
     assert "generation.max_new_tokens=12" in warning
-
-
-def test_parts_that_text_does_not_use_are_named():
-    model = AutoModelForCausalLM.from_config(tiny_config("gemma3"))
-    unused = unused_by_text(model, ESConfig())
-    assert unused and all("vision" in name or "multi_modal" in name for name in unused)
-    assert unused_by_text(model, ESConfig(evolve="language_model")) == []
-    assert unused_by_text(make("llama"), ESConfig()) == []
 
 
 def test_a_model_that_does_not_decode_is_named():

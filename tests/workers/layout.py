@@ -16,10 +16,10 @@ from shardes.distributed.world import form_replica, join_job
 from shardes.engines import empty_model
 from shardes.engines.deepspeed import DeepSpeedEngine
 from shardes.engines.fsdp import FSDPEngine
-from shardes.engines.side_by_side import SideBySide
 from shardes.errors import ConfigError
 from shardes.es.center import open_center
 from shardes.es.population import Member, member_seeds
+from shardes.es.side_by_side import SideBySide
 from shardes.es.update import Update
 from shardes.inference.generation import decoder
 from shardes.inference.sampler import Sampler

@@ -22,13 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from shardes.clock import Clock
 from shardes.config.schema import ESConfig, Noise
-from shardes.engines import low_rank_cpu
 from shardes.engines.linear import TERM
 from shardes.errors import ConfigError
+from shardes.es import side_by_side_cpu
 from shardes.es.population import Member
 from shardes.es.update import evolves
-from shardes.noise import gaussian
-from shardes.noise.low_rank import COLS, ROWS
+from shardes.noise import LowRank, factors
 from shardes.sharding.regions import ParameterShard, Region
 
 # AutoTP's layers, by name because engine=fsdp does not need DeepSpeed
@@ -58,7 +57,7 @@ class Rows:
 
 @dataclass
 class Factors:
-    """This rank's factors of one parameter, for the members of a group: float32.
+    """This rank's factors of one parameter, transposed, for the members of a group: float32.
 
     Attributes:
         a: shape (members, rank, rows of the matrix).
@@ -75,7 +74,7 @@ class MatrixSlice:
 
     Attributes:
         shape: of the whole matrix.
-        rows: ranges of rows of the whole matrix, in the order of the slice's.
+        rows: which rows of the whole matrix the slice's rows are, as ranges one after another.
         cols: the range of columns.
     """
 
@@ -110,7 +109,7 @@ class MatrixSlice:
 
 
 def add_linear_term(rows: Rows, factors: Factors, x: torch.Tensor, y: torch.Tensor) -> None:
-    """y += (σ/√r)·(x·bᵀ)·a, in place.
+    """y += (σ/√r)·(x·b)·aᵀ, in place, where `Factors` holds aᵀ and bᵀ.
 
     Args:
         x: input, shape (rows, tokens, columns of the matrix), or the first two flattened.
@@ -122,7 +121,7 @@ def add_linear_term(rows: Rows, factors: Factors, x: torch.Tensor, y: torch.Tens
     x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     assert len(x) % len(rows) == 0, f"{len(x)} lines of {len(rows)} rows"
     if y.device.type == "cpu" and x.dtype == y.dtype == torch.float32:
-        low_rank_cpu.add_term(x, y, rows.slots, rows.scales, factors.a, factors.b)
+        side_by_side_cpu.add_term(x, y, rows.slots, rows.scales, factors.a, factors.b)
         return
     a, b = (t[rows.slots] for t in (factors.a, factors.b))
     scaled = (a * rows.scales[:, None, None]).to(y.dtype)
@@ -137,7 +136,7 @@ def embed(
     factors: Factors,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """An embedding's output plus (σ/√r)·a[token]·b, scaled as the embedding is."""
+    """An embedding's output plus (σ/√r)·a[token]·bᵀ, scaled as the embedding is."""
     out = forward(tokens)
     if not len(rows):
         return out
@@ -206,8 +205,8 @@ class SideBySide:
         ]
         with ExitStack() as stack:
             for user in self._users:
-                factors = _cut(held[user.name], self._held[user.name], user.matrix)
-                stack.enter_context(self._attached(user.layer, factors))
+                matrices = _cut(held[user.name], self._held[user.name], user.matrix)
+                stack.enter_context(self._attached(user.layer, matrices))
             try:
                 yield
             finally:
@@ -220,19 +219,15 @@ class SideBySide:
         self._rows.set([slot for slot, _ in chosen], [scale for _, scale in chosen])
 
     def _factors(self, seeds: Sequence[int], name: str, matrix: MatrixSlice) -> Factors:
-        def factor(suffix: str, ranges: Sequence[range]) -> torch.Tensor:
-            parts = [
-                torch.stack(
-                    [
-                        gaussian(seed, name + suffix, r.start * self._rank, len(r) * self._rank)
-                        for seed in seeds
-                    ]
-                ).view(len(seeds), len(r), self._rank)
-                for r in ranges
-            ]
-            return torch.cat(parts, 1).transpose(1, 2).contiguous().to(self._device)
-
-        return Factors(factor(ROWS, matrix.rows), factor(COLS, [matrix.cols]))
+        low_rank = LowRank(matrix.shape, self._rank)
+        cols = slice(matrix.cols.start, matrix.cols.stop)
+        a, b = [], []
+        for seed in seeds:
+            boxes = [(slice(rows.start, rows.stop), cols) for rows in matrix.rows]
+            pairs = [factors(seed, name, low_rank, box) for box in boxes]
+            a.append(torch.cat([rows for rows, _ in pairs]).T)
+            b.append(pairs[0][1].T)
+        return Factors(torch.stack(a).to(self._device), torch.stack(b).to(self._device))
 
     @contextmanager
     def _attached(self, layer: Any, factors: Factors) -> Iterator[None]:
@@ -321,7 +316,7 @@ def _kind(layer: nn.Module) -> type:
 
 
 def _cut(factors: Factors, held: MatrixSlice, wanted: MatrixSlice) -> Factors:
-    """The factors of a part of the matrix that they are of."""
+    """The factors of a layer's part of a matrix, from those of `held`: that part, or all of it."""
     if held == wanted:
         return factors
     rows = torch.cat([torch.arange(r.start, r.stop) for r in wanted.rows])

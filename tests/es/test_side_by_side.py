@@ -11,15 +11,15 @@ from architectures import ARCHITECTURES, fill, tiny_config
 from models import byte_tokenizer
 from shardes.clock import Clock
 from shardes.engines import linear
-from shardes.engines.side_by_side import (
+from shardes.errors import ConfigError
+from shardes.es.population import Member
+from shardes.es.side_by_side import (
     Factors,
     MatrixSlice,
     Rows,
     SideBySide,
     add_linear_term,
 )
-from shardes.errors import ConfigError
-from shardes.es.population import Member
 from shardes.inference.generation import Decoder
 from shardes.noise import LowRank, add_noise
 from shardes.sharding.regions import ParameterShard, Region, box_regions
