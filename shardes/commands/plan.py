@@ -24,6 +24,7 @@ from rich.table import Table
 
 from shardes.commands.arguments import CommandParser, reports_errors
 from shardes.config import loading as settings
+from shardes.config.schema import Noise
 from shardes.errors import ConfigError, unusable_files
 from shardes.planning.layouts import Layout, Machine
 from shardes.planning.planner import Planner
@@ -51,6 +52,10 @@ RATES = {  # the fields of Device that have a flag
     "latency": "seconds that a sum over ranks takes at least",
 }
 NOTE = "a model from data-sheet figures, not measured on GPUs: read the times as “at least”"
+FULL_NOISE = (
+    "all figures are those of es.noise=full: with low_rank, members that answer side by side take "
+    "less time, and more memory for their rows"
+)
 
 Assessment = dict[str, Any]  # what Planner.assess returns
 Assessments = dict[str, tuple[Layout, Assessment]]  # by title
@@ -71,11 +76,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
     suggested = planner.suggest()
     if suggested and suggested != configured:
         assessments["suggested"] = suggested, planner.assess(suggested)
+    other_noise = FULL_NOISE if planner.config.es.noise is Noise.low_rank else ""
     if options.json:
         report = {title: assessment for title, (_, assessment) in assessments.items()}
-        print(json.dumps({"note": NOTE} | report, indent=2))
+        note = "; ".join(filter(None, [NOTE, other_noise]))
+        print(json.dumps({"note": note} | report, indent=2))
         return 0 if fits else 1
     print_assessments(console, planner, assessments)
+    if other_noise:
+        console.print(other_noise)
     if suggested is None:
         nodes = planner.nodes_needed()
         sufficient = f"; {nodes} such nodes would be enough" if nodes else ""

@@ -184,6 +184,12 @@ def test_suggestions(config, case):
         assert report["suggested"]["fits"]
 
 
+def test_a_plan_of_low_rank_noise_says_what_its_figures_are(config):
+    for arguments in ([], ["--json"]):
+        done = call(main, config(DATA / "llama-3.1-8b"), "es.noise=low_rank", *GPUS, *arguments)
+        assert "all figures are those of es.noise=full" in done.stdout, done.stderr
+
+
 def test_the_printed_table(config):
     done = call(main, config(DATA / "llama-3.1-70b"), *GPUS)
     assert done.returncode == 1
