@@ -121,7 +121,7 @@ class StoreGateway:
             self._strangers.remove(task)
 
     async def _handle(self, connection: socket.socket) -> None:
-        with suppress(OSError, EOFError, ValueError, asyncio.TimeoutError):
+        with suppress(OSError, EOFError, ValueError, asyncio.TimeoutError, dist.DistError):
             try:
                 detect_loss(connection, self._timeout)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -131,10 +131,12 @@ class StoreGateway:
                 raise
             try:
                 admitted = await asyncio.wait_for(self._authenticate(reader, writer), PATIENCE)
-                if admitted and self._admit():
-                    await self._answer(reader, writer)
-                else:
+                if not admitted:
                     writer.write(b"refused\n")
+                elif self._admit():
+                    await self._answer(reader, writer)
+                else:  # the client reads this as the answer to its first request
+                    writer.write(frame({"refused": "one request to join too many"}))
             finally:
                 writer.close()
 
