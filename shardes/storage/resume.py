@@ -17,8 +17,8 @@ from shardes.es.statistics import mean
 from shardes.noise.definition import LOW_RANK_NOISE, NOISE
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage import journal, snapshots
-from shardes.storage.checkpoint import PARTIAL, read_manifest
-from shardes.storage.files import differing, fingerprint, make_directory, sync, write_whole
+from shardes.storage.branches import own_history, read_history, source_run
+from shardes.storage.files import differing, fingerprint, make_directory, write_whole
 from shardes.storage.journal import (
     JOURNAL,
     Header,
@@ -170,7 +170,7 @@ def open_run_directory(
     try:
         make_directory(directory)
         lock = Lock(directory)
-        history, runs = _read_history(config, directory)
+        history, runs = read_history(config, directory)
         notes: list[str] = []
         header = Header(
             str(base.directory.resolve()),
@@ -223,110 +223,16 @@ def describe_run_directory(config: Config, sources: dict[str, str]) -> str:
         ConfigError: the directory holds a run that cannot be resumed with these settings, or there
             is no run to start from.
     """
-    history, _ = _own_history(config, Path(config.run.dir))
+    history, _ = own_history(config, Path(config.run.dir))
     if history is None and config.resume.source in ("auto", "never"):
         return "a new run"
     if history is None:
-        _source_run(config)
+        source_run(config)
         return f"a run that starts from {config.resume.source}"
     header = Header(history.header.model, history.files, center_settings(config))
     _setting_changes(config, history, header)
     _changed_sources(config, history, sources)
     return f"a run of {len(history.records)} iterations so far, to be resumed"
-
-
-def _read_history(config: Config, directory: Path) -> tuple[History | None, list[Path]]:
-    """The journal to resume from, and the run directories whose snapshots belong to it.
-
-    If `resume` names another run, its journal is first copied to `directory`, unless an earlier
-    start has done so.
-    """
-    history, runs = _own_history(config, directory)
-    if history or config.resume.source in ("auto", "never"):
-        return history, runs
-    run = _source_run(config)
-    _copy_journal(config, run, directory)
-    return journal.read(directory / JOURNAL), [directory, run]
-
-
-def _own_history(config: Config, directory: Path) -> tuple[History | None, list[Path]]:
-    """The journal in `directory`, None if it records nothing, and the run directories whose
-    snapshots belong to it.
-
-    Raises:
-        ConfigError: `resume` does not allow to continue it.
-    """
-    history, source = journal.read(directory / JOURNAL), config.resume.source
-    if history is None or history.is_empty:  # it may start again with other settings
-        return None, [directory]
-    if source == "never":
-        raise ConfigError(
-            f"run.dir={directory}: holds a run already, and resume=never; "
-            "choose another directory, or resume=auto"
-        )
-    if source == "auto" or Path(source).resolve() == directory.resolve():
-        return history, [directory]
-    run = _source_run(config)
-    shared = None if run.resolve() == directory.resolve() else _shared_iterations(history, run)
-    if shared is None:
-        raise ConfigError(
-            f"run.dir={directory}: holds a run already, and not one that began from {source}; "
-            "choose another directory, or resume=auto to continue that run"
-        )
-    # Another center of the same iteration would be taken for this run's if its digest is unknown.
-    iteration = len(history.records)
-    known = iteration == shared or history.digest(iteration) is not None
-    return history, [directory, run] if known else [directory]
-
-
-def _source_run(config: Config) -> Path:
-    """The run directory that `resume` names, itself or by a snapshot, which may be gone since."""
-    source = Path(config.resume.source)
-    candidates = [source, source.parent.parent]
-    run = next((path for path in candidates if (path / JOURNAL).exists()), None)
-    if run is None:
-        raise ConfigError(
-            f"resume={source}: neither a run directory with a journal nor a snapshot in one"
-        )
-    return run
-
-
-def _shared_iterations(history: History, run: Path) -> int | None:
-    """The number of iterations that a journal shares with that of `run`, of which it began as a
-    copy; None if it did not.
-    """
-    own = history.path.read_bytes()[: history.end].splitlines(keepends=True)
-    other = (run / JOURNAL).read_bytes().splitlines(keepends=True)
-    pairs = zip(own, other, strict=False)
-    shared = next((number for number, (a, b) in enumerate(pairs) if a != b), None)
-    if shared is None:
-        shared = min(len(own), len(other))
-    # What follows the copy is the entry of the start that made it.
-    kinds = [json.loads(line)["kind"] for line in own[: shared + 1]]
-    if not shared or (shared < len(own) and Resumption.kind not in kinds):
-        return None
-    return kinds[:shared].count(Record.kind)
-
-
-def _copy_journal(config: Config, run: Path, directory: Path) -> None:
-    """Copy a run's journal to `directory`: all of it, or up to the snapshot's iteration."""
-    source = Path(config.resume.source)
-    history = journal.read(run / JOURNAL)
-    if history is None:
-        raise ConfigError(f"resume={source}: its journal has no header; nothing is recorded there")
-    end = history.end
-    if run != source:
-        iteration = read_manifest(source).iteration
-        if iteration >= len(history.ends):
-            raise ConfigError(
-                f"resume={source}: {history.path} ends before iteration {iteration}; restore the "
-                "journal that belongs to the snapshot"
-            )
-        end = history.ends[iteration]
-    partial = directory / (JOURNAL + PARTIAL)
-    partial.write_bytes(history.path.read_bytes()[:end])
-    sync(partial)
-    partial.rename(directory / JOURNAL)
 
 
 def _setting_changes(config: Config, history: History, header: Header) -> dict[str, list]:
