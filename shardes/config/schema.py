@@ -1,6 +1,7 @@
 """Every setting, declared once: its type, default, help, limit, and whether it decides the center.
 
-`shardes.config.loading` reads and checks the settings.
+`shardes.config.loading` reads and checks the settings. This file is one long list on purpose: every
+key stands here with all that is said of it, and help, docs and checks are made from it.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass

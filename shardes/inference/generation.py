@@ -29,6 +29,7 @@ from shardes.distributed.store import no_poll
 from shardes.engines.vocabulary import VocabularySlice
 from shardes.errors import ConfigError, described
 from shardes.inference import rope
+from shardes.inference.batch import Batch
 from shardes.inference.cache import BatchCache, is_recurrent, make_cache
 from shardes.inference.forward_sync import announce_forward, join_forwards
 from shardes.inference.processors import RowProcessors, active_keys
@@ -110,7 +111,7 @@ class Decoder:
             for rows in self._batches(prompts, scaling):
                 if scaling:
                     rope.reset(module)
-                batch = _Batch(
+                batch = Batch(
                     [prompts[row] for row in rows],
                     None if seeds is None else [seeds[row] for row in rows],
                     [] if members is None else [members[row] for row in rows],
@@ -130,7 +131,7 @@ class Decoder:
         return batches(list(map(len, prompts)), self.max_new_tokens, self.batch_tokens, scaling)
 
     def _decode(
-        self, module, batch: "_Batch", scaling, set_members, vocabulary, sync_forwards, poll
+        self, module, batch: Batch, scaling, set_members, vocabulary, sync_forwards, poll
     ) -> None:
         """Decode a batch to the end of its responses."""
         processors = self._processors(module, batch)
@@ -183,7 +184,7 @@ class Decoder:
             ) from error
         self._decodes = True
 
-    def _processors(self, module: PreTrainedModel, batch: "_Batch") -> RowProcessors | None:
+    def _processors(self, module: PreTrainedModel, batch: Batch) -> RowProcessors | None:
         if self.generation is None or batch.seeds is not None:
             return None
         lengths = list(map(len, batch.prompts))
@@ -192,7 +193,7 @@ class Decoder:
         )
         return processors if processors.active else None
 
-    def _active(self, batch: "_Batch", tokens: list[int]) -> list[bool]:
+    def _active(self, batch: Batch, tokens: list[int]) -> list[bool]:
         """Add each row's token to its response; whether the rows' responses go on."""
         active = batch.active
         for i, token in enumerate(tokens):
@@ -278,66 +279,9 @@ def batches(
     return grouped
 
 
-@dataclass
-class _Batch:
-    """The rows of a batch: prompts, padded on the left, and responses so far.
-
-    Attributes:
-        ids, mask, positions: token ids, attention mask and positions, shape (rows, width of the
-            prompts + max_new_tokens); the mask also covers new tokens.
-        width: tokens of a row so far, with padding.
-        rows: the prompt's number, for each row.
-        active: whether a row's response goes on.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    seeds: Sequence[int] | None
-    members: Sequence[int]
-    max_new_tokens: int
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self.responses: list[list[int]] = [[] for _ in self.prompts]
-        self.rows = list(range(len(self.prompts)))
-        self.active = [True] * len(self.prompts)
-        self.width = max(map(len, self.prompts))
-        new = self.max_new_tokens
-        padding = [self.width - len(prompt) for prompt in self.prompts]
-        ids = [
-            [0] * n + list(prompt) + [0] * new
-            for n, prompt in zip(padding, self.prompts, strict=True)
-        ]
-        mask = [[0] * n + [1] * (self.width + new - n) for n in padding]
-        self.ids = torch.tensor(ids, device=self.device)
-        self.mask = torch.tensor(mask, device=self.device)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-
-    @property
-    def row_members(self) -> list[int]:
-        """The member of each row; empty if all rows are the same model's."""
-        return [self.members[row] for row in self.rows] if self.members else []
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """Add one token to each row."""
-        self.ids[:, self.width] = tokens
-        self.width += 1
-
-    def keep(self, active: list[bool]) -> torch.Tensor:
-        """Drop the rows that are not active; row i becomes the former row `indices[i]`, of the
-        indices returned.
-        """
-        kept = _compact(active)
-        indices = torch.tensor(kept, device=self.device)
-        self.ids, self.mask, self.positions = (
-            tensor[indices] for tensor in (self.ids, self.mask, self.positions)
-        )
-        self.rows, self.active = [self.rows[i] for i in kept], [True] * len(kept)
-        return indices
-
-
 def _choose(
     module: PreTrainedModel,
-    batch: _Batch,
+    batch: Batch,
     step: int,
     logits: torch.Tensor,
     processors: RowProcessors | None,
@@ -392,10 +336,3 @@ def _add_noise(
     """The sum in float32, where logits may cover a slice of the vocabulary and noise covers all."""
     first = 0 if vocabulary is None else vocabulary.first
     return logits.float() + noise[:, first : first + logits.shape[1]]
-
-
-def _compact(active: list[bool]) -> list[int]:
-    """The former row of each row of a smaller batch: the last active rows replace finished ones."""
-    count = sum(active)
-    moved = (row for row in range(count, len(active)) if active[row])
-    return [row if active[row] else next(moved) for row in range(count)]
