@@ -17,17 +17,17 @@ class RunError(RuntimeError):
 
 def described(error: BaseException) -> str:
     """The type and text of an exception, in one line."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # from the code of its class
-        text = ""
-    return f"{type(error).__name__}: {text[:MAX_REASON]}" if text else type(error).__name__
+    kind, text = type(error).__name__, one_line(error)
+    return kind if text == kind else f"{kind}: {text[:MAX_REASON]}"
 
 
 def one_line(text: object) -> str:
     """A text, or an error's message, in one line; the type's name of an error without a message."""
-    lines = (line.strip() for line in str(text).splitlines())
-    return " ".join(line for line in lines if line) or type(text).__name__
+    try:
+        words = str(text).split()
+    except Exception:  # from the code of an error's class
+        words = []
+    return " ".join(words) or type(text).__name__
 
 
 @contextmanager

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from shardes.config.schema import Config
-from shardes.distributed.world import World
+from shardes.distributed.world import NOTHING, World
 from shardes.errors import ConfigError
 from shardes.es.center import Center
 from shardes.es.population import Iteration, select
 from shardes.es.statistics import mean
 from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.replicas.coordinator import Coordinator
-from shardes.replicas.work_queue import NOTHING, WorkQueue
+from shardes.replicas.work_queue import WorkQueue
 from shardes.reporting.reporter import Reporter
 from shardes.rewards.scoring import REMEDY, Scorer
-from shardes.storage.journal import Evaluation, Journal
+from shardes.storage.journal import Evaluation, Journal, is_better
 from shardes.tasks import Split, Task, prompts_of
 
 SPLITS: dict[Split, str] = {"train": "center_reward", "test": "held_out_reward"}  # and the metrics
@@ -166,10 +166,10 @@ class PrimaryEvaluator(Evaluator):
         evaluation = self._score(self._pending)
         self._journal.append(evaluation)
         t, self._pending = evaluation.iteration, None
-        self.evaluations[t] = evaluation.metrics
-        reward = evaluation.metrics["held_out_reward"]
-        if self._best is None or reward > self.evaluations[self._best]["held_out_reward"]:
+        best = None if self._best is None else self.evaluations[self._best]
+        if is_better(evaluation.metrics, best):
             self._best = t
+        self.evaluations[t] = evaluation.metrics
 
     def _score(self, pending: PendingEvaluation) -> Evaluation:
         """The center's rewards on both splits and its distance from the base; its responses become

@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -232,6 +233,13 @@ ARCHITECTURES = {
     "vaultgemma": Architecture(GEMMA),
     "xglm": _unplanned(dict(ffn_dim=64), deepspeed=""),
 }
+
+
+def few_or_all(few: list[str]) -> pytest.MarkDecorator:
+    """Parametrizes a test with `names`: these few by default, and all architectures that run."""
+    running = [name for name, kind in ARCHITECTURES.items() if not kind.refused]
+    cases = [pytest.param(few, id="few"), pytest.param(running, id="all", marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("names", cases)
 
 
 def make_model(name: str, directory: Path) -> Path:

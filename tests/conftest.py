@@ -15,7 +15,7 @@ settings.load_profile("loaded")
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--kills", type=int, default=30, help="of tests/test_kills.py, in all")
+    parser.addoption("--kills", type=int, default=30, help="of tests/faults/test_kills.py, in all")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

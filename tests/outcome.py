@@ -1,7 +1,8 @@
-"""What a run has written, to be compared with another run's; and killing runs."""
+"""Runs to be disturbed, and what they have written, to be compared with another run's."""
 
 import json
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -93,3 +94,35 @@ def killed_often(
             run.wait()
             done += 1
         yield directory
+
+
+def settings(model: Path, folder: Path, directory: Path) -> dict:
+    """Those of a run with `TASK`, which is in task.py of `folder`."""
+    return {
+        "model": {"path": str(model), "dtype": "float32"},
+        "es": {"population_size": 4, "sigma": 0.05, "alpha": 0.05, "iterations": 5},
+        "generation": {"max_new_tokens": 24},
+        "task": {"path": f"{folder}/task.py:Letters"},
+        "eval": {"every": 3},
+        "checkpoint": {"every": 2, "shard_size": "100KB", "verify_every": 1, "best": True},
+        "run": {"dir": str(directory), "timeout": 60},
+    }
+
+
+def finish(zygote, config: str, directory: Path, *keys: str, ranks: int = 2) -> str:
+    """Resume the run to its end; returns its output."""
+    run = zygote.start(config, *keys, ranks=ranks, log=directory.with_suffix(".log"))
+    assert run.wait() == [0] * ranks, run.text()
+    return run.text()
+
+
+def stopped_run(zygote, configure, tmp_path) -> tuple[str, Path]:
+    """The config and directory of a run killed in its last iteration, with snapshots 2 and 4."""
+    directory = tmp_path / "run"
+    config = configure(directory)
+    run = zygote.start(
+        config, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5]
+    )
+    assert run.wait() == [-signal.SIGKILL] * 2, run.text()
+    assert len(journal.read(directory / "journal.jsonl").records) == 4
+    return config, directory

@@ -6,18 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from outcome import TASK
 from shardes.answers import OneBatch
 from shardes.config.schema import Config
 from shardes.es.population import Iteration
 from shardes.storage import journal
-
-TASK = """
-class Letters:
-    def prompts(self, split):
-        return ["abc", "a much longer prompt", "x"] if split == "train" else ["hello"]
-    def score(self, split, responses):
-        return [float(sum(map(ord, text)) % 97) for text in responses]
-"""
 
 
 @pytest.fixture(scope="module")

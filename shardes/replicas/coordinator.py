@@ -17,7 +17,7 @@ from functools import partial
 
 from shardes.clock import Clock
 from shardes.config.schema import ESConfig
-from shardes.distributed.world import World
+from shardes.distributed.world import NOTHING, World
 from shardes.es.fitness import coefficients, fitness
 from shardes.es.population import Iteration, noise_rank
 from shardes.replicas.consistency import check_digest
@@ -29,7 +29,7 @@ from shardes.replicas.member_queue import (
     PrimaryMemberQueue,
 )
 from shardes.replicas.protocol import KEPT_QUEUES, CurrentIteration, MemberResult, RunStore
-from shardes.replicas.work_queue import NOTHING, WorkQueue
+from shardes.replicas.work_queue import WorkQueue
 from shardes.storage.journal import Finish, Journal, Record
 
 

@@ -10,16 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
 
 from shardes.clock import Clock
 from shardes.distributed.store import backoff_sleep, no_poll
-from shardes.distributed.world import World
+from shardes.distributed.world import NOTHING, World
 from shardes.errors import RunError
 from shardes.replicas.heartbeat import Heartbeats
 from shardes.replicas.protocol import NOBODY, QueueStore
 
-NOTHING: Mapping = MappingProxyType({})
 DONE, WAITING = -1, -2  # in place of the number of a piece to take over
 ORPHAN_CHECKS = 32  # pieces that a waiting replica looks up at a time: it may be one of thousands
 NEWS_CHECKS = 1024  # pieces that the primary rank looks up at a time, between two members

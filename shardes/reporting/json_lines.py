@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shardes.errors import RunError
+from shardes.storage.files import write_whole
 
 
 def no_warning(message: str) -> None:
@@ -70,10 +71,8 @@ def replace(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_text(_lines(rows), encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, _lines(rows))
     except OSError as error:
         raise RunError(
             f"{file}: cannot be written ({error}). The journal is complete: once there is room, "

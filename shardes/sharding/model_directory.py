@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from shardes.errors import ConfigError, mistakes_in, one_line
+from shardes.errors import ConfigError, described, mistakes_in, one_line
 
 INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 # The files beside the weights that define a model. Code is copied with the model, but runs only
@@ -160,7 +160,7 @@ def reason(error: Exception) -> str:
         text = str(error).strip()
         first = text.partition("\n")[0]
         return one_line((text[:300] if first.rstrip().endswith(":") else first) or error)
-    return f"{type(error).__name__}: {one_line(error)}"
+    return described(error)
 
 
 def companions(directory: Path) -> list[str]:

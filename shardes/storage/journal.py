@@ -8,6 +8,7 @@ detected. A line is on disk before the run acts on it.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -191,10 +192,6 @@ class History:
             entries.append(self.finish)
         return next((entry.digest for entry in entries if entry.iteration == iteration), None)
 
-    def held_out_reward(self, iteration: int) -> float:
-        """That of the center before `iteration`, which has been evaluated."""
-        return self.evaluations[iteration].metrics["held_out_reward"]
-
     @property
     def is_empty(self) -> bool:
         """Whether no iteration is recorded and no member of the unfinished one has a reward."""
@@ -244,8 +241,8 @@ class History:
                     f"an evaluation of iteration {entry.iteration} during {len(self.records)}"
                 )
             self.evaluations[entry.iteration] = entry
-            reward = entry.metrics["held_out_reward"]
-            if self.best is None or reward > self.held_out_reward(self.best):
+            best = None if self.best is None else self.evaluations[self.best].metrics
+            if is_better(entry.metrics, best):
                 self.best = entry.iteration
         elif isinstance(entry, Finish):
             self.finish = entry
@@ -255,6 +252,14 @@ class History:
             self.change_sources(entry.sources, entry.date)
         else:
             raise ValueError("a second header")
+
+
+def is_better(metrics: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
+    """Whether an evaluation with these metrics is better than the best before; None: there is none.
+
+    Of equal ones, the first is the best.
+    """
+    return best is None or metrics["held_out_reward"] > best["held_out_reward"]
 
 
 def read(path: Path) -> History | None:
@@ -305,8 +310,7 @@ def _begin(path: Path, entry: Entry) -> History:
         raise ConfigError(
             f"{path}: journal format {entry.format} with noise {entry.noise}; this version of "
             f"shardes uses format {FORMAT} with noise {' or '.join(NOISES)}. Continue with the "
-            "version that "
-            "began the run"
+            "version that began the run"
         )
     return History(
         path,

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from architectures import ARCHITECTURES, make_model
+from architectures import few_or_all, make_model
 from shardes.engines import open_model
 from shardes.sharding.regions import Region
 from shardes.storage.export import ExportSource, write_export
@@ -16,17 +16,7 @@ FEW = ["gptj", "codegen", "gpt_oss", "deepseek_v3", "llama"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "names",
-    [
-        pytest.param(FEW, id="few"),
-        pytest.param(
-            [name for name, kind in ARCHITECTURES.items() if not kind.refused],
-            id="all",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
+@few_or_all(FEW)
 def test_it_is_that_of_from_pretrained(tmp_path, names, dtype):
     for name in names:
         directory = make_model(name, tmp_path / name)

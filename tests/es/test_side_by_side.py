@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from architectures import ARCHITECTURES, fill, tiny_config
+from architectures import few_or_all, fill, tiny_config
 from models import byte_tokenizer
 from shardes.clock import Clock
 from shardes.engines import linear
@@ -42,17 +42,7 @@ REFUSED = {
 
 @pytest.mark.architectures
 @pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize(
-    "names",
-    [
-        pytest.param(FEW, id="few"),
-        pytest.param(
-            [name for name, kind in ARCHITECTURES.items() if not kind.refused],
-            id="all",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
+@few_or_all(FEW)
 def test_rows_answer_as_their_members_alone(names, rank):
     wrong = []
     for name in names:

@@ -1,20 +1,19 @@
-"""Runs that are killed, stopped or short of disk reach the undisturbed run's center, to the bit."""
+"""Runs that are killed or stopped, and what changed meanwhile: they reach the undisturbed run's
+center, to the bit, or are refused by name.
+"""
 
 import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from models import SIZES, save_model
-from outcome import TASK, killed_often, outcome, rows
+from outcome import finish, killed_often, outcome, rows, stopped_run
 from shardes.noise.definition import LOW_RANK_NOISE
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import verify
@@ -22,73 +21,6 @@ from shardes.storage.export import center_of_run, write_export
 from shardes.storage.verify import replayed_digests
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """Four key-value heads; large enough for snapshots of several files and many writes."""
-    torch.manual_seed(6)
-    sizes = SIZES | dict(hidden_size=64, intermediate_size=300)
-    return save_model(tmp_path_factory.mktemp("model"), LlamaForCausalLM(LlamaConfig(**sizes)))
-
-
-@pytest.fixture(scope="module")
-def configure(model, tmp_path_factory):
-    """A writer of config files for runs in a given directory."""
-    folder = tmp_path_factory.mktemp("configs")
-    (folder / "task.py").write_text(TASK)
-
-    def write(directory: Path, **es) -> str:
-        settings = {
-            "model": {"path": str(model), "dtype": "float32"},
-            "es": {"population_size": 4, "sigma": 0.05, "alpha": 0.05, "iterations": 5} | es,
-            "generation": {"max_new_tokens": 24},
-            "task": {"path": f"{folder}/task.py:Letters"},
-            "eval": {"every": 3},
-            "checkpoint": {"every": 2, "shard_size": "100KB", "verify_every": 1, "best": True},
-            "run": {"dir": str(directory), "timeout": 60},
-        }
-        file = folder / f"{len(list(folder.iterdir()))}.yaml"
-        file.write_text(yaml.safe_dump(settings))
-        return str(file)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def undisturbed(zygote, configure, tmp_path_factory):
-    """The directory of an undisturbed run, and the seconds that it takes."""
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    started = time.monotonic()
-    run = zygote.start(configure(directory), ranks=2, log=directory.with_suffix(".log"))
-    assert run.wait() == [0, 0], run.text()
-    history = journal.read(directory / "journal.jsonl")
-    assert len(history.records) == 5 and len({record.digest for record in history.records}) == 5
-    return directory, time.monotonic() - started
-
-
-@pytest.fixture
-def arrived(undisturbed):
-    """A check that all that a run has written is what the undisturbed run wrote."""
-    undisturbed_directory, _ = undisturbed
-
-    def check(directory: Path, best: bool = True) -> None:
-        assert outcome(directory) == outcome(undisturbed_directory)
-        history = journal.read(directory / "journal.jsonl")
-        if best:
-            assert snapshots.best_iteration(directory) == history.best
-        for iteration, path in snapshots.by_iteration(directory).items():
-            assert verify(path).digest == history.digest(iteration)
-        assert not list((directory / "snapshots").glob("*.partial"))
-
-    return check
-
-
-def finish(zygote, config: str, directory: Path, *keys: str, ranks: int = 2) -> str:
-    """Resume the run to its end; returns its output."""
-    run = zygote.start(config, *keys, ranks=ranks, log=directory.with_suffix(".log"))
-    assert run.wait() == [0] * ranks, run.text()
-    return run.text()
 
 
 def test_killed_at_a_few_instants(zygote, configure, undisturbed, arrived, tmp_path):
@@ -248,138 +180,6 @@ def test_members_that_were_evaluated_are_not_evaluated_again(zygote, configure, 
     arrived(directory)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 400 kB; skips the test if it cannot be mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True
-    )
-    if done.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def test_a_full_disk_costs_a_snapshot_and_nothing_else(zygote, configure, arrived, small_disk):
-    directory = small_disk / "run"
-    filler = small_disk / "filler"
-    filler.write_bytes(b"x" * 150_000)
-    config = configure(directory)
-    run = zygote.start(config, ranks=2, log=small_disk.with_suffix(".log"))
-    assert run.wait() == [0, 0], run.text()
-    for iteration in (2, 4, 5):
-        assert (
-            f"WARNING: no snapshot of iteration {iteration}: rank 0: [Errno 28] No space left"
-            in run.text()
-        )
-    assert not list((directory / "snapshots").iterdir())
-    arrived(directory, best=False)
-
-
-@pytest.mark.slow
-def test_a_disk_without_inodes_costs_snapshots_and_reports(
-    zygote, configure, undisturbed, small_disk
-):
-    directory, log = small_disk / "run", small_disk.with_suffix(".log")
-    remount = ["mount", "-o", "remount,size=4m,nr_inodes={}", str(small_disk)]
-    subprocess.run([part.format(14) for part in remount], check=True)
-    config = configure(directory)
-    run = zygote.start(config, ranks=2, log=log)
-    assert run.wait() == [0, 0], run.text()
-    assert "WARNING: no snapshot of iteration 2" in run.text()
-    assert "warning: no summary.json" in run.text()
-    assert (
-        journal.read(directory / "journal.jsonl").finish
-        == journal.read(undisturbed[0] / "journal.jsonl").finish
-    )
-    subprocess.run([part.format(1000) for part in remount], check=True)
-    finish(zygote, config, directory)
-    assert (directory / "summary.json").exists()
-
-
-@pytest.mark.slow
-def test_a_read_only_run_directory_is_refused_and_goes_on_later(
-    zygote, configure, arrived, tmp_path, small_disk
-):
-    directory = small_disk / "run"
-    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
-    config = configure(directory)
-    run = zygote.start(config, ranks=2, log=tmp_path / "log", kill_in_append=["iteration", 3])
-    assert run.wait() == [-signal.SIGKILL] * 2, run.text()
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    run = zygote.start(config, ranks=2, log=tmp_path / "log")
-    assert run.wait() == [2, 2], run.text()
-    (line,) = run.text().splitlines()
-    assert f"run.dir={directory}: cannot be written" in line and "Read-only" in line
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    finish(zygote, config, directory)
-    arrived(directory)
-
-
-@pytest.mark.slow
-def test_damaged_reports_do_not_stop_a_run(zygote, configure, undisturbed, tmp_path):
-    config, directory = stopped_run(zygote, configure, tmp_path)
-    for name in ("metrics", "samples", "extremes"):
-        file = directory / f"{name}.jsonl"
-        first, *others = file.read_bytes().splitlines(keepends=True)
-        file.write_bytes(b"".join([b"\xff" + first, *others, b'{"iteration": nu\n']))
-    (directory / "logs" / "attempt_1.bak").mkdir()
-    finish(zygote, config, directory)
-    assert (
-        journal.read(directory / "journal.jsonl").finish
-        == journal.read(undisturbed[0] / "journal.jsonl").finish
-    )
-    assert [row["iteration"] for row in rows(directory / "metrics.jsonl")] == list(range(5))
-
-
-def test_a_disk_too_full_for_the_journal_stops_the_run(zygote, configure, tmp_path, small_disk):
-    directory, filler, log = small_disk / "run", small_disk / "filler", tmp_path / "log"
-    # The journal grows to several pages before any other file grows.
-    es = {"population_size": 40, "iterations": 1}
-    config = configure(directory, **es)
-    run = zygote.start(config, ranks=2, log=log, fill_in_append=str(filler))
-    assert run.wait() == [1, 1]
-    assert "journal.jsonl: cannot be written ([Errno 28] No space left on device)" in run.text()
-    assert "Traceback" not in run.text()
-    history = journal.read(directory / "journal.jsonl")
-    assert not history.incomplete_line and not history.records and history.rewards
-    filler.unlink()
-    finish(zygote, config, directory, "checkpoint.every=0", "checkpoint.best=false")
-    finish(zygote, configure(tmp_path / "other", **es), tmp_path / "other")
-    assert (
-        journal.read(directory / "journal.jsonl").finish
-        == journal.read(tmp_path / "other/journal.jsonl").finish
-    )
-
-
-def stopped_run(zygote, configure, tmp_path) -> tuple[str, Path]:
-    """The config and directory of a run killed in its last iteration, with snapshots 2 and 4."""
-    directory = tmp_path / "run"
-    config = configure(directory)
-    run = zygote.start(
-        config, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5]
-    )
-    assert run.wait() == [-signal.SIGKILL] * 2, run.text()
-    assert len(journal.read(directory / "journal.jsonl").records) == 4
-    return config, directory
-
-
-def test_a_damaged_snapshot_is_named_and_not_used(zygote, configure, arrived, tmp_path):
-    config, directory = stopped_run(zygote, configure, tmp_path)
-    newest = max(snapshots.by_iteration(directory))
-    path = snapshots.by_iteration(directory)[newest]
-    file = sorted(path.glob("*.safetensors"))[-1]
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    output = finish(zygote, config, directory)
-    assert f"WARNING: a snapshot is not used: {file}: damaged" in output
-    assert journal.read(directory / "journal.jsonl").finish
-    assert "resuming at iteration 4" in output
-
-
 def test_a_base_model_that_changed_is_refused_by_name(zygote, configure, model, tmp_path):
     config, directory = stopped_run(zygote, configure, tmp_path)
     changed = shutil.copytree(model, tmp_path / "changed")
@@ -475,27 +275,18 @@ def test_centers_that_drift_are_not_compared_and_go_on_from_their_snapshot(
     config = configure(directory)
     keys = ["es.restore=subtract", "model.dtype=bfloat16"]
     run = zygote.start(
-        config, *keys, ranks=2, log=tmp_path / "killed.log", kill_in_append=["iteration", 5]
+        config,
+        *keys,
+        ranks=2,
+        log=tmp_path / "killed.log",
+        kill_in_append=["iteration", 5],
+        slow=0.02,
     )
     assert run.wait() == [-signal.SIGKILL] * 2, run.text()
     manifest = verify(snapshots.by_iteration(directory)[4])
     assert "iteration_4 and 0 iterations replayed" in finish(zygote, config, directory, *keys)
     history = journal.read(directory / "journal.jsonl")
     assert len(history.records) == 5 and history.records[4].digest == manifest.digest
-
-
-def test_a_killed_export_leaves_no_half_checkpoint(zygote, configure, tmp_path):
-    _, directory = stopped_run(zygote, configure, tmp_path)
-    arguments = [str(directory), str(tmp_path / "out"), "--shard-size", "100KB"]
-    for n in (1, 8):
-        run = zygote.start(*arguments, tool="export", log=tmp_path / "export.log", kill_in_write=n)
-        assert run.wait() == [-signal.SIGKILL], run.text()
-        assert not (tmp_path / "out").exists()
-    run = zygote.start(*arguments, tool="export", log=tmp_path / "export.log")
-    assert run.wait() == [0], run.text()
-    assert not list(tmp_path.glob("*.partial"))
-    assert verify(tmp_path / "out").iteration == 4
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.slow

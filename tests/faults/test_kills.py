@@ -1,7 +1,7 @@
 """Kills at random instants, over variants of a run and with another layout at every restart: what
 a user reads afterwards is what the undisturbed run wrote.
 
-`pytest -m "faults and slow" tests/test_kills.py --kills 1000` makes so many.
+`pytest -m "faults and slow" tests/faults/test_kills.py --kills 1000` makes so many.
 """
 
 import random
@@ -10,12 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from models import SIZES, save_model
-from outcome import TASK, killed_often, outcome
+from outcome import TASK, killed_often, outcome, settings
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import verify
 
@@ -44,13 +41,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    torch.manual_seed(6)
-    sizes = SIZES | dict(hidden_size=64, intermediate_size=300)
-    return save_model(tmp_path_factory.mktemp("model"), LlamaForCausalLM(LlamaConfig(**sizes)))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_that_a_user_reads_changes(zygote, model, tmp_path, request, variant):
     (tmp_path / "task.py").write_text(TASK)
@@ -77,18 +67,6 @@ def test_nothing_that_a_user_reads_changes(zygote, model, tmp_path, request, var
             assert snapshots.best_iteration(directory) == history.best
         for iteration, path in snapshots.by_iteration(directory).items():
             assert verify(path).digest == history.digest(iteration)
-
-
-def settings(model: Path, folder: Path, directory: Path) -> dict:
-    return {
-        "model": {"path": str(model), "dtype": "float32"},
-        "es": {"population_size": 4, "sigma": 0.05, "alpha": 0.05, "iterations": 5},
-        "generation": {"max_new_tokens": 24},
-        "task": {"path": f"{folder}/task.py:Letters"},
-        "eval": {"every": 2},
-        "checkpoint": {"every": 2, "shard_size": "100KB", "verify_every": 1, "best": True},
-        "run": {"dir": str(directory), "timeout": 60},
-    }
 
 
 def finish(start, directory: Path) -> None:
