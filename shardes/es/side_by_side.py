@@ -205,8 +205,8 @@ class SideBySide:
         ]
         with ExitStack() as stack:
             for user in self._users:
-                matrices = _cut(held[user.name], self._held[user.name], user.matrix)
-                stack.enter_context(self._attached(user.layer, matrices))
+                own = _cut(held[user.name], self._held[user.name], user.matrix)
+                stack.enter_context(self._attached(user.layer, own))
             try:
                 yield
             finally:

@@ -94,7 +94,7 @@ class RunReporter(Reporter):
         self._directory = directory = Path(config.run.dir)
         warnings: list[str] = []
         self._recorded = _trim_files(directory, resume, warnings.append)
-        best = resume.evaluations.get(-1 if resume.best is None else resume.best, {})
+        best = {} if resume.best is None else resume.evaluations[resume.best]
         self._attempt = Attempt(directory, config, layout or {})
         self._metrics, self._samples, self._extremes = (
             open(directory / name, "a", encoding="utf-8") for name in (METRICS, SAMPLES, EXTREMES)
