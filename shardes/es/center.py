@@ -22,6 +22,7 @@ from shardes.es.population import Member
 from shardes.es.update import Update, evolves, noise_kind
 from shardes.noise import add_noise
 from shardes.sharding.digest import digest, format_digest
+from shardes.sharding.norms import moved_and_total
 from shardes.sharding.regions import BLOCK, ParameterShard, Region
 from shardes.sharding.weight_files import WeightFiles, load
 
@@ -127,8 +128,8 @@ class Center(ABC):
                 theta = self.values(shard)[block].to("cpu", torch.float32)
                 origin = torch.empty_like(theta)
                 self._base.read(shard.name, regions, origin)
-                moved += torch.sum((theta - origin).double() ** 2).item()
-                total += torch.sum(origin.double() ** 2).item()
+                squares = moved_and_total(theta.numpy(), origin.numpy())
+                moved, total = moved + squares[0], total + squares[1]
         moved, total = self._world.sum(moved, total)
         if not isfinite(moved):
             raise RunError(

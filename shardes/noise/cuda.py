@@ -1,9 +1,9 @@
 """The noise on NVIDIA GPUs, in Triton: the same bits as reference.py.
 
 A program processes one stretch of counters in one row of a region. It computes the eight elements
-of each counter together, and adds all terms before it writes to memory. With low-rank noise, a
-program processes one tile of a matrix, and computes each factor of the tile once per term. The
-kernels are compiled without fused multiply-add.
+of each counter together, and adds all terms before it writes to memory. With low-rank noise, the
+factors of all members are computed first; a program then adds their products to one tile of a
+matrix. The kernels are compiled without fused multiply-add.
 """
 
 from functools import cache
@@ -18,7 +18,8 @@ from shardes.noise.low_rank import COLS, ROWS, LowRank
 from shardes.noise.tiles import rectangles, tiles
 
 COUNTERS = 128  # per program: 1,024 elements
-TILE_ROWS, TILE_COLS = 32, 128  # per program, with low-rank noise
+TILE_ROWS, TILE_COLS = 64, 128  # per program, with low-rank noise
+FACTORS = 1 << 26  # numbers of low-rank factors held at a time, which bounds temporary memory
 INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter, for tests without a GPU
 OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False}
 
@@ -51,19 +52,33 @@ def add_low_rank_noise(
 ) -> None:
     """`noise.add_noise` of low rank, with checked arguments; the coefficients are exact c_n'."""
     members, weights = _members(seeds, coefficients, x.device)
-    (m, n), (rows, cols) = low_rank.matrix, (name_key(name + end) for end in (ROWS, COLS))
+    (m, n), rank = low_rank.matrix, low_rank.rank
+    most = max(FACTORS // (2 * rank * max(len(seeds), 1)), 1)
     offset = 0
     for region in regions:
         part = slice(offset, offset + region.rows * region.cols)
         place = np.array([region.start, region.rows, region.cols, region.stride, 0])
-        cut = tiles(rectangles(place, part.stop - offset, m, n), TILE_ROWS, TILE_COLS)
-        _add_tile[(len(cut),)](
-            x[part], out[part], torch.from_numpy(cut).to(x.device), m, n, low_rank.rank,
-            rows & 0xFFFFFFFF, rows >> 32, cols & 0xFFFFFFFF, cols >> 32, members, weights,
-            len(seeds), _table(x.device), TILE_ROWS=TILE_ROWS, TILE_COLS=TILE_COLS, LANES=LANES,
-            ROUNDS=ROUNDS, **OPTIONS,
-        )  # fmt: skip
+        blocks = tiles(rectangles(place, part.stop - offset, m, n), most, most)
+        for first, row, col, height, width, step in blocks.tolist():
+            a = _factor(name + ROWS, members, row * rank, height * rank)
+            b = _factor(name + COLS, members, (row // m * n + col) * rank, width * rank)
+            across = triton.cdiv(width, TILE_COLS)
+            _add_products[(triton.cdiv(height, TILE_ROWS) * across,)](
+                x[part], out[part], first, height, width, step, across, a, b, weights,
+                len(seeds), rank, TILE_ROWS=TILE_ROWS, TILE_COLS=TILE_COLS, **OPTIONS,
+            )  # fmt: skip
         offset = part.stop
+
+
+def _factor(name: str, members: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """The `count` elements of ε from `start` on, for each member: float32, (members, count)."""
+    factor = torch.empty((len(members), count), dtype=torch.float32, device=members.device)
+    key, stretches = name_key(name), triton.cdiv(triton.cdiv(count, LANES) + 1, COUNTERS)
+    _gaussian[(stretches * len(members),)](
+        factor, start, count, stretches, key & 0xFFFFFFFF, key >> 32, members,
+        _table(members.device), COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
+    )  # fmt: skip
+    return factor
 
 
 def _members(seeds, coefficients, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,62 +98,63 @@ def _add(
     row = (tl.program_id(0) // stretches).to(tl.int64)
     first = start + row * stride
     counter = first // LANES + (tl.program_id(0) % stretches) * COUNTERS + tl.arange(0, COUNTERS)
-    lane = tl.arange(0, LANES)[None, :]
-    col = counter[:, None] * LANES + lane - first
+    col = counter[:, None] * LANES + tl.arange(0, LANES)[None, :] - first
     inside = (col >= 0) & (col < cols)
-    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     total = tl.zeros((COUNTERS, LANES), tl.float32)
     for n in range(terms):
-        w0, w1, w2, w3 = tl.philox(
-            tl.load(seeds + n), low, high, tl.full(low.shape, name_low, tl.uint32),
-            tl.full(low.shape, name_high, tl.uint32), n_rounds=ROUNDS,
-        )  # fmt: skip
-        word = tl.where(lane < 4, tl.where(lane < 2, w0[:, None], w1[:, None]),
-                        tl.where(lane < 6, w2[:, None], w3[:, None]))  # fmt: skip
-        quantile = (word >> (16 * (lane % 2)).to(tl.uint32)) & 0xFFFF
-        total += tl.load(coefficients + n) * tl.load(table + quantile)
-    place = row * cols + col
-    _store_sum(x, out, place, inside, total)
+        noise = _elements(tl.load(seeds + n), counter, name_low, name_high, table, LANES, ROUNDS)
+        total += tl.load(coefficients + n) * noise
+    _store_sum(x, out, row * cols + col, inside, total)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "m", "n", "rank", "rows_low", "rows_high", "cols_low", "cols_high", "terms",
-    ]
-)  # fmt: skip
-def _add_tile(
-    x, out, tiles, m, n, rank, rows_low, rows_high, cols_low, cols_high, seeds, coefficients, terms,
-    table, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, LANES: tl.constexpr,
-    ROUNDS: tl.constexpr,
+@triton.jit(do_not_specialize=["start", "count", "stretches", "name_low", "name_high"])
+def _gaussian(
+    out, start, count, stretches, name_low, name_high, seeds, table,
+    COUNTERS: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """out = x + Σ_n Σ_k c_n'·(a_k·b_k) in one tile; the factors' names are `rows` and `cols`."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 6
-    first, row, col = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    height, width, step = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
-    down, across = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLS)
-    row_index, col_index = (row + down) * rank, (row // m * n + col + across) * rank
-    total = tl.zeros((TILE_ROWS, TILE_COLS), tl.float32)
-    for i in range(terms):
-        seed, coefficient = tl.load(seeds + i), tl.load(coefficients + i)
-        for k in range(rank):
-            a = _elements(seed, row_index + k, rows_low, rows_high, table, LANES, ROUNDS)
-            b = _elements(seed, col_index + k, cols_low, cols_high, table, LANES, ROUNDS)
-            total += coefficient * (a[:, None] * b[None, :])
-    inside = (down < height)[:, None] & (across < width)[None, :]
-    _store_sum(x, out, first + down[:, None] * step + across[None, :], inside, total)
+    """Row n of out = the elements of ε(s_n) from `start` on."""
+    member = (tl.program_id(0) // stretches).to(tl.int64)
+    counter = start // LANES + (tl.program_id(0) % stretches) * COUNTERS + tl.arange(0, COUNTERS)
+    place = counter[:, None].to(tl.int64) * LANES + tl.arange(0, LANES)[None, :] - start
+    noise = _elements(tl.load(seeds + member), counter, name_low, name_high, table, LANES, ROUNDS)
+    tl.store(out + member * count + place, noise, mask=(place >= 0) & (place < count))
 
 
 @triton.jit
-def _elements(seed, index, name_low, name_high, table, LANES: tl.constexpr, ROUNDS: tl.constexpr):
-    """Elements `index` of ε."""
-    counter, lane = index // LANES, index % LANES
+def _elements(seed, counter, name_low, name_high, table, LANES: tl.constexpr, ROUNDS: tl.constexpr):
+    """The elements of ε of some counters, shape (counters, LANES)."""
+    lane, counter = tl.arange(0, LANES)[None, :], counter.to(tl.int64)
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(
         seed, low, high, tl.full(low.shape, name_low, tl.uint32),
         tl.full(low.shape, name_high, tl.uint32), n_rounds=ROUNDS,
     )  # fmt: skip
-    word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
-    return tl.load(table + ((word >> (16 * (lane % 2)).to(tl.uint32)) & 0xFFFF))
+    word = tl.where(lane < 4, tl.where(lane < 2, w0[:, None], w1[:, None]),
+                    tl.where(lane < 6, w2[:, None], w3[:, None]))  # fmt: skip
+    quantile = (word >> (16 * (lane % 2)).to(tl.uint32)) & 0xFFFF
+    upper = quantile > 0x7FFF
+    value = tl.load(table + tl.where(upper, 0xFFFF - quantile, quantile))
+    return tl.where(upper, -value, value)
+
+
+@triton.jit(do_not_specialize=["first", "height", "width", "step", "across", "terms", "rank"])
+def _add_products(
+    x, out, first, height, width, step, across, a, b, coefficients, terms, rank,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """out = x + Σ_n Σ_k c_n'·(a_k·b_k) in one tile of a block of `height` × `width`."""
+    tile = tl.program_id(0).to(tl.int64)
+    down = tile // across * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    right = tile % across * TILE_COLS + tl.arange(0, TILE_COLS)
+    total = tl.zeros((TILE_ROWS, TILE_COLS), tl.float32)
+    for i in range(terms):
+        coefficient = tl.load(coefficients + i)
+        for k in range(rank):
+            rows = tl.load(a + (i * height + down) * rank + k, mask=down < height, other=0.0)
+            cols = tl.load(b + (i * width + right) * rank + k, mask=right < width, other=0.0)
+            total += coefficient * (rows[:, None] * cols[None, :])
+    inside = (down < height)[:, None] & (right < width)[None, :]
+    _store_sum(x, out, first + down[:, None] * step + right[None, :], inside, total)
 
 
 @triton.jit
@@ -161,4 +177,7 @@ def _nearest_bfloat16(value):
 
 @cache
 def _table(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(table()).to(device)
+    """The lower half of the table, which is antisymmetric: it fits in a multiprocessor's cache."""
+    lower, upper = np.split(table(), 2)
+    assert np.array_equal(lower, -upper[::-1])
+    return torch.from_numpy(lower).to(device)
