@@ -18,9 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch.distributed as dist
@@ -33,7 +35,7 @@ from shardes.replicas import gateway_client
 from shardes.replicas.gateway import StoreGateway
 from shardes.replicas.protocol import MemberResult, RunStore, Welcome
 from shardes.replicas.validation import ResultLimits
-from shardes.storage.journal import Header
+from shardes.storage.journal import Header, Journal, Record
 
 OUT = Path("results/scaling/store.json")
 RECORD = 60  # bytes of an iteration's record, per member
@@ -55,27 +57,39 @@ def serve(pipe: Connection, through_gateway: bool, records: Sequence[int]) -> No
     port = int(os.environ["MASTER_PORT"])
     store = connect(port, False)
     begin_run(store, records)
-    if through_gateway:
-        server = open_gateway(store)
-        port = server.port
-    pipe.send(port)
-    while pipe.recv() == "used":
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        pipe.send((time.process_time(), resident))
-    if through_gateway:
-        server.close()
+    with ExitStack() as stack:
+        if through_gateway:
+            directory = stack.enter_context(TemporaryDirectory())
+            server = stack.enter_context(closing(open_gateway(store, records, Path(directory))))
+            port = server.port
+        pipe.send(port)
+        page = os.sysconf("SC_PAGE_SIZE")
+        while pipe.recv() == "used":
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+            pipe.send((time.process_time(), resident))
     del job
 
 
 def begin_run(store: RunStore, records: Sequence[int]) -> None:
     """Set what the primary rank sets, and for each number of bytes a record that is so long."""
     store.welcome(Welcome(Header("model", {}, {}), 1))
-    for record in records:
-        store.keys.set(f"record/{record}", "r" * record)
+    for iteration, length in enumerate(records):
+        store.publish(record_of(iteration, length))
 
 
-def open_gateway(store: RunStore) -> StoreGateway:
-    return StoreGateway("127.0.0.1", 0, TOKEN, store, LIMITS, 0, 60, print)
+def record_of(iteration: int, length: int) -> Record:
+    """A record whose JSON has about so many bytes."""
+    return Record(iteration, [1], [0.5], [0.0], 0.1, 0.1, "d" * length)
+
+
+def open_gateway(store: RunStore, records: Sequence[int], directory: Path) -> StoreGateway:
+    """A gateway to a store with records of so many bytes, whose journal is in a new directory."""
+    journal = Journal(directory / "journal.jsonl", None)
+    journal.append(Header("model", {}, {}))
+    for iteration, length in enumerate(records):
+        journal.append(record_of(iteration, length))
+    journal.close()
+    return StoreGateway("127.0.0.1", 0, TOKEN, store, LIMITS, journal.path, 60, print)
 
 
 def connect(port: int, through_gateway: bool) -> RunStore:
@@ -86,17 +100,19 @@ def connect(port: int, through_gateway: bool) -> RunStore:
     return RunStore(store, "run")
 
 
-def requests(port: int, through_gateway: bool, record: int) -> dict[str, Callable[[int], object]]:
+def requests(
+    port: int, through_gateway: bool, record: int | None
+) -> dict[str, Callable[[int], object]]:
     """The protocol's requests on one connection, by kind; see `shardes.replicas.protocol`.
 
     The argument numbers the requests of a kind. Two requests that follow each other take turns.
 
     Args:
-        record: bytes of the record. 0: there is none.
+        record: the iteration of the record. None: that which is not finished.
     """
     run = connect(port, through_gateway)
-    own = run.take_replica_number()
-    store, queue, first = run.keys, "iteration 0", own % 900 * 10**6
+    own, unfinished = run.take_replica_number(), run.number_finished()
+    store, queue, first = run.keys, f"iteration {unfinished}", own % 900 * 10**6
     result = f"{own}:{MemberResult(0.4375, 800, own, time.time()).to_json()}"
     return {
         "claims": lambda n: (
@@ -110,15 +126,15 @@ def requests(port: int, through_gateway: bool, record: int) -> dict[str, Callabl
             else store.compare_set(f"{queue}/result/{first + n}", "", result)
         ),
         "polls": lambda n: store.add(f"{queue}/done", 0),
-        "looks": lambda n: store.check(["record/0"]),
+        "looks": lambda n: run.is_finished(unfinished),
         "heartbeats": lambda n: store.add(f"heartbeat/{own}", 1),
         "takeovers": lambda n: store.compare_set(f"{queue}/claimant/{first + n}", "0", str(own)),
-        "records": lambda n: store.get(f"record/{record}") if record else store.check(["record/0"]),
+        "records": lambda n: run.is_finished(unfinished) if record is None else run.record(record),
     }
 
 
 def flood(
-    port: int, through_gateway: bool, kind: str, record: int, seconds: float, begin: float
+    port: int, through_gateway: bool, kind: str, record: int | None, seconds: float, begin: float
 ) -> np.ndarray:
     """In a client process: send one kind of request at the highest rate; the seconds of each."""
     request = requests(port, through_gateway, record)[kind]
@@ -142,7 +158,7 @@ def replay(
 
     Returns for each request the seconds from its time, and from its start, to the answer.
     """
-    connections = [requests(port, through_gateway, 0) for _ in range(threads)]
+    connections = [requests(port, through_gateway, None) for _ in range(threads)]
     times: list[list[tuple[float, float]]] = [[] for _ in connections]
     start = time.perf_counter() + begin - time.time()
 
@@ -168,7 +184,7 @@ class Bench:
     """The process of a store and those of its clients; a context."""
 
     def __init__(self, processes: int, through_gateway: bool, records: Sequence[int]):
-        self.processes, self.through_gateway = processes, through_gateway
+        self.processes, self.through_gateway, self.records = processes, through_gateway, records
         self._pipe, server_pipe = CONTEXT.Pipe()
         arguments = server_pipe, through_gateway, records
         self._server = CONTEXT.Process(target=serve, args=arguments, daemon=True)
@@ -211,7 +227,9 @@ class Bench:
         return results, self.used()[0] - before
 
 
-def capacity(bench: Bench, kind: str, seconds: float, record: int = 0, idle: int = 0) -> dict:
+def capacity(
+    bench: Bench, kind: str, seconds: float, record: int | None = None, idle: int = 0
+) -> dict:
     """The cost of one kind of request at the highest rate, beside `idle` other connections."""
     _, before = bench.used()
     connections = [connect(bench.port, bench.through_gateway) for _ in range(idle)]
@@ -222,7 +240,7 @@ def capacity(bench: Bench, kind: str, seconds: float, record: int = 0, idle: int
         "kind": kind,
         "clients": bench.processes,
         "idle_connections": idle,
-        "bytes": record,
+        "bytes": 0 if record is None else bench.records[record],
         "requests": len(times),
         "per_second": len(times) / seconds,
         "store_cpu_us": 1e6 * cpu / len(times),
@@ -316,13 +334,15 @@ def main(argv: list[str]) -> int:
 
 
 def measure(bench: Bench, options: argparse.Namespace, report: dict) -> None:
-    cases = [(kind, 0, 0) for kind in KINDS] + [("polls", 0, options.idle)]
-    cases += [("records", RECORD * options.per_replica * count, 0) for count in options.replicas]
+    cases: list[tuple[str, int | None, int]] = [(kind, None, 0) for kind in KINDS]
+    cases += [("polls", None, options.idle)]
+    cases += [("records", iteration, 0) for iteration in range(len(bench.records))]
     for kind, record, idle in cases:
         row = capacity(bench, kind, options.seconds, record, idle)
         report["capacity"].append(row)
         print(
-            f"{kind:<11} {record:>8} bytes, {idle} idle connections: {row['per_second']:.0f}/s, "
+            f"{kind:<11} {row['bytes']:>8} bytes, {idle} idle connections: "
+            f"{row['per_second']:.0f}/s, "
             f"{row['store_cpu_us']:.1f} µs of the store's CPU each, "
             f"{100 * row['store_cpu_share']:.0f} % of a core",
             flush=True,

@@ -20,6 +20,7 @@ from shardes.config.schema import Config, ESConfig, TaskConfig
 from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
 from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
+from shardes.distributed.rank_watch import RankWatch
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model
@@ -250,8 +251,9 @@ def _work(
     sharding = prepared.config.sharding
     size = sharding.shard * sharding.tensor
     first = job.rank // size * size
+    ranks = range(first, first + size)
     try:
-        with lost_ranks_named(job, range(first, first + size), timeout):
+        with lost_ranks_named(job, ranks, timeout), RankWatch(job, ranks, timeout):
             work(job, prepared, watcher)
         code = 0
     except Stopped as stopped:

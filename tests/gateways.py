@@ -11,6 +11,7 @@ LIMITS = ResultLimits(
 )
 OPERATIONS = (
     *("set", "get", "add", "check", "compare_set", "delete_key", "append", "wait", "num_keys"),
+    "records",
     *("multi_set", "queue_push", "", "SET", "__class__"),
 )
 GARBAGE = ("", "x", "0", "-1", "7", "1:[0.5]", 0, 1, -1, 10**30, 0.5, True, None, [], ["x"], {})
@@ -25,7 +26,7 @@ VALUES = [
 def key_table() -> list[str]:
     """The keys in the table of `replicas.protocol`."""
     keys = re.findall(r"^\| `([^`]+)` \|", protocol.__doc__, re.MULTILINE)
-    assert len(keys) == 13, keys
+    assert len(keys) == 14, keys
     return keys
 
 

@@ -17,8 +17,9 @@ also those of other jobs, share further keys under the run's prefix: see `replic
 | `replica number` | the number that a run gave to this job, which joined it | rank 0 |
 | `resume point` | the center from which this start goes on | rank 0 |
 | `stop` | exit code; a rank asks for the job's end | any rank |
-| `end` | exit code; rank 0 has ended, the others must | rank 0 |
+| `end` | exit code; rank 0 has ended, or a rank is lost: the others must end | any rank |
 | `left/R` | "": rank R has left | rank R |
+| `alive/R` | counter of rank R's signs of life | rank R |
 | `collective failed/R` | "": rank R waited for another in vain | rank R |
 | `records/...` | the run's records, repeated in a job that joined the run | rank 0 |
 | `snapshot T/created` | "": the directory of the snapshot of iteration T is there | rank 0 |
@@ -120,6 +121,10 @@ class JobStore:
 
     def has_left(self, rank: int) -> bool:
         return self._store.check([f"left/{rank}"])
+
+    def sign(self, rank: int, amount: int) -> int:
+        """The signs of life of a rank, after `amount` more."""
+        return self._store.add(f"alive/{rank}", amount)
 
     def set_collective_failed(self, rank: int) -> None:
         self._store.set(f"collective failed/{rank}", "")

@@ -74,12 +74,34 @@ def wait_for_keys(
     Raises:
         RunError: keys were missing after `timeout` seconds; names them.
     """
+
+    def missing() -> str:
+        return ", ".join(key for key in keys if not store.check([key]))
+
+    wait_until(lambda: store.check(keys), timeout, what, missing, poll)
+
+
+def wait_until(
+    done: Callable[[], bool],
+    timeout: float,
+    what: str,
+    missing: Callable[[], str],
+    poll: Callable[[], None] = no_poll,
+) -> None:
+    """Ask the store until `done`, calling `poll` meanwhile.
+
+    Args:
+        what: names what is waited for, in the error.
+        missing: names what is missing, in the error.
+
+    Raises:
+        RunError: not done after `timeout` seconds.
+    """
     since = time.monotonic()
-    while not store.check(keys):
+    while not done():
         poll()
         if time.monotonic() - since > timeout:
-            missing = ", ".join(key for key in keys if not store.check([key]))
-            raise RunError(f"{what}: after {timeout:.0f} s still missing: {missing}")
+            raise RunError(f"{what}: after {timeout:.0f} s still missing: {missing()}")
         backoff_sleep(since)
 
 

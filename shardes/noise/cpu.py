@@ -127,7 +127,7 @@ def _members(seeds, coefficients) -> tuple[np.ndarray, np.ndarray]:
     return np.array(seeds, dtype=np.uint64), np.array(coefficients, dtype=np.float32)
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, cache=True, nogil=True)  # signs of life go on meanwhile
 def _add_in_threads(x, out, place, name, seeds, coefficients, table):
     """`_add` over all of x, with Numba's threads working on different stretches."""
     for stretch in numba.prange((x.size + STRETCH - 1) // STRETCH):
@@ -190,7 +190,7 @@ def _accumulate(total, words, count, coefficient, table):
             total[LANES * i + 2 * w + 1] += coefficient * table[word >> np.uint32(16)]
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, cache=True, nogil=True)  # signs of life go on meanwhile
 def _add_tiles_in_threads(x, out, tiles, m, n, rank, rows, cols, seeds, coefficients, table):
     """`_add_tiles` over all tiles, with Numba's threads working on different ones."""
     for i in numba.prange(len(tiles)):

@@ -5,8 +5,10 @@ numbers and values. T is the run's iteration, K the replica's own number, L any 
 
 | request | answer |
 | --- | --- |
-| `["check", KEY]` | whether it is there: `current iteration`, `over`, `record/T`, `left/L` |
-| `["get", KEY]` | its value: `welcome` and, where they are there, the first three of these |
+| `["check", KEY]` | whether it is there: `current iteration`, `over`, `left/L` |
+| `["get", KEY]` | its value: `welcome` and, where they are there, the first two of these |
+| `["add", "finished", 0]` | the number of finished iterations |
+| `["records", T]` | the journal's records from finished iteration T on, as many as a reply holds |
 | `["add", "replicas", 1]` | as the first one of a connection: the number that it takes, plus 1 |
 | `["add", "heartbeat/K", 1]` | shows that replica K is alive |
 | `["add", "heartbeat/L", 0]` | the heartbeats of replica L |
@@ -22,13 +24,16 @@ A result must be one of this run (`replicas.validation`). The queues are those o
 those of earlier iterations, whose keys may be deleted, everything is claimed and done.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from shardes.replicas.protocol import NOBODY, RunStore
 from shardes.replicas.validation import Malformed, ResultLimits
+from shardes.storage.records import RecordReader
 
-READABLE = re.compile(r"current iteration|over|record/[0-9]{1,9}")
+READABLE = ("current iteration", "over")
 OF_REPLICA = re.compile(r"(heartbeat|left)/(-1|[0-9]{1,9})")
 OF_QUEUE = re.compile(
     r"(iteration|evaluation) ([0-9]{1,9})/(?:(claimed|done)|(claimant|result)/([0-9]{1,9}))"
@@ -36,8 +41,9 @@ OF_QUEUE = re.compile(
 REPLICA = re.compile(r"|-1|[0-9]{1,9}")
 CLOSED = 1 << 40  # as the counters of a queue that is over: no queue has so many pieces
 UNKNOWN = "a request that the protocol does not have"
+REPLY = 1 << 20  # characters of records in one answer; one record may be longer
 
-Answer = int | str | bool | None
+Answer = int | str | bool | list[str] | None
 
 
 class Refused(Exception):
@@ -49,22 +55,53 @@ class SharedKeys:
 
     Args:
         store: the run's, by a connection for the gateway's thread alone.
-        iteration: the first one of this start.
+        records: those of the run's journal, for the gateway's thread alone.
     """
 
-    def __init__(self, store: RunStore, limits: ResultLimits, iteration: int):
+    def __init__(self, store: RunStore, limits: ResultLimits, records: RecordReader):
         self.store, self.keys, self.limits = store, store.keys, limits
-        self._iteration = iteration
+        self._records = records
+        self._iteration = 0  # not finished, when it was last looked up
+        self._answered: tuple[int, int] = (-1, -1)  # the latest request for records: from, to
+        self._answer: list[str] = []
 
     def iteration(self, asked: int) -> int:
         """The iteration that is not finished, if a client asks for one at least as late as `asked`.
 
-        Clients ask for a later one only when there is the record of the one before, so it is looked
-        up only then.
+        Clients ask for a later one only when the one before is finished, so it is looked up only
+        then.
         """
-        while asked > self._iteration and self.store.has_record(self._iteration):
-            self._iteration += 1
+        if asked > self._iteration:
+            self._iteration = self.store.number_finished()
         return self._iteration
+
+    def records(self, first: int) -> list[str]:
+        """The records of finished iterations from `first` on, as JSON; as many as a reply holds.
+
+        Raises:
+            Refused: the iteration is not finished, or its record cannot be read.
+        """
+        finished = self.iteration(first + 1)
+        if first >= finished:
+            raise Refused("a request for the record of an iteration that is not finished")
+        if self._answered != (first, finished):  # all replicas ask for the newest one
+            self._answer, self._answered = self._read(first, finished), (first, finished)
+        return self._answer
+
+    def _read(self, first: int, finished: int) -> list[str]:
+        texts: list[str] = []
+        for iteration in range(first, finished):
+            try:
+                text = json.dumps(asdict(self._records.record(iteration)))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise Refused(
+                    f"a request for the record of iteration {iteration}, which the run itself "
+                    f"cannot read ({error}); see shardes journal RUN_DIR verify"
+                ) from None
+            if texts and sum(map(len, texts)) + len(text) > REPLY:
+                break
+            texts.append(text)
+        return texts
 
 
 class ClientAccess:
@@ -86,10 +123,14 @@ class ClientAccess:
             Refused: the request is not permitted.
         """
         match request:
-            case ["check", str(key)] if READABLE.fullmatch(key):
+            case ["check", str(key)] if key in READABLE:
                 return self._keys.check([key])
-            case ["get", str(key)] if key == "welcome" or READABLE.fullmatch(key):
+            case ["get", str(key)] if key == "welcome" or key in READABLE:
                 return self._get(key)
+            case ["add", "finished", 0]:
+                return self._shared.store.number_finished()
+            case ["records", int(first)] if first >= 0 and not isinstance(first, bool):
+                return self._shared.records(first)
             case ["add", "replicas", 1] if self.replica is None:
                 self.replica = self._shared.store.take_replica_number()
                 return self.replica + 1

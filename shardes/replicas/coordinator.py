@@ -81,7 +81,7 @@ class Coordinator(ABC):
         )
 
     def _is_finished(self, iteration: int) -> bool:
-        return self._store.has_record(iteration)
+        return self._store.is_finished(iteration)
 
     def member_queue(self, iteration: Iteration, size: int) -> MemberQueue:
         """The iteration's members, in groups of at most `size`."""
@@ -121,9 +121,15 @@ class PrimaryCoordinator(Coordinator):
         super().__init__(world, store, heartbeats, **shared)
         self._journal, self._es, self._observer, self._warn = journal, es, observer, warn
         self._queues: list[tuple[int, str, int]] = []  # iteration, name and pieces
+        self._announced = -1  # iteration
 
     def start(self, iteration: int, digest: str, evaluated: bool) -> None:
-        self._store.announce(CurrentIteration(iteration, digest, evaluated))
+        self._store.begin(iteration)
+        self._announce(CurrentIteration(iteration, digest, evaluated))
+
+    def _announce(self, current: CurrentIteration) -> None:
+        self._announced = current.iteration
+        self._store.announce(current)
 
     def work_queue(
         self, kind: str, iteration: int, count: int, known: Mapping[int, str] = NOTHING
@@ -135,6 +141,8 @@ class PrimaryCoordinator(Coordinator):
         return False  # this rank itself finishes it
 
     def member_queue(self, iteration: Iteration, size: int) -> MemberQueue:
+        if iteration.index > self._announced:
+            self._announce(CurrentIteration(iteration.index, iteration.digest))
         work = self._member_work(iteration)
         return PrimaryMemberQueue(work, iteration, size, self._poll, self._journal, self._observer)
 
@@ -199,6 +207,9 @@ class ClientCoordinator(Coordinator):
 
 class ClientLeader(ClientCoordinator):
     """The leader of a job that joined: it alone is connected to the run's store."""
+
+    def start(self, iteration: int, digest: str, evaluated: bool) -> None:
+        self._local.begin(iteration)
 
     def _receive(self, iteration: int) -> Record:
         record = self._store.wait_record(iteration, self._timeout, self._poll)

@@ -20,6 +20,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -28,6 +29,7 @@ from shardes.replicas.access import ClientAccess, Refused, SharedKeys
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.token import proof
 from shardes.replicas.validation import ResultLimits
+from shardes.storage.records import RecordReader
 
 PATIENCE = 10.0  # seconds in which a client must have shown that it knows the token
 STRANGERS = 64  # connections that have not yet; of more, the oldest is closed
@@ -43,7 +45,7 @@ class StoreGateway:
         host: the address to listen at; None: all interfaces.
         port: 0: a free one.
         limits: what clients may post.
-        iteration: the first one of this start.
+        journal: the file in which clients find the records of finished iterations.
         timeout: seconds after which a client that cannot be reached is disconnected.
         warn: takes a line for the user, from the thread.
 
@@ -58,12 +60,12 @@ class StoreGateway:
         token: str,
         store: RunStore,
         limits: ResultLimits,
-        iteration: int,
+        journal: Path,
         timeout: float,
         warn: Callable[[str], None],
     ):
         self._token, self._timeout, self._warn = token, timeout, warn
-        self._keys = SharedKeys(store.clone(), limits, iteration)
+        self._keys = SharedKeys(store.clone(), limits, RecordReader(journal))
         try:
             self._socket = socket.create_server((host or "", port), backlog=1024)
         except OSError as error:

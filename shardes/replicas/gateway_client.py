@@ -13,6 +13,7 @@ from shardes.errors import ConfigError
 from shardes.replicas.gateway import LENGTH, PATIENCE, detect_loss, frame
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.token import TOKEN, proof
+from shardes.storage.journal import Record
 
 
 class GatewayStore:
@@ -51,6 +52,10 @@ class GatewayStore:
     def delete_key(self, key: str, /) -> bool:
         return self._ask("delete_key", key)
 
+    def records(self, first: int) -> list[str]:
+        """The records of finished iterations from `first` on, as JSON: at least that one."""
+        return self._ask("records", first)
+
     def close(self) -> None:
         self._answers.close()
         self._gateway.close()
@@ -74,6 +79,23 @@ class GatewayStore:
         return data
 
 
+class JoinedStore(RunStore):
+    """The run's store, as a replica that joined uses it: the gateway has the records of all
+    finished iterations.
+    """
+
+    def __init__(self, gateway: GatewayStore):
+        super().__init__(gateway)
+        self._gateway = gateway
+        self._records: dict[int, Record] = {}  # of the latest answer
+
+    def record(self, iteration: int) -> Record:
+        if iteration not in self._records:
+            records = [Record(**json.loads(text)) for text in self._gateway.records(iteration)]
+            self._records = {record.iteration: record for record in records}
+        return self._records.pop(iteration)
+
+
 def connect(address: str, token: str, timeout: float) -> RunStore:
     """A connection to the run's store through the gateway at `address`, written HOST:PORT.
 
@@ -87,7 +109,7 @@ def connect(address: str, token: str, timeout: float) -> RunStore:
     detect_loss(gateway, timeout)
     gateway.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     gateway.settimeout(max(timeout, PATIENCE))
-    return RunStore(GatewayStore(gateway))
+    return JoinedStore(GatewayStore(gateway))
 
 
 def _authenticate(address: str, token: str) -> socket.socket:

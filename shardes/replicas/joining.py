@@ -46,8 +46,6 @@ def gateway_open(
         warn: takes a line for the user, from a thread.
     """
     directory, replicas = Path(config.run.dir), config.replicas
-    for record in run.records:
-        store.publish(record)
     header = _header(config, base, run.sources, run.date)
     store.welcome(Welcome(header, world.replicas))
     token = run_token(directory, create=True)
@@ -57,7 +55,7 @@ def gateway_open(
         token,
         store,
         limits,
-        run.resume.iteration,
+        run.journal.path,
         replicas.timeout,
         warn,
     )

@@ -9,6 +9,7 @@ pieces of a work queue.
 | `welcome` | `Welcome`: what a job must share with the run to join it | primary |
 | `current iteration` | `CurrentIteration`: where a replica that joins begins | primary |
 | `replicas` | counter: a replica that joins takes the next number | replicas that join |
+| `finished` | counter: the number of finished iterations | primary |
 | `record/T` | the journal's record of iteration T: the update of every center | primary |
 | `heartbeat/K` | counter of replica K's heartbeats | leader of K |
 | `left/K` | "": replica K has left; its pieces may be taken over at once | leader of K, gateway |
@@ -22,9 +23,10 @@ pieces of a work queue.
 
 A queue Q is `iteration T` (its pieces are members, its results `MemberResult`s), `evaluation T`
 (the center's responses, as token ids), or `evaluation` (of `shardes evaluate`). The keys of a queue
-are deleted `KEPT_QUEUES` iterations later, and those of a comparison after the next one; a queue is
-over once `record/T` is there. The other keys of the store belong to the primary job's own ranks:
-see `distributed.job_store`.
+are deleted `KEPT_QUEUES` iterations later, a record `KEPT_RECORDS` iterations later, and the keys
+of a comparison after the next one; a queue is over once its iteration is finished. A replica that
+joined reads records through the gateway, from the journal. The other keys of the store belong to
+the primary job's own ranks: see `distributed.job_store`.
 """
 
 import json
@@ -41,12 +43,16 @@ from shardes.distributed.store import (
     no_poll,
     tcp_store,
     wait_for_keys,
+    wait_until,
 )
 from shardes.distributed.world import Job
+from shardes.errors import RunError
 from shardes.storage.journal import Header, Record
 
 NOBODY = -1  # in place of a replica's number: it never sends a heartbeat
 KEPT_QUEUES = 2  # iterations
+KEPT_RECORDS = 64  # iterations: a replica of the same launch cannot be later
+GONE = "?"  # in place of a record that is not there
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ class Welcome:
 
 @dataclass(frozen=True)
 class CurrentIteration:
-    """The iteration at which the run started, or was resumed, the digest of the center before it,
-    and whether that center has been evaluated.
+    """The iteration that a replica which joins now begins with, the digest of the center before it,
+    and whether that center was evaluated before the run started.
     """
 
     iteration: int
@@ -161,16 +167,38 @@ class RunStore:
         wait_for_keys(self._store, [key], timeout, "the run's primary job is not ready")
         return CurrentIteration(**json.loads(self._store.get(key)))
 
-    def publish(self, record: Record) -> None:
-        self._store.set(f"record/{record.iteration}", json.dumps(asdict(record)))
+    def begin(self, iteration: int) -> None:
+        """Say, once, that the iterations before this one were finished earlier."""
+        self._store.add("finished", iteration)
 
-    def has_record(self, iteration: int) -> bool:
-        """Whether an iteration is finished."""
-        return self._store.check([f"record/{iteration}"])
+    def publish(self, record: Record) -> None:
+        """Publish the record of the first iteration that is not finished: then it is."""
+        self._store.set(f"record/{record.iteration}", json.dumps(asdict(record)))
+        finished = self._store.add("finished", 1)
+        assert finished == record.iteration + 1
+        self._store.delete_key(f"record/{record.iteration - KEPT_RECORDS}")
+
+    def number_finished(self) -> int:
+        """The number of finished iterations."""
+        return self._store.add("finished", 0)
+
+    def is_finished(self, iteration: int) -> bool:
+        return self.number_finished() > iteration
 
     def record(self, iteration: int) -> Record:
-        """A record that has been published."""
-        return Record(**json.loads(self._store.get(f"record/{iteration}")))
+        """The record of an iteration that is finished.
+
+        Raises:
+            RunError: it has been deleted.
+        """
+        # A comparison in place of `get`, which would wait if the record were deleted meanwhile.
+        text = self._store.compare_set(f"record/{iteration}", GONE, GONE).decode()
+        if text == GONE:
+            raise RunError(
+                f"this replica is more than {KEPT_RECORDS} iterations late: the store no longer "
+                f"has the record of iteration {iteration}; start the same command again to go on"
+            )
+        return Record(**json.loads(text))
 
     def wait_record(
         self, iteration: int, timeout: float, poll: Callable[[], None] = no_poll
@@ -178,10 +206,15 @@ class RunStore:
         """Wait for a record, calling `poll` meanwhile.
 
         Raises:
-            RunError: it was not published within `timeout` seconds.
+            RunError: it was not published within `timeout` seconds, or it has been deleted since.
         """
-        key, what = f"record/{iteration}", f"the primary rank's record of iteration {iteration}"
-        wait_for_keys(self._store, [key], timeout, what, poll)
+        wait_until(
+            lambda: self.is_finished(iteration),
+            timeout,
+            f"the primary rank's record of iteration {iteration}",
+            lambda: f"record/{iteration}",
+            poll,
+        )
         return self.record(iteration)
 
     def beat(self, replica: int) -> None:

@@ -277,7 +277,7 @@ def read(path: Path) -> History | None:
     *lines, incomplete = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            entry, previous = _decode(line.decode(), previous)
+            entry, previous = decode(line.decode(), previous)
             if history is None:
                 history = _begin(path, entry)
                 history.run = previous
@@ -329,7 +329,12 @@ def _encode(entry: Entry, previous: str) -> tuple[str, str]:
     return f'{body}{CHECKSUM_KEY}{line_checksum}"}}\n', line_checksum
 
 
-def _decode(line: str, previous: str) -> tuple[Entry, str]:
+def decode(line: str, previous: str) -> tuple[Entry, str]:
+    """A line's entry and checksum; `previous` is the checksum of the line before it.
+
+    Raises:
+        ValueError, TypeError, KeyError: the line is damaged.
+    """
     body, key, end = line.rpartition(CHECKSUM_KEY)
     line_checksum = checksum(previous + body)
     if not key or end != line_checksum + '"}':

@@ -110,7 +110,6 @@ class RunDirectory:
     lock: "Lock"
     journal: Journal
     resume: ResumePoint
-    records: list[Record]  # of all iterations so far
     notes: list[str]  # for the user
     sources: dict[str, str] = field(default_factory=dict)  # what else decides the run
     date: str = ""  # that chat templates show, in ISO format
@@ -192,9 +191,8 @@ def open_run_directory(
         ) from error
     if lock.note:
         notes = [lock.note, *notes]
-    records = history.records if history else []
     text = to_yaml(config)
-    return RunDirectory(lock, run_journal, resume, records, notes, sources, date, entry, text)
+    return RunDirectory(lock, run_journal, resume, notes, sources, date, entry, text)
 
 
 def _resume(

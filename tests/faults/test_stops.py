@@ -289,25 +289,28 @@ def test_centers_that_drift_are_not_compared_and_go_on_from_their_snapshot(
     assert len(history.records) == 5 and history.records[4].digest == manifest.digest
 
 
+SHARDED = ["engine=fsdp", "sharding.shard=2", "sharding.gather=layer"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_that_does_not_answer_is_named(zygote, configure, tmp_path, lost, number):
+@pytest.mark.parametrize("layout", [SHARDED, ["sharding.tensor=2"]], ids=["gloo", "shared memory"])
+def test_a_rank_that_does_not_answer_is_named(zygote, configure, tmp_path, layout, lost, number):
     config = configure(tmp_path / "run")
-    keys = ["engine=fsdp", "sharding.shard=2", "sharding.gather=layer", "run.timeout=5"]
-    run = zygote.start(config, *keys, ranks=2, log=tmp_path / "log", slow=0.02)
+    run = zygote.start(config, *layout, "run.timeout=5", ranks=2, log=tmp_path / "log", slow=0.02)
     try:
         while "iteration 0" not in run.text():
             assert run.poll(0.05) == [None, None], run.text()
         os.kill(run.pids[lost], number)
         started = time.monotonic()
         while run.poll(0.1)[1 - lost] is None:
-            assert time.monotonic() - started < 60, run.text()
+            assert time.monotonic() - started < 30, run.text()
     finally:
         run.kill()
         run.wait()
-    named = rf"rank {lost} on {os.uname().nodename}: did not take part"
+    named = rf"rank {lost} on {os.uname().nodename}: (did not take part|no sign of life)"
     if lost == 0:  # it served the store
         named = r"rank 0, whose store does not answer|the store of rank 0 is gone"
     assert re.search(named, run.text()), run.text()
-    assert "Traceback" not in run.text()
+    assert run.text().count("error: ") == 1 and "Traceback" not in run.text()

@@ -1,5 +1,6 @@
 """A store as the primary job has it, and a gateway to it."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
 
@@ -10,7 +11,7 @@ from gateways import LIMITS, SECRET
 from shardes.replicas.gateway import StoreGateway
 from shardes.replicas.gateway_client import connect
 from shardes.replicas.protocol import CurrentIteration, RunStore, Welcome
-from shardes.storage.journal import Header
+from shardes.storage.journal import Header, Journal
 
 
 @pytest.fixture
@@ -33,8 +34,19 @@ def warnings() -> list[str]:
 
 
 @pytest.fixture
-def gateway(primary, warnings):
-    gateway = StoreGateway("127.0.0.1", 0, SECRET, primary, LIMITS, 0, 5, warnings.append)
+def journal(tmp_path) -> Iterator[Journal]:
+    """That of the run, with its header."""
+    journal = Journal(tmp_path / "journal.jsonl", None)
+    journal.append(Header("model", {}, {}))
+    with closing(journal):
+        yield journal
+
+
+@pytest.fixture
+def gateway(primary, journal, warnings):
+    gateway = StoreGateway(
+        "127.0.0.1", 0, SECRET, primary, LIMITS, journal.path, 5, warnings.append
+    )
     with closing(gateway):
         yield gateway
 

@@ -196,12 +196,12 @@ def test_a_server_that_is_no_door(store, monkeypatch):
         connect(f"127.0.0.1:{store.port}", SECRET, 5)
 
 
-def test_a_port_in_use(primary, gateway):
+def test_a_port_in_use(primary, journal, gateway):
     with pytest.raises(
         ConfigError,
         match=rf"replicas.port={gateway.port}: cannot listen there on 127.0.0.1: .*in use",
     ):
-        StoreGateway("127.0.0.1", gateway.port, SECRET, primary, LIMITS, 0, 5, print)
+        StoreGateway("127.0.0.1", gateway.port, SECRET, primary, LIMITS, journal.path, 5, print)
 
 
 def test_who_is_in_notices_that_the_door_closes(primary, gateway, join):

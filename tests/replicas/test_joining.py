@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import SIZES, save_model
 from shardes.replicas.gateway_client import connect
+from shardes.replicas.protocol import KEPT_RECORDS
 from shardes.storage import journal
 from zygote import Run
 
@@ -130,6 +132,20 @@ def test_a_replica_joins_in_the_midst_and_takes_members(start, alone, tmp_path):
     assert arrived(tmp_path / "run") == alone
     assert not (tmp_path / "run" / "meeting").exists()
     assert (tmp_path / "run" / "token").read_text().strip() not in primary.text() + client.text()
+
+
+@pytest.mark.slow
+def test_a_replica_joins_when_the_store_has_few_of_the_records(start, tmp_path):
+    keys = ["es.iterations=150", "es.population_size=2", "generation.max_new_tokens=2"]
+    keys += ["eval.every=0", "checkpoint.every=0"]
+    primary = start(*keys, join=False)
+    await_journal(tmp_path / "run", "iteration", KEPT_RECORDS + 6)
+    client = start(*keys)
+    assert client.wait() == [0] and primary.wait() == [0], primary.text() + client.text()
+    (joined,) = re.findall(r"in iteration (\d+): the base model and (\d+) iter", client.text())
+    assert joined[0] == joined[1] and int(joined[0]) > KEPT_RECORDS + 5
+    finish = journal.read(tmp_path / "run" / "journal.jsonl").finish
+    assert f"center {finish.digest}" in client.text()
 
 
 @pytest.mark.slow
