@@ -6,6 +6,7 @@ program processes one tile of a matrix, and computes each factor of the tile onc
 kernels are compiled without fused multiply-add.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -29,14 +30,17 @@ def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: tor
     key = name_key(name)
     offset = 0
     for region in regions:
-        # A row that starts in the middle of a counter needs one more counter.
-        stretches = triton.cdiv(triton.cdiv(region.cols, LANES) + 1, COUNTERS)
+        # A row that starts in the middle of a counter can need one more counter.
+        aligned = region.start % LANES == 0 and (region.rows == 1 or region.stride % LANES == 0)
+        counters = triton.cdiv(region.cols, LANES) + (not aligned)
+        stretches = triton.cdiv(counters, COUNTERS)
         part = slice(offset, offset + region.rows * region.cols)
-        _add[(region.rows * stretches,)](
-            x[part], out[part], region.start, region.cols, region.stride, stretches,
-            key & 0xFFFFFFFF, key >> 32, members, weights, len(seeds), _table(x.device),
-            COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
-        )  # fmt: skip
+        with _on(x.device):
+            _add[(region.rows * stretches,)](
+                x[part], out[part], region.start, region.cols, region.stride, stretches,
+                key & 0xFFFFFFFF, key >> 32, members, weights, len(seeds), _table(x.device),
+                COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
+            )  # fmt: skip
         offset = part.stop
 
 
@@ -57,13 +61,19 @@ def add_low_rank_noise(
         part = slice(offset, offset + region.rows * region.cols)
         place = np.array([region.start, region.rows, region.cols, region.stride, 0])
         cut = tiles(rectangles(place, part.stop - offset, m, n), TILE_ROWS, TILE_COLS)
-        _add_tile[(len(cut),)](
-            x[part], out[part], torch.from_numpy(cut).to(x.device), m, n, low_rank.rank,
-            rows & 0xFFFFFFFF, rows >> 32, cols & 0xFFFFFFFF, cols >> 32, members, weights,
-            len(seeds), _table(x.device), TILE_ROWS=TILE_ROWS, TILE_COLS=TILE_COLS, LANES=LANES,
-            ROUNDS=ROUNDS, **OPTIONS,
-        )  # fmt: skip
+        with _on(x.device):
+            _add_tile[(len(cut),)](
+                x[part], out[part], torch.from_numpy(cut).to(x.device), m, n, low_rank.rank,
+                rows & 0xFFFFFFFF, rows >> 32, cols & 0xFFFFFFFF, cols >> 32, members, weights,
+                len(seeds), _table(x.device), TILE_ROWS=TILE_ROWS, TILE_COLS=TILE_COLS,
+                LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
+            )  # fmt: skip
         offset = part.stop
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """A context in which `device` is the current one: Triton launches there, not where x lies."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _members(seeds, coefficients, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,11 +82,14 @@ def _members(seeds, coefficients, device: torch.device) -> tuple[torch.Tensor, t
     return members, torch.tensor(coefficients, dtype=torch.float32, device=device)
 
 
+# The types of integers are fixed, so that each pair of dtypes has one kernel, whatever the region.
 @triton.jit(
-    do_not_specialize=["start", "cols", "stride", "stretches", "name_low", "name_high", "terms"]
+    do_not_specialize=["start", "cols", "stride", "stretches", "name_low", "name_high", "terms"],
+    do_not_specialize_on_alignment=["x", "out"],
 )
 def _add(
-    x, out, start, cols, stride, stretches, name_low, name_high, seeds, coefficients, terms, table,
+    x, out, start: tl.int64, cols: tl.int64, stride: tl.int64, stretches: tl.int32,
+    name_low: tl.int64, name_high: tl.int64, seeds, coefficients, terms: tl.int32, table,
     COUNTERS: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """out = x + Σ c_n·ε(s_n) over the local elements of one region."""
@@ -104,11 +117,13 @@ def _add(
 @triton.jit(
     do_not_specialize=[
         "m", "n", "rank", "rows_low", "rows_high", "cols_low", "cols_high", "terms",
-    ]
+    ],
+    do_not_specialize_on_alignment=["x", "out", "tiles"],
 )  # fmt: skip
 def _add_tile(
-    x, out, tiles, m, n, rank, rows_low, rows_high, cols_low, cols_high, seeds, coefficients, terms,
-    table, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, LANES: tl.constexpr,
+    x, out, tiles, m: tl.int64, n: tl.int64, rank: tl.int32, rows_low: tl.int64,
+    rows_high: tl.int64, cols_low: tl.int64, cols_high: tl.int64, seeds, coefficients,
+    terms: tl.int32, table, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, LANES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """out = x + Σ_n Σ_k c_n'·(a_k·b_k) in one tile; the factors' names are `rows` and `cols`."""
