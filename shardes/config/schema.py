@@ -44,6 +44,12 @@ class Offload(Enum):
     cpu = "cpu"
 
 
+class CenterDevice(Enum):
+    auto = "auto"
+    host = "host"
+    device = "device"
+
+
 class Noise(Enum):
     full = "full"
     low_rank = "low_rank"
@@ -250,6 +256,15 @@ class ESConfig:
         "regular expression; only parameters with a matching name are trained; null: all",
         limit=Limit("must be a regular expression, or null", is_pattern),
         decides_center=True,
+    )
+
+
+@dataclass
+class CenterConfig:
+    device: CenterDevice = _setting(
+        CenterDevice.auto,
+        "where the exact float32 center of es.restore=copy lies: device (GPU) or host (pinned "
+        "memory, from which each member is copied); auto: the device, if generation leaves room",
     )
 
 
@@ -470,6 +485,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     es: ESConfig = field(default_factory=ESConfig)
+    center: CenterConfig = field(default_factory=CenterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -29,11 +29,14 @@ def choose_device() -> torch.device:
     return torch.device(accelerator.type, index)
 
 
-def choose_backend(device: torch.device, keys: JobStore, rank: int, replica: range) -> str:
-    """The backends of a replica's process group, for `init_process_group`.
+def choose_backend(
+    device: torch.device, keys: JobStore, rank: int, replica: range
+) -> tuple[str, int]:
+    """The backends of a replica's process group, for `init_process_group`, and how many of its
+    ranks share this rank's device.
 
-    They are gloo for tensors on CPUs, and that of the device, NCCL or XCCL, for the others. Those
-    refuse two ranks on one device; then gloo serves all.
+    The backends are gloo for tensors on CPUs, and that of the device, NCCL or XCCL, for the others.
+    Those refuse two ranks on one device; then gloo serves all.
 
     Args:
         keys: the job's store. Every rank of the replica calls this.
@@ -41,16 +44,18 @@ def choose_backend(device: torch.device, keys: JobStore, rank: int, replica: ran
         replica: the ranks of the replica.
     """
     if device.type == "cpu":
-        return "gloo"
+        return "gloo", 1
+    sharing = 1
     backend = dist.get_default_backend_for_device(device)
     if len(replica) > 1:
         keys.post_device(rank, unique_name(device))
         names = keys.devices(replica)
+        sharing = names.count(names[rank - replica.start])
         if len(set(names)) < len(names):
             if rank == replica.start:
                 print(_shared_device_warning(names, replica, backend), file=sys.stderr, flush=True)
             backend = "gloo"
-    return f"cpu:gloo,{device.type}:{backend}"
+    return f"cpu:gloo,{device.type}:{backend}", sharing
 
 
 def unique_name(device: torch.device) -> str:

@@ -57,6 +57,7 @@ class World:
     replicas: int
     mesh: DeviceMesh  # axes "shard" and "tensor"
     device: torch.device
+    ranks_on_device: int = 1  # ranks of the replica that share the device
 
     @property
     def is_leader(self) -> bool:
@@ -273,8 +274,10 @@ def form_replica(
     replica = replica if joined_as is None else joined_as
     device = choose_device()
     first = job.rank - rank
+    replica_ranks = range(first, first + ranks)
+    backend, sharing = choose_backend(device, job.keys, job.rank, replica_ranks)
     dist.init_process_group(
-        choose_backend(device, job.keys, job.rank, range(first, first + ranks)),
+        backend,
         store=dist.PrefixStore(f"replica{replica}", job.store),
         rank=rank,
         world_size=ranks,
@@ -282,7 +285,7 @@ def form_replica(
     )
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     mesh = init_device_mesh(device.type, (shard, tensor), mesh_dim_names=("shard", "tensor"))
-    return World(job, replica, replicas, mesh, device)
+    return World(job, replica, replicas, mesh, device, sharing)
 
 
 def free_port() -> int:

@@ -56,11 +56,11 @@ def test_ranks_that_share_a_device_talk_through_gloo(monkeypatch, capsys, uuids,
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
     for rank in reversed(replica[1:]):
         keys.post_device(rank, unique_name(CUDA))
-    assert choose_backend(CUDA, keys, 4, replica) == backend
+    assert choose_backend(CUDA, keys, 4, replica) == (backend, uuids.count(uuids[0]))
     error = capsys.readouterr().err
     assert error.startswith(said) and error.count("\n") == bool(said)
 
 
 def test_collectives_on_cpus_are_gloos():
     store = JobStore(dist.HashStore())
-    assert choose_backend(torch.device("cpu"), store, 0, range(2)) == "gloo"
+    assert choose_backend(torch.device("cpu"), store, 0, range(2)) == ("gloo", 1)
