@@ -34,6 +34,15 @@ class DType(Enum):
     float16 = "float16"
 
 
+class Attention(Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
+    flex_attention = "flex_attention"
+
+
 class Gather(Enum):
     member = "member"
     layer = "layer"
@@ -123,6 +132,11 @@ class ModelConfig:
         DType.bfloat16,
         "dtype of the live weights: float32, bfloat16 or float16",
         decides_center=True,
+    )
+    attention: Attention = _setting(
+        Attention.auto,
+        "how attention is computed: sdpa, eager, flash_attention_2, flash_attention_3 or "
+        "flex_attention; auto: as transformers chooses for the model",
     )
     trust_remote_code: bool = _setting(
         False, "run the Python code in the model's repository, on every rank; read it first"
