@@ -17,7 +17,7 @@ def test_the_model_has_the_attention_that_was_chosen(uneven_llama, attention):
         attention.value
     }
     check_used(attention, module)
-    with pytest.raises(ConfigError, match="model.attention=flash_attention_3: transformers gives"):
+    with pytest.raises(ConfigError, match="flash_attention_3: transformers gives"):
         check_used(Attention.flash_attention_3, module)
 
 
