@@ -24,6 +24,7 @@ from shardes.distributed.rank_watch import RankWatch
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model
+from shardes.engines.attention import check_attention
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
 from shardes.es.population import check_rank, noise_rank
 from shardes.es.side_by_side import answer_side_by_side, matrix_layers
@@ -81,7 +82,9 @@ def check(config: Config, job: Job) -> PreparedRun:
             f"model.trust_remote_code=true: Python code that comes with {config.model.path} "
             "runs on every rank, with all permissions of this user"
         )
-    files, module = open_model(directory, getattr(torch, config.model.dtype.value), trusted)
+    check_attention(config.model)
+    dtype = getattr(torch, config.model.dtype.value)
+    files, module = open_model(directory, dtype, trusted, config.model.attention)
     for warning in files.warnings if job.rank == 0 else ():
         warn(warning)
     _check_evolve(config, module)

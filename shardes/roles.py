@@ -23,6 +23,7 @@ from shardes.errors import RunError
 from shardes.es.center import open_center
 from shardes.es.population import noise_rank
 from shardes.es.side_by_side import SideBySide, answer_side_by_side
+from shardes.es.staging import center_device
 from shardes.evaluator import Evaluator, PrimaryEvaluator
 from shardes.launch import PreparedRun
 from shardes.replicas.consistency import ConsistencyCheck
@@ -95,6 +96,7 @@ class JobRoles(ABC):
             self.config.es.evolve,
             self.clock,
             noise_rank(self.config.es),
+            center_device(self.config, self.world, engine.shards, prepared.module.config),
         )
         self.scorer = Scorer(
             self.config.task,
@@ -291,6 +293,8 @@ class PrimaryJob(JobRoles):
             )
         for note in run.notes:
             reporter.say(note)
+        if placement := self.center.placement:
+            reporter.say(placement)
         if applied := self.prepared.decoder.applied:
             reporter.say(f"greedy decoding applies the checkpoint's generation config: {applied}")
         if self.config.replicas.port is not None:

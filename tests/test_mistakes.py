@@ -137,6 +137,13 @@ MISTAKES = {
     "train model.dtype=fp16": (
         r"model\.dtype: .*'fp16', expected one of \[float32, bfloat16, float16\]"
     ),
+    "train model.attention=flash": r"model\.attention: .*'flash', expected one of \[auto, sdpa,",
+    "train model.attention=flash_attention_2": (
+        r"model\.attention=flash_attention_2: (the package flash-attn is not|there is no|computes)"
+    ),
+    "train center.device=device sharding.offload=cpu": (
+        r"center\.device=device: .* sharding\.offload=cpu, and so is the center; use auto or host"
+    ),
     "train es.seed=": r"es\.seed: .*'None'.*the key's meaning: run seed",
     "train es.sigma=0": r"es\.sigma=0\.0: must be positive",
     "train es.population_size=1": r"es\.population_size=1: must be at least 2",

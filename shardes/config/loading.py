@@ -15,8 +15,10 @@ from shardes.config.schema import (
     REPLICA_SETTINGS,
     SCHEDULED_CENTER_SETTINGS,
     SETTINGS,
+    CenterDevice,
     Config,
     Noise,
+    Offload,
     Restore,
 )
 from shardes.errors import ConfigError, one_line, suggestion
@@ -150,6 +152,13 @@ def check(config: Config) -> None:
         "es.restore",
         es.restore is Restore.copy or es.noise is Noise.full,
         "is for es.noise=full; use copy with es.noise=low_rank",
+    )
+    _demand(
+        config,
+        "center.device",
+        config.center.device is not CenterDevice.device or config.sharding.offload is Offload.none,
+        "the live shards are in host memory with sharding.offload=cpu, and so is the center; "
+        "use auto or host",
     )
     _demand(
         config,

@@ -34,6 +34,15 @@ class DType(Enum):
     float16 = "float16"
 
 
+class Attention(Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
+    flex_attention = "flex_attention"
+
+
 class Gather(Enum):
     member = "member"
     layer = "layer"
@@ -42,6 +51,12 @@ class Gather(Enum):
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
+
+
+class CenterDevice(Enum):
+    auto = "auto"
+    host = "host"
+    device = "device"
 
 
 class Noise(Enum):
@@ -117,6 +132,11 @@ class ModelConfig:
         DType.bfloat16,
         "dtype of the live weights: float32, bfloat16 or float16",
         decides_center=True,
+    )
+    attention: Attention = _setting(
+        Attention.auto,
+        "how attention is computed: sdpa, eager, flash_attention_2, flash_attention_3 or "
+        "flex_attention; auto: as transformers chooses for the model",
     )
     trust_remote_code: bool = _setting(
         False, "run the Python code in the model's repository, on every rank; read it first"
@@ -250,6 +270,15 @@ class ESConfig:
         "regular expression; only parameters with a matching name are trained; null: all",
         limit=Limit("must be a regular expression, or null", is_pattern),
         decides_center=True,
+    )
+
+
+@dataclass
+class CenterConfig:
+    device: CenterDevice = _setting(
+        CenterDevice.auto,
+        "where the exact float32 center of es.restore=copy lies: device (GPU) or host (pinned "
+        "memory, from which each member is copied); auto: the device, if generation leaves room",
     )
 
 
@@ -470,6 +499,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     es: ESConfig = field(default_factory=ESConfig)
+    center: CenterConfig = field(default_factory=CenterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

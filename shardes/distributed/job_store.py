@@ -14,6 +14,7 @@ also those of other jobs, share further keys under the run's prefix: see `replic
 | `date` | the date that chat templates show, in ISO format | rank 0 |
 | `agreed` | "yes", or "" where a rank reported a problem | rank 0 |
 | `run prefix` | prefix of the run's keys in this store | rank 0 |
+| `device/R` | host, kind and UUID of the device of rank R | rank R |
 | `replica number` | the number that a run gave to this job, which joined it | rank 0 |
 | `resume point` | the center from which this start goes on | rank 0 |
 | `stop` | exit code; a rank asks for the job's end | any rank |
@@ -33,6 +34,7 @@ The keys of a snapshot are deleted when all ranks have written their regions of 
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
@@ -79,6 +81,13 @@ class JobStore:
     def agreed(self) -> bool:
         """Waits for rank 0."""
         return bool(self._store.get("agreed"))
+
+    def post_device(self, rank: int, name: str) -> None:
+        self._store.set(f"device/{rank}", name)
+
+    def devices(self, ranks: Iterable[int]) -> list[str]:
+        """The names of these ranks' devices; waits for them."""
+        return [self._store.get(f"device/{rank}").decode() for rank in ranks]
 
     def set_run_prefix(self, prefix: str) -> None:
         self._store.set("run prefix", prefix)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from shardes.distributed.device import choose_backend, choose_device
 from shardes.distributed.job_store import CheckResult, JobStore
 from shardes.distributed.rendezvous import wait_for_ranks, wait_for_store
 from shardes.errors import ConfigError, RunError
@@ -56,6 +57,7 @@ class World:
     replicas: int
     mesh: DeviceMesh  # axes "shard" and "tensor"
     device: torch.device
+    ranks_on_device: int = 1  # ranks of the replica that share the device
 
     @property
     def is_leader(self) -> bool:
@@ -76,8 +78,9 @@ class World:
     def layout(self) -> dict[str, int | str]:
         """The job's ranks, replicas, shard and tensor degrees, and the kind of device."""
         shard, tensor = self.mesh.shape
-        on_gpu = self.device.type == "cuda"
-        device = torch.cuda.get_device_name(self.device) if on_gpu else self.device.type
+        device = self.device.type
+        if device != "cpu":
+            device = torch.get_device_module(self.device).get_device_name(self.device)
         return dict(
             ranks=self.job.size, replicas=self.replicas, shard=shard, tensor=tensor, device=device
         )
@@ -269,12 +272,10 @@ def form_replica(
     replica, rank = divmod(job.rank, ranks)
     assert job.size == (replicas * ranks if joined_as is None else ranks)
     replica = replica if joined_as is None else joined_as
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    device = choose_device()
+    first = job.rank - rank
+    replica_ranks = range(first, first + ranks)
+    backend, sharing = choose_backend(device, job.keys, job.rank, replica_ranks)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore(f"replica{replica}", job.store),
@@ -284,7 +285,7 @@ def form_replica(
     )
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     mesh = init_device_mesh(device.type, (shard, tensor), mesh_dim_names=("shard", "tensor"))
-    return World(job, replica, replicas, mesh, device)
+    return World(job, replica, replicas, mesh, device, sharing)
 
 
 def free_port() -> int:

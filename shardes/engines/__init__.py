@@ -8,8 +8,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shardes.config.schema import Config, DType, EngineName, Offload
+from shardes.config.schema import Attention, Config, DType, EngineName, Offload
 from shardes.distributed.world import World
+from shardes.engines.attention import attention_argument, check_used
 from shardes.engines.vocabulary import VocabularySlice
 from shardes.errors import ConfigError, mistakes_in
 from shardes.sharding.model_directory import check_unquantised, reason
@@ -56,14 +57,18 @@ def build(config: Config, module: PreTrainedModel, world: World) -> Engine:
 
 
 def open_model(
-    directory: Path, dtype: torch.dtype, trust_remote_code: bool = False
+    directory: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attention: Attention = Attention.auto,
 ) -> tuple[WeightFiles, PreTrainedModel]:
     """A model directory's weight files and its `empty_model`, checked against each other.
 
     The module's persistent buffers are loaded, and parameters are tied as the files require.
     """
     with mistakes_in(f"model.path={directory}"):
-        files, module = WeightFiles(directory), empty_model(directory, dtype, trust_remote_code)
+        files = WeightFiles(directory)
+        module = empty_model(directory, dtype, trust_remote_code, attention)
         files.map_names(module)
         files.check({name: param.shape for name, param in module.named_parameters()})
         files.load_buffers(module)
@@ -71,32 +76,42 @@ def open_model(
 
 
 def empty_model(
-    directory: Path, dtype: torch.dtype, trust_remote_code: bool = False
+    directory: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attention: Attention = Attention.auto,
 ) -> PreTrainedModel:
     """The causal language model of a config.json: parameters on the meta device, buffers real.
 
     Args:
         trust_remote_code: run Python code of the directory if transformers does not know the
             architecture.
+        attention: how the model is to compute it.
 
     Raises:
         ConfigError: config.json is missing, unreadable, or of an architecture unknown to
-            transformers, or the model is quantised.
+            transformers, the model is quantised, or transformers has no such attention for it.
     """
     try:
         check_unquantised(directory)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **attention_argument(attention),
             )
+        check_used(attention, module)
         _set_precision(module, dtype)
         module.tie_weights()  # moving to the meta device untied them
         return module
     except ConfigError:
         raise
     except Exception as error:  # whatever transformers meets in a file that is not as it expects it
-        raise ConfigError(f"model.path={directory}: {reason(error)}") from error
+        asked = attention is not Attention.auto and "attention" in str(error)
+        key = f"model.attention={attention.value}: " if asked else ""
+        raise ConfigError(f"{key}model.path={directory}: {reason(error)}") from error
 
 
 def _set_precision(module: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,10 +1,10 @@
 """θ on this rank: perturb, restore, update.
 
-`restore: copy` keeps the center in float32 beside the live weights (in host memory, if the model is
-on a GPU). A member is live = cast(center + σ·ε), the update is applied in float32, and the center
-is copied to the live weights only when it answers prompts itself. `restore: subtract` is the
-paper's way: the live weights are the center, and restoring subtracts the same noise. The drift that
-rounding leaves is measured.
+`restore: copy` keeps the center in float32 beside the live weights, or in host memory (see
+`staging.center_device`). A member is live = cast(center + σ·ε), the update is applied in float32,
+and the center is copied to the live weights only when it answers prompts itself.
+`restore: subtract` is the paper's way: the live weights are the center, and restoring subtracts the
+same noise. The drift that rounding leaves is measured.
 """
 
 from abc import ABC, abstractmethod
@@ -19,13 +19,16 @@ from shardes.config.schema import Restore
 from shardes.distributed.world import World
 from shardes.errors import RunError
 from shardes.es.population import Member
+from shardes.es.staging import Stager, block_size
 from shardes.es.update import Update, evolves, noise_kind
 from shardes.noise import add_noise
 from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.norms import moved_and_total
-from shardes.sharding.regions import BLOCK, ParameterShard, Region
+from shardes.sharding.regions import ParameterShard, Region
 from shardes.sharding.weight_files import WeightFiles, load
 
+HOST = torch.device("cpu")
+Part = tuple[ParameterShard, slice, tuple[Region, ...]]
 SAMPLE = 256  # subtract mode watches one element in this many for drift
 
 
@@ -57,6 +60,7 @@ class Center(ABC):
         ]
         # In 16 bits an update can be too small to change a live weight.
         self._lossy = shards[0].tensor.dtype != torch.float32
+        self._block = block_size(shards[0].tensor.device)
 
     @contextmanager
     def perturbed(self, member: Member) -> Iterator[None]:
@@ -96,6 +100,11 @@ class Center(ABC):
         """The digest of the whole center, over all ranks of the replica; collective."""
         total = sum(digest(*part) for part in self.parts()) % 2**64
         return format_digest(self._world.sum_uint64(total))
+
+    @property
+    def placement(self) -> str:
+        """Where a center that is kept apart from live weights on an accelerator lies, or ""."""
+        return ""
 
     @property
     def names(self) -> list[str]:
@@ -152,7 +161,7 @@ class Center(ABC):
 
 
 class CopyCenter(Center):
-    """An exact float32 center beside the live weights."""
+    """An exact float32 center beside the live weights, on their device or the host."""
 
     def __init__(
         self,
@@ -163,11 +172,15 @@ class CopyCenter(Center):
         evolve: str | None,
         rank: int,
         clock: Clock,
+        device: torch.device,
     ):
         super().__init__(shards, world, base, evolve, rank, clock)
-        pinned = world.device.type == "cuda"
+        live = shards[0].tensor.device
+        self._stager = Stager(live, self._block) if device != live else None
         self._thetas = {
-            shard.name: torch.empty(shard.numel, dtype=torch.float32, pin_memory=pinned)
+            shard.name: torch.empty(
+                shard.numel, dtype=torch.float32, device=device, pin_memory=self._stager is not None
+            )
             for shard in shards
         }
         for shard in shards:
@@ -176,52 +189,67 @@ class CopyCenter(Center):
                 shard.values.copy_(self.values(shard))  # no member ever writes these
         self._in_model = False
 
+    @property
+    def placement(self) -> str:
+        if self._world.device.type == "cpu":
+            return ""
+        first = next(iter(self._thetas.values()))
+        size = 4e-9 * sum(theta.numel() for theta in self._thetas.values())
+        where = "in host memory" if first.device.type == "cpu" else f"on {first.device}"
+        return f"the float32 center lies {where}: {size:.3g} GB of this rank (center.device)"
+
     def values(self, shard: ParameterShard) -> torch.Tensor:
         return self._thetas[shard.name]
 
     def _perturb(self, member: Member) -> None:
         self._in_model = False
-        for shard in self._evolving:
-            for block, regions, theta in self._staged(shard, shard.numel):
-                term = [member.seed], [member.sigma]
-                kind = noise_kind(self._rank, shard.shape)
-                add_noise(theta, shard.name, regions, *term, shard.values[block], kind)
+        for (shard, block, regions), theta in self._on_device(self._evolving):
+            term = [member.seed], [member.sigma]
+            kind = noise_kind(self._rank, shard.shape)
+            add_noise(theta, shard.name, regions, *term, shard.values[block], kind)
 
     def _restore(self, member: Member) -> None:
         pass  # members and updates are written from the center, whatever the live weights are
 
     def load_into_model(self) -> None:
         if not self._in_model:
-            for shard in self._shards:
-                shard.values.copy_(self.values(shard))
+            for (shard, block, _), theta in self._on_device(self._shards):
+                shard.values[block].copy_(theta)
         self._in_model = True
 
     def update(self, update: Update) -> dict[str, float]:
-        unchanged = 0
-        for shard in self._shards:
-            for block, regions, theta in self._staged(shard, BLOCK if self._lossy else shard.numel):
-                live, stored = shard.values[block], self.values(shard)[block]
-                before = theta.to(live.dtype) if self._lossy and shard.counted else None
-                update.apply(theta, shard.name, shard.shape, regions, self._base)
-                live.copy_(theta)
-                if before is not None:
-                    unchanged += int(torch.sum(live == before))
-                if theta.data_ptr() != stored.data_ptr():
-                    stored.copy_(theta)
+        unchanged: torch.Tensor | int = 0  # added up on the device, which nothing waits for
+        size = self._block if self._lossy else None
+        for (shard, block, regions), theta in self._on_device(self._shards, size):
+            live = shard.values[block]
+            before = theta.to(live.dtype) if self._lossy and shard.counted else None
+            update.apply(theta, shard.name, shard.shape, regions, self._base)
+            live.copy_(theta)
+            if before is not None:
+                unchanged = unchanged + torch.sum(live == before)
+            if self._stager:
+                self.values(shard)[block].copy_(theta, non_blocking=True)
+        if self._stager:
+            self._stager.finish()
         self._in_model = True
-        return self._unmoved(unchanged)
+        return self._unmoved(int(unchanged))
 
-    def _staged(
-        self, shard: ParameterShard, size: int
-    ) -> Iterator[tuple[slice, tuple[Region, ...], torch.Tensor]]:
-        """The center's part for `shard` on the model's device, in blocks of at most `size`
-        elements.
+    def _on_device(
+        self, shards: Sequence[ParameterShard], size: int | None = None
+    ) -> Iterator[tuple[Part, torch.Tensor]]:
+        """The center's parts for `shards` on the device of the live weights.
+
+        Args:
+            size: the most elements of a part; None: a whole shard, unless it must be staged.
         """
-        theta = self.values(shard)
-        if shard.tensor.device != theta.device:
-            size = BLOCK  # each block is copied to the device
-        for block, regions in shard.blocks(max(size, 1)):
-            yield block, regions, theta[block].to(shard.tensor.device, non_blocking=True)
+        if self._stager:
+            size = self._block
+        parts = (
+            ((shard, block, regions), self.values(shard)[block])
+            for shard in shards
+            for block, regions in shard.blocks(max(size or shard.numel, 1))
+        )
+        return self._stager.stage(parts) if self._stager else parts
 
 
 class SubtractCenter(Center):
@@ -238,6 +266,7 @@ class SubtractCenter(Center):
         evolve: str | None,
         rank: int,
         clock: Clock,
+        device: torch.device,
     ):
         assert rank == 0, "es.restore=subtract is for full noise"
         super().__init__(shards, world, base, evolve, rank, clock)
@@ -263,16 +292,16 @@ class SubtractCenter(Center):
 
     def update(self, update: Update) -> dict[str, float]:
         drift = self._drift()
-        unchanged = 0
+        unchanged: torch.Tensor | int = 0
         for shard in self._shards:
-            for block, regions in shard.blocks():
+            for block, regions in shard.blocks(self._block):
                 live = shard.values[block]
                 before = live.clone() if self._lossy and shard.counted else None
                 update.apply(live, shard.name, shard.shape, regions, self._base, live)
                 if before is not None:
-                    unchanged += int(torch.sum(live == before))
+                    unchanged = unchanged + torch.sum(live == before)
         self._take_sample()
-        return drift | self._unmoved(unchanged)
+        return drift | self._unmoved(int(unchanged))
 
     def _take_sample(self) -> None:
         """Keep a sample of the center, to be compared after the iteration's members."""
@@ -302,10 +331,12 @@ def open_center(
     evolve: str | None = None,
     clock: Clock | None = None,
     rank: int = 0,
+    device: torch.device = HOST,
 ) -> Center:
     """The center with the weights of `source`.
 
-    `base`, by default the same, is where training began. `restore: subtract` is for full noise.
+    `base`, by default the same, is where training began. `restore: subtract` is for full noise, and
+    its center lies where the live weights are. Any other lies on `device`.
     """
     kind = {Restore.copy: CopyCenter, Restore.subtract: SubtractCenter}[mode]
-    return kind(shards, world, source, base or source, evolve, rank, clock or Clock())
+    return kind(shards, world, source, base or source, evolve, rank, clock or Clock(), device)

@@ -6,6 +6,7 @@ factors of all members are computed first; a program then adds their products to
 matrix. The kernels are compiled without fused multiply-add.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -30,14 +31,17 @@ def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: tor
     key = name_key(name)
     offset = 0
     for region in regions:
-        # A row that starts in the middle of a counter needs one more counter.
-        stretches = triton.cdiv(triton.cdiv(region.cols, LANES) + 1, COUNTERS)
+        # A row that starts in the middle of a counter can need one more counter.
+        aligned = region.start % LANES == 0 and (region.rows == 1 or region.stride % LANES == 0)
+        counters = triton.cdiv(region.cols, LANES) + (not aligned)
+        stretches = triton.cdiv(counters, COUNTERS)
         part = slice(offset, offset + region.rows * region.cols)
-        _add[(region.rows * stretches,)](
-            x[part], out[part], region.start, region.cols, region.stride, stretches,
-            key & 0xFFFFFFFF, key >> 32, members, weights, len(seeds), _table(x.device),
-            COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
-        )  # fmt: skip
+        with _on(x.device):
+            _add[(region.rows * stretches,)](
+                x[part], out[part], region.start, region.cols, region.stride, stretches,
+                key & 0xFFFFFFFF, key >> 32, members, weights, len(seeds), _table(x.device),
+                COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
+            )  # fmt: skip
         offset = part.stop
 
 
@@ -63,10 +67,11 @@ def add_low_rank_noise(
             a = _factor(name + ROWS, members, row * rank, height * rank)
             b = _factor(name + COLS, members, (row // m * n + col) * rank, width * rank)
             across = triton.cdiv(width, TILE_COLS)
-            _add_products[(triton.cdiv(height, TILE_ROWS) * across,)](
-                x[part], out[part], first, height, width, step, across, a, b, weights,
-                len(seeds), rank, TILE_ROWS=TILE_ROWS, TILE_COLS=TILE_COLS, **OPTIONS,
-            )  # fmt: skip
+            with _on(x.device):
+                _add_products[(triton.cdiv(height, TILE_ROWS) * across,)](
+                    x[part], out[part], first, height, width, step, across, a, b, weights,
+                    len(seeds), rank, TILE_ROWS=TILE_ROWS, TILE_COLS=TILE_COLS, **OPTIONS,
+                )  # fmt: skip
         offset = part.stop
 
 
@@ -74,11 +79,17 @@ def _factor(name: str, members: torch.Tensor, start: int, count: int) -> torch.T
     """The `count` elements of ε from `start` on, for each member: float32, (members, count)."""
     factor = torch.empty((len(members), count), dtype=torch.float32, device=members.device)
     key, stretches = name_key(name), triton.cdiv(triton.cdiv(count, LANES) + 1, COUNTERS)
-    _gaussian[(stretches * len(members),)](
-        factor, start, count, stretches, key & 0xFFFFFFFF, key >> 32, members,
-        _table(members.device), COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
-    )  # fmt: skip
+    with _on(members.device):
+        _gaussian[(stretches * len(members),)](
+            factor, start, count, stretches, key & 0xFFFFFFFF, key >> 32, members,
+            _table(members.device), COUNTERS=COUNTERS, LANES=LANES, ROUNDS=ROUNDS, **OPTIONS,
+        )  # fmt: skip
     return factor
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """A context in which `device` is the current one: Triton launches there, not where x lies."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _members(seeds, coefficients, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,11 +98,14 @@ def _members(seeds, coefficients, device: torch.device) -> tuple[torch.Tensor, t
     return members, torch.tensor(coefficients, dtype=torch.float32, device=device)
 
 
+# The types of integers are fixed, so that each pair of dtypes has one kernel, whatever the region.
 @triton.jit(
-    do_not_specialize=["start", "cols", "stride", "stretches", "name_low", "name_high", "terms"]
+    do_not_specialize=["start", "cols", "stride", "stretches", "name_low", "name_high", "terms"],
+    do_not_specialize_on_alignment=["x", "out"],
 )
 def _add(
-    x, out, start, cols, stride, stretches, name_low, name_high, seeds, coefficients, terms, table,
+    x, out, start: tl.int64, cols: tl.int64, stride: tl.int64, stretches: tl.int32,
+    name_low: tl.int64, name_high: tl.int64, seeds, coefficients, terms: tl.int32, table,
     COUNTERS: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """out = x + Σ c_n·ε(s_n) over the local elements of one region."""
@@ -109,7 +123,8 @@ def _add(
 
 @triton.jit(do_not_specialize=["start", "count", "stretches", "name_low", "name_high"])
 def _gaussian(
-    out, start, count, stretches, name_low, name_high, seeds, table,
+    out, start: tl.int64, count: tl.int64, stretches: tl.int32, name_low: tl.int64,
+    name_high: tl.int64, seeds, table,
     COUNTERS: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Row n of out = the elements of ε(s_n) from `start` on."""
@@ -137,9 +152,13 @@ def _elements(seed, counter, name_low, name_high, table, LANES: tl.constexpr, RO
     return tl.where(upper, -value, value)
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "step", "across", "terms", "rank"])
+@triton.jit(
+    do_not_specialize=["first", "height", "width", "step", "across", "terms", "rank"],
+    do_not_specialize_on_alignment=["x", "out"],
+)
 def _add_products(
-    x, out, first, height, width, step, across, a, b, coefficients, terms, rank,
+    x, out, first: tl.int64, height: tl.int64, width: tl.int64, step: tl.int64, across: tl.int64,
+    a, b, coefficients, terms: tl.int32, rank: tl.int32,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
 ):  # fmt: skip
     """out = x + Σ_n Σ_k c_n'·(a_k·b_k) in one tile of a block of `height` × `width`."""

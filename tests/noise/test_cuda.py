@@ -16,10 +16,20 @@ def test_the_interpreted_kernel_equals_the_reference_to_the_bit():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_for_gpus_without_fused_multiply_add(capability):
-    done = run([*WORKER, "compile", str(capability)])
+@pytest.mark.parametrize(
+    "arguments, kernels",
+    [
+        (["80"], 3),  # full noise, factors and their products, from float32 to bfloat16
+        (["90"], 3),
+        pytest.param(["90", "all"], 19, marks=pytest.mark.slow),
+    ],
+)
+def test_all_that_is_launched_compiles_for_gpus_without_fused_multiply_add(arguments, kernels):
+    """Up to the launch all is real; a kernel serves every region, name and alignment."""
+    done = run([*WORKER, "launch", *arguments])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f".target sm_{capability}") == 3  # full and low-rank noise, factors
-    assert len(re.findall(r"mul(\.rn)?\.f32", done.stdout)) >= 2
-    assert not re.search(r"fma\.rn\.(ftz\.)?f32", done.stdout)
+    assert done.stdout.count(f".target sm_{arguments[0]}") == kernels
+    assert (
+        len(re.findall(r"mul(\.rn)?\.f32", done.stdout)) >= kernels - 1
+    )  # the factors' kernel multiplies nothing
+    assert not re.search(r"(fma|mad)(\.r.)?(\.ftz)?\.f32|\.ftz", done.stdout)

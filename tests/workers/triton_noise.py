@@ -1,22 +1,25 @@
-"""The Triton kernel without a GPU: triton_noise.py interpret | compile CAPABILITY"""
+"""The Triton kernel without a GPU: triton_noise.py interpret | launch CAPABILITY [all]"""
 
+import itertools
 import os
 import sys
 
 if sys.argv[1] == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
 from shardes.noise import cuda, reference
-from shardes.noise.definition import LANES, ROUNDS
 from shardes.noise.low_rank import LowRank
 from shardes.sharding.regions import Region
 
 LAYOUTS = [
     [Region.contiguous(5, 1)],
     [Region.contiguous(3, 3001)],
+    [Region.contiguous(8, 1024), Region(16, 2, 1024, 4096), Region(2048, 2, 1021, 4100)],
     [Region(5, 37, 91, 1003), Region.contiguous(2**45 + 3, 5)],
     [Region(7, 20, 1, 9)],
     [],
@@ -28,6 +31,7 @@ LOW_RANK = [
     ((2**20, 2**20), 2, [Region(2**39 + 2**20 - 3, 3, 3, 2**20)]),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ALL_PAIRS = list(itertools.product(DTYPES, DTYPES))
 
 
 def interpret() -> None:
@@ -63,33 +67,66 @@ def interpret_low_rank() -> None:
             assert torch.equal(*made), (shape, rank, regions, dtype, out_dtype)
 
 
-def compile_for(capability: int) -> None:
-    """Print the PTX of the kernels for float32 in, bfloat16 out."""
-    sizes = dict(LANES=LANES, ROUNDS=ROUNDS, COUNTERS=cuda.COUNTERS)
-    tile = dict(TILE_ROWS=cuda.TILE_ROWS, TILE_COLS=cuda.TILE_COLS)
-    compile_kernel(cuda._add, sizes, capability)
-    compile_kernel(cuda._gaussian, sizes, capability)
-    compile_kernel(cuda._add_products, tile, capability)
+class NoDevice:
+    """Triton's driver for a GPU that is not there: it compiles, and launches nothing."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+        self.kernels: dict[tuple, dict[str, object]] = {}  # by name and types of the arguments
+        self.utils = SimpleNamespace(
+            load_binary=lambda *binary: (object(), 0, 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
+        )
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        key = source.fn.__name__, *source.signature.values()
+        assert key not in self.kernels, f"compiled again for other values: {key}"
+        self.kernels[key] = metadata
+        return lambda *arguments: None
 
 
-def compile_kernel(kernel, constants: dict[str, int], capability: int) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def launch(capability: int, pairs: list[tuple[torch.dtype, torch.dtype]]) -> None:
+    """Go the whole way to the launch, for all layouts; print the kernels' PTX.
 
-    kinds = dict(
-        x="*fp32", out="*bf16", seeds="*i64", coefficients="*fp32", table="*fp32", terms="i32"
-    )
-    kinds |= {"a": "*fp32", "b": "*fp32", "stretches": "i32", "rank": "i32"}
-    kinds = dict.fromkeys(kernel.arg_names, "i64") | kinds
-    kinds |= dict.fromkeys(constants, "constexpr")
-    signature = {name: kinds[name] for name in kernel.arg_names}
-    source = ASTSource(
-        kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=cuda.OPTIONS)
-    assert made.asm["cubin"]
-    print(made.asm["ptx"])
+    Args:
+        pairs: the dtypes of what is read and of what is written.
+    """
+    from triton.runtime import driver
+
+    device = NoDevice(capability)
+    driver.set_active(device)
+    seeds, coefficients = [3, 2**63 + 5], [0.5, -1.25]
+    for pair in pairs:
+        for name in ("w", "v", "model.norm.weight"):  # of keys below and above 2**31
+            for regions in LAYOUTS:
+                x, out = (allocate(regions, dtype) for dtype in pair)
+                cuda.add_noise(x, name, regions, seeds, coefficients, out)
+                cuda.add_noise(x[1:], name, regions, seeds, coefficients, out[1:])
+            for shape, rank, regions in LOW_RANK:
+                x, out = (allocate(regions, dtype) for dtype in pair)
+                kind = LowRank(shape, rank)
+                cuda.add_low_rank_noise(x, name, regions, seeds, coefficients, out, kind)
+    assert len(device.kernels) == 1 + 2 * len(pairs), device.kernels.keys()
+    assert not any(metadata.enable_fp_fusion for metadata in device.kernels.values())
+    for kernel in (cuda._add, cuda._gaussian, cuda._add_products):
+        for compiled in kernel.device_caches[0][0].values():
+            assert compiled.asm["cubin"]
+            print(compiled.asm["ptx"])
+
+
+def allocate(regions: list[Region], dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(sum(region.numel for region in regions) + 1, dtype=dtype)
 
 
 if __name__ == "__main__":
@@ -98,4 +135,5 @@ if __name__ == "__main__":
         interpret()
         interpret_low_rank()
     else:
-        compile_for(int(sys.argv[2]))
+        pairs = [(torch.float32, torch.bfloat16)]
+        launch(int(sys.argv[2]), ALL_PAIRS if "all" in sys.argv else pairs)

@@ -1,0 +1,59 @@
+"""How much memory of a device generation takes, beside the live weights."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+
+from shardes.config.schema import Config, EngineName, Gather
+from shardes.sharding.regions import ParameterShard
+
+LOGITS = 4 << 27  # bytes: a pass that computes log-probabilities has up to 2**27 in float32
+
+
+def generation_bytes(
+    config: Config, model: PreTrainedConfig, shards: Sequence[ParameterShard]
+) -> int:
+    """An upper estimate, for a rank, of what generation will allocate.
+
+    That is the key-value cache of `generation.batch_tokens`, the states of as many tokens in one
+    layer, logits, and the gathered weights, except for those that engine=deepspeed has already
+    allocated. What a config does not tell is taken from its largest size.
+    """
+    text, tensor = model.get_text_config(), config.sharding.tensor
+    itemsize = shards[0].tensor.element_size()
+    hidden = _size(text, "hidden_size") or 8192
+    heads = _size(text, "num_attention_heads") or 1
+    kv_heads = _size(text, "num_key_value_heads") or heads
+    head = _size(text, "head_dim") or -(-hidden // heads)
+    layers = _size(text, "num_hidden_layers") or 1
+    wide = _size(text, "intermediate_size") or 4 * hidden
+    cached = 2 * layers * -(-kv_heads // tensor) * head
+    states = 4 * hidden + 3 * -(-wide // tensor) + 5 * -(-heads // tensor) * head
+    per_token = (cached + states) * itemsize
+    return (
+        config.generation.batch_tokens * per_token
+        + LOGITS
+        + _gathered_bytes(config, layers, shards)
+    )
+
+
+def _gathered_bytes(config: Config, layers: int, shards: Sequence[ParameterShard]) -> int:
+    if config.sharding.shard == 1:
+        return 0
+    sizes = [
+        sum(region.numel for region in shard.tensor_regions) * shard.tensor.element_size()
+        for shard in shards
+    ]
+    if config.sharding.gather is Gather.layer:
+        return 3 * (sum(sizes) // layers + max(sizes))
+    return sum(sizes) if config.engine is EngineName.fsdp else 0
+
+
+def _size(text: PreTrainedConfig, name: str) -> int:
+    """A size that a config has; the largest if layers differ in it, 0 if there is none."""
+    try:
+        value = getattr(text, name, None)
+    except RuntimeError:  # layers differ in it
+        value = text.to_dict().get(name)
+    values = value if isinstance(value, list) else [value]
+    return max((value for value in values if isinstance(value, int)), default=0)
