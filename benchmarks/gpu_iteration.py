@@ -86,8 +86,11 @@ def iteration(part) -> Iterator[Figure]:
             metrics, rest = train(
                 part, size, 1, members, prompts, tokens, f"engine={engine}", *keys
             )
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            yield Figure("iteration", what, "s", note=str(error)[-600:])
+        except subprocess.TimeoutExpired as error:
+            yield Figure("iteration", what, "s", note=f"took more than {error.timeout:.0f} s")
+            continue
+        except RuntimeError as error:
+            yield Figure("iteration", what, "s", note=str(error))
             continue
         yield from _figures(what, metrics, rest, members, prompts, tokens)
 

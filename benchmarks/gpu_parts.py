@@ -143,11 +143,11 @@ def noise(part: Part) -> Iterator[Figure]:
 
 
 def _center(part: Part, weights: Weights, copy: list[float], members: int) -> Iterator[Figure]:
-    """What a run makes of it: the center where a run has it by default."""
+    """What a run makes of it, with its center in host memory."""
     world = SimpleNamespace(device=torch.device(part.device), sum=lambda *values: list(values))
     shards = weights.shards()
     center = open_center(Restore.copy, shards, world, weights)
-    place = center.values(shards[0]).device.type
+    place = "host" if center.values(shards[0]).device.type == "cpu" else "the device"
 
     def perturb() -> None:
         with center.perturbed(Member(7, SIGMA)):
@@ -155,11 +155,11 @@ def _center(part: Part, weights: Weights, copy: list[float], members: int) -> It
 
     update = Update(range(members), [1e-6] * members)
     for what, amount, work in (
-        ("a run's perturb", 6e-9, perturb),
-        (f"a run's update, N = {members}", 8e-9, lambda: center.update(update)),
+        (f"perturb, center on {place}", 6e-9, perturb),
+        (f"update, N = {members}, center on {place}", 8e-9, lambda: center.update(update)),
     ):
         (times,) = part.times(work)
-        note = f"center on {place}; {1e3 * sorted(times)[len(times) // 2]:.3g} ms"
+        note = f"as a run does it: {1e3 * sorted(times)[len(times) // 2]:.3g} ms"
         values = rates(amount * weights.size, times)
         yield Figure("noise", what, "GB/s", values, "the copy's GB/s", copy, note)
 
@@ -223,10 +223,8 @@ def members(part: Part) -> Iterator[Figure]:
                 repeats=5,
             )
             what = f"{size}, N = {number}, {count} prompts × {new_tokens} tokens, low rank"
-            yield Figure(
-                "members", what, "members/s", rates(number, together), "full noise",
-                rates(alone, apart),
-            )  # fmt: skip
+            values, baseline = rates(number, together), rates(alone, apart)
+            yield Figure("members", what, "members/s", values, "full noise", baseline)
             yield _term(part, population, decode, prompts, number, size)
         del population
 

@@ -29,7 +29,8 @@ def examine(model, folder, layout, environ: dict[str, str]) -> tuple[list[dict],
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
     command += [str(shard * tensor), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += [str(ROOT / "tests/workers/gpu_layout.py"), engine, str(shard), str(tensor)]
-    done = run([*command, str(model)], 280, RESULTS=str(folder), **environ)
+    threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # the model is tiny
+    done = run([*command, str(model)], 280, RESULTS=str(folder), **threads, **environ)
     reports = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     return reports, f"exit code {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
 
