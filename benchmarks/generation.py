@@ -75,11 +75,31 @@ def against_vllm(directory: Path, toy: bool, vllm: str | None) -> Row:
     decode.eos = frozenset()  # every response has the maximum length, as with vLLM
     decode(model, encoded)
     rates = [count * longest / seconds(lambda: decode(model, encoded)) for _ in range(5)]
-    request = {"model": str(directory), "prompts": encoded, "longest": longest, "repeats": 5}
+    others, row.note = vllm_rates(vllm, directory, encoded, longest, "float32", 5)
+    if others:
+        row.ratios = [rate / other for rate, other in zip(rates, others, strict=True)]
+        row.note = (
+            f"{statistics.median(rates):.0f} against {statistics.median(others):.0f} tokens/s, "
+            "one after the other"
+        )
+    return row
+
+
+def vllm_rates(
+    python: str, directory: Path, prompts: list[list[int]], longest: int, dtype: str, repeats: int
+) -> tuple[list[float], str]:
+    """Tokens/s of each repeat with vLLM, and what went wrong if there are none.
+
+    Args:
+        python: of the environment that has vLLM.
+        longest: tokens of every response.
+    """
+    request = {"model": str(directory), "prompts": prompts, "longest": longest}
+    request |= {"dtype": dtype, "repeats": repeats}
     # vLLM's defaults for binding threads and reserving memory do not suit every machine.
     environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(
-        [vllm, str(Path(__file__).with_name("vllm_worker.py"))],
+        [python, str(Path(__file__).with_name("vllm_worker.py"))],
         input=json.dumps(request),
         env=environ,
         capture_output=True,
@@ -87,16 +107,9 @@ def against_vllm(directory: Path, toy: bool, vllm: str | None) -> Row:
         timeout=1200,
     )
     if done.returncode:
-        row.note = f"vLLM failed: {done.stderr.strip().splitlines()[-1][:200]}"
-        return row
+        return [], f"vLLM failed: {done.stderr.strip().splitlines()[-1][:200]}"
     output = next(line for line in done.stdout.splitlines() if line.startswith("["))
-    vllm_rates = json.loads(output)
-    row.ratios = [rate / vllm_rate for rate, vllm_rate in zip(rates, vllm_rates, strict=True)]
-    row.note = (
-        f"{statistics.median(rates):.0f} against {statistics.median(vllm_rates):.0f} tokens/s, "
-        "one after the other"
-    )
-    return row
+    return json.loads(output), ""
 
 
 def _load(directory: Path):

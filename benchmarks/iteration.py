@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Row
-from shardes.distributed import environment
+from benchmarks.measure import Row, environment_with
 from shardes.distributed.world import free_port
 from shardes.engines import empty_model
 
@@ -53,10 +52,7 @@ def train(
             *keys,
         ]
         # The ranks set their own numbers of threads.
-        environ = environment.INHERITED | {
-            "BENCHMARK_PROMPTS": str(prompts),
-            "PYTHONPATH": str(ROOT),
-        }
+        environ = environment_with(ROOT, BENCHMARK_PROMPTS=str(prompts))
         done = subprocess.run(
             command, cwd=ROOT, env=environ | env, capture_output=True, text=True, timeout=1800
         )

@@ -1,11 +1,15 @@
 """Rows of the table, and functions that measure them."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
+
+from shardes.distributed import environment
 
 
 @dataclass
@@ -46,6 +50,13 @@ class Row:
             "ratio": self.ratio if self.ratios else None,
             "verdict": self.verdict,
         }
+
+
+def environment_with(root: Path, **variables: str) -> dict[str, str]:
+    """The variables that this process was started with, for one that imports from `root` too."""
+    before = environment.INHERITED.get("PYTHONPATH")
+    path = str(root) if before is None else f"{root}{os.pathsep}{before}"
+    return environment.INHERITED | {"PYTHONPATH": path} | variables
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -1,6 +1,8 @@
 """Measure everything, print a table and draw it.
 
 python -m benchmarks.run [--only NAME ...]
+
+With --gpu, measure a GPU instead: see benchmarks/gpu.py.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import generation, iteration, noise, side_by_side
+from benchmarks import generation, gpu, iteration, noise, side_by_side
 from benchmarks.measure import Row
 from shardes.distributed import environment
 
@@ -110,6 +112,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="default: %(default)s"
     )
+    parser.add_argument("--gpu", action="store_true", help="measure a GPU; --gpu --help says more")
     parser.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM")
     parser.add_argument(
         "--toy", action="store_true", help="small sizes, to check that every row runs"
@@ -118,6 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
+    if "--gpu" in argv:
+        return gpu.main([argument for argument in argv if argument != "--gpu"])
     options = parse(argv)
     if not options.model.is_dir():
         print(

@@ -27,16 +27,22 @@ SIGMA = 0.002
 class Population:
     """Members of one model on one rank, each with full noise or with noise of low rank."""
 
-    def __init__(self, directory: Path, rank: int):
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().to(device)
         self.model.requires_grad_(False)
         use_own_forward(self.model)
         shards = []
         for name, param in self.model.named_parameters():
             whole = (Region.contiguous(0, param.numel()),)
             shards.append(ParameterShard(name, tuple(param.shape), param.view(-1), whole, whole))
-        world = SimpleNamespace(device=torch.device("cpu"))
+        world = SimpleNamespace(device=torch.device(device))
         self.center = open_center(Restore.copy, shards, world, WeightFiles(directory))
         self.side_by_side = SideBySide(self.model, shards, world.device, rank)
 

@@ -15,7 +15,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     llm = LLM(
         model=request["model"],
-        dtype="float32",
+        dtype=request["dtype"],
         max_model_len=1024,
         max_num_seqs=len(request["prompts"]),
     )

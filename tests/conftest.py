@@ -16,6 +16,12 @@ settings.load_profile("loaded")
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=30, help="of tests/faults/test_kills.py, in all")
+    parser.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="of tests/gpu; cpu: rehearse them without a GPU (default: %(default)s)",
+    )
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

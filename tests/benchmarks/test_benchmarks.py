@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.measure import Row, ratios, slope
 from benchmarks.noise import _extra_bytes
 from launch import run
@@ -77,3 +78,38 @@ def test_slope():
 def test_extra_memory_is_measured_although_it_is_freed():
     assert 39e6 < _extra_bytes(lambda: torch.ones(10**7)) < 60e6
     assert _extra_bytes(lambda: None) < 1e6
+
+
+@pytest.mark.slow
+def test_every_part_of_the_gpu_benchmark_runs_in_rehearsal(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.run", "--gpu", "--device", "cpu"]
+    done = run([*command, "--out", str(tmp_path)], seconds=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "gpu_rehearsal.json").read_text())["figures"]
+    assert {figure["part"] for figure in figures} == set(gpu.PARTS)
+    assert all(figure["values"] for figure in figures)
+    rows = (tmp_path / "gpu_rehearsal.md").read_text().splitlines()
+    assert sum(row.startswith("| ") for row in rows) == len(figures) + 2
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_or_has_no_time_leaves_the_others(monkeypatch, tmp_path):
+    def run_part(name, device, work, seconds, show):
+        if name == "noise":
+            return "exit code 1: no such kernel"
+        show(gpu.Figure(name, "speed", "x/s", [4.0, 1.0, 2.0], "another", [1.0]))
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setitem(gpu.PARTS, "load", 1)  # less than a part needs
+    options = ["--device", "cpu", "--parts", "noise", "decode", "load", "--out", str(tmp_path)]
+    assert gpu.main(options) == 1
+    failed, made, late = json.loads((tmp_path / "gpu_rehearsal.json").read_text())["figures"]
+    assert "no such kernel" in failed["note"] and "--seconds" in late["note"]
+    assert made["ratio"] == 2.0
+    table = (tmp_path / "gpu_rehearsal.md").read_text()
+    assert "| decode | speed | 2 x/s | 1 to 4 | another: 1 | 2 |  |" in table

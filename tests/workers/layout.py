@@ -23,6 +23,7 @@ from shardes.es.side_by_side import SideBySide
 from shardes.es.update import Update
 from shardes.inference.generation import decoder
 from shardes.inference.sampler import Sampler
+from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.weight_files import WeightFiles
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7)]
@@ -86,6 +87,8 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     }
     with center.perturbed(Member(7, 0.05)):
         results["member tokens"] = sampler.generate(PROMPTS)
+        parts = (digest(s.name, s.regions, s.values) for s in engine.shards if s.counted)
+        results["member weights"] = format_digest(world.sum_uint64(sum(parts) % 2**64))
     try:
         with center.perturbed(Member(8, 0.05)), engine.gathered():
             raise KeyError("a reward that raises")
