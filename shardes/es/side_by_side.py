@@ -108,18 +108,29 @@ class MatrixSlice:
         return sum(map(len, self.rows)) * len(self.cols)
 
 
-def add_linear_term(rows: Rows, factors: Factors, x: torch.Tensor, y: torch.Tensor) -> None:
+def add_linear_term(
+    name: str, rows: Rows, factors: Factors, x: torch.Tensor, y: torch.Tensor
+) -> None:
     """y += (σ/√r)·(x·b)·aᵀ, in place, where `Factors` holds aᵀ and bᵀ.
 
     Args:
+        name: of the matrix, in messages.
         x: input, shape (rows, tokens, columns of the matrix), or the first two flattened.
         y: output, likewise.
+
+    Raises:
+        ConfigError: the input is not that of all rows.
     """
     if not len(rows):
         return
     x, y = (t.to_local() if isinstance(t, DTensor) else t for t in (x, y))
+    first = len(x)
     x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    assert len(x) % len(rows) == 0, f"{len(x)} lines of {len(rows)} rows"
+    if first % len(rows) or not first:
+        raise ConfigError(
+            f"es.members_per_batch: members cannot share {name}: its layer computes with {first} "
+            f"of {len(rows)} rows; set es.members_per_batch=1, which perturbs the weights in place"
+        )
     if y.device.type == "cpu" and x.dtype == y.dtype == torch.float32:
         side_by_side_cpu.add_term(x, y, rows.slots, rows.scales, factors.a, factors.b)
         return
@@ -206,7 +217,7 @@ class SideBySide:
         with ExitStack() as stack:
             for user in self._users:
                 own = _cut(held[user.name], self._held[user.name], user.matrix)
-                stack.enter_context(self._attached(user.layer, own))
+                stack.enter_context(self._attached(user.name, user.layer, own))
             try:
                 yield
             finally:
@@ -230,7 +241,7 @@ class SideBySide:
         return Factors(torch.stack(a).to(self._device), torch.stack(b).to(self._device))
 
     @contextmanager
-    def _attached(self, layer: Any, factors: Factors) -> Iterator[None]:
+    def _attached(self, name: str, layer: Any, factors: Factors) -> Iterator[None]:
         """A context in which a layer adds the term of its rows' members."""
         if _is_embedding(layer):
             before = layer.__dict__.get("forward")
@@ -244,7 +255,7 @@ class SideBySide:
             return
         if _kind(layer) is Conv1D:  # its weight is the transposed matrix
             factors = Factors(factors.b, factors.a)
-        setattr(layer, TERM, partial(add_linear_term, self._rows, factors))
+        setattr(layer, TERM, partial(add_linear_term, name, self._rows, factors))
         try:
             yield
         finally:
