@@ -67,6 +67,8 @@ def rows(directory: Path, toy: bool) -> Iterator[Row]:
     yield from _one_replica(directory, toy, repeats)
     yield _two_replicas(directory, toy, repeats)
     yield _gather(directory, toy, repeats)
+    for gather, target in (("member", 4), ("layer", 10)):
+        yield _low_rank(directory, toy, gather, target)
 
 
 def _one_replica(directory: Path, toy: bool, repeats: int) -> Iterator[Row]:
@@ -120,6 +122,22 @@ def _gather(directory: Path, toy: bool, repeats: int) -> Row:
     medians = (f"{gather} {statistics.median(each):.2f} s" for gather, each in times.items())
     note = f"{', '.join(medians)} per member"
     return Row("gather", "ZeRO 2, gather: member", "per-layer hooks", 8, values, note=note)
+
+
+def _low_rank(directory: Path, toy: bool, gather: str, target: float) -> Row:
+    """Members with low-rank noise, compared with a few with full noise: seconds per member."""
+    prompts, tokens, members, few = (2, 4, 4, 2) if toy else (4, 32, 16, 2)
+    keys, seconds = ("sharding.shard=2", f"sharding.gather={gather}"), {}
+    for noise, count in (("low_rank", members), ("full", few)):
+        metrics = train(
+            directory, 2, prompts, tokens, count, 1 if toy else 2, *keys, f"es.noise={noise}"
+        )
+        seconds[noise] = [(row["seconds"] - row["seconds_update"]) / count for row in metrics]
+    values = [full / low for full, low in zip(seconds["full"], seconds["low_rank"], strict=True)]
+    medians = (f"{noise} {statistics.median(each):.2f} s" for noise, each in seconds.items())
+    what = f"ZeRO 2, gather: {gather}, low rank, N = {members}, {prompts} prompts × {tokens} tokens"
+    note = f"{', '.join(medians)} per member; full noise with N = {few}"
+    return Row(f"low rank: {gather}", what, "full noise", target, values, note=note)
 
 
 def _median(metrics: list[dict[str, float]], name: str) -> float:

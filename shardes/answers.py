@@ -13,6 +13,8 @@ from shardes.es.population import Iteration
 from shardes.es.side_by_side import SideBySide
 from shardes.inference.sampler import Sampler
 
+Finished = Callable[[int, list[list[int]]], None]  # a member's number, its responses as token ids
+
 
 class Answers(Protocol):
     """Lets groups of members answer; every rank of a replica makes the same calls."""
@@ -22,13 +24,18 @@ class Answers(Protocol):
         ...
 
     def generate(
-        self, iteration: Iteration, group: Sequence[int], poll: Callable[[], None]
-    ) -> list[list[list[int]]]:
-        """Each member's responses to the iteration's prompts, as token ids.
+        self,
+        iteration: Iteration,
+        group: Sequence[int],
+        poll: Callable[[], None],
+        finished: Finished,
+    ) -> None:
+        """Let members answer the iteration's prompts.
 
         Args:
             group: the members' numbers.
             poll: called between decode steps; what it raises ends the decoding.
+            finished: told each member when its last response ends, while others may go on.
         """
         ...
 
@@ -43,13 +50,16 @@ class InPlace(Answers):
         return 1
 
     def generate(
-        self, iteration: Iteration, group: Sequence[int], poll: Callable[[], None]
-    ) -> list[list[list[int]]]:
-        responses = []
+        self,
+        iteration: Iteration,
+        group: Sequence[int],
+        poll: Callable[[], None],
+        finished: Finished,
+    ) -> None:
         for number in group:
             with self._center.perturbed(iteration.members[number]):  # θ + σ·ε(s_n)
-                responses.append(self._sampler.generate(iteration.prompts, poll=poll))
-        return responses
+                responses = self._sampler.generate(iteration.prompts, poll=poll)
+            finished(number, responses)
 
 
 class OneBatch(Answers):
@@ -84,16 +94,28 @@ class OneBatch(Answers):
         return max(min(rows // len(prompts), share), 1)
 
     def generate(
-        self, iteration: Iteration, group: Sequence[int], poll: Callable[[], None]
-    ) -> list[list[list[int]]]:
+        self,
+        iteration: Iteration,
+        group: Sequence[int],
+        poll: Callable[[], None],
+        finished: Finished,
+    ) -> None:
         with self._clock("perturb"):
             self._center.load_into_model()
         members, count = [iteration.members[number] for number in group], len(iteration.prompts)
+        answered: list[dict[int, list[int]]] = [{} for _ in members]
+
+        def ended(row: int, response: list[int]) -> None:
+            member, prompt = divmod(row, count)
+            answered[member][prompt] = response
+            if len(answered[member]) == count:
+                finished(group[member], [answered[member][prompt] for prompt in range(count)])
+
         with self._side_by_side.members(members, self._clock):
-            responses = self._sampler.generate(
+            self._sampler.generate(
                 iteration.prompts * len(members),
                 poll=poll,
                 members=[i for i in range(len(members)) for _ in range(count)],
                 set_members=self._side_by_side.set_rows,
+                ended=ended,
             )
-        return [responses[first : first + count] for first in range(0, len(responses), count)]

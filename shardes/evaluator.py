@@ -9,6 +9,7 @@ center is evaluated twice.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from shardes.config.schema import Config
 from shardes.distributed.world import NOTHING, World
@@ -97,7 +98,8 @@ class Evaluator:
         Then the center may move.
         """
         if self._pending and not self._pending.complete:
-            self._answer(self._pending, self._pending.queue.orphans())
+            orphans = chain.from_iterable(self._pending.queue.orphans())
+            self._answer(self._pending, orphans)
             self._pending.complete = True
 
     def is_best(self, t: int) -> bool:

@@ -26,8 +26,9 @@ from shardes.distributed.world import Job, World, agree, form_replica, join_job,
 from shardes.engines import Engine, build, check_model, open_model
 from shardes.engines.attention import check_attention
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
+from shardes.es.matrix_layers import matrix_layers
 from shardes.es.population import check_rank, noise_rank
-from shardes.es.side_by_side import answer_side_by_side, matrix_layers
+from shardes.es.side_by_side import answer_side_by_side
 from shardes.es.update import evolves
 from shardes.inference.generation import Decoder, decoder
 from shardes.inference.limits import beyond_context, check_decoding, check_prompts

@@ -5,7 +5,7 @@ evaluator and snapshot writer that they are given: see `shardes/roles.py`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -118,22 +118,40 @@ class Trainer:
         """Evaluate members for this replica until every member has a reward."""
         queue = self.coordinator.member_queue(iteration, self.answers.group_size(iteration))
         for group in queue:  # this replica's claims, then the members of replicas that died
-            answers = self.answers.generate(iteration, group, queue.poll)  # with θ + σ·ε(s_n)
-            for number, responses in zip(group, answers, strict=True):
-                self.score_member(iteration, number, responses, queue)
+            self.evaluate_group(iteration, group, queue)
         return queue.results()
+
+    def evaluate_group(
+        self, iteration: Iteration, group: Sequence[int], queue: MemberQueue
+    ) -> None:
+        """Let members answer, and score each from when its last response ends."""
+        posts: dict[int, Callable[[], None]] = {}
+
+        def finished(number: int, responses: list[list[int]]) -> None:
+            if self.world.is_leader:
+                posts[number] = self.score_member(iteration, number, responses, queue)
+
+        self.answers.generate(iteration, group, queue.poll, finished)  # with θ + σ·ε(s_n)
+        for number in group:
+            self.world.run_on_leader(lambda: posts[number]())  # noqa: B023  # called at once
+            self.members_evaluated += 1
 
     def score_member(
         self, iteration: Iteration, number: int, responses: list[list[int]], queue: MemberQueue
-    ) -> None:
-        """Score a member's responses, given as token ids, and post its reward: their mean."""
+    ) -> Callable[[], None]:
+        """Start to score a member's responses, given as token ids; returns a function that posts
+        its reward, their mean.
+        """
+        texts = self.sampler.texts(responses)
+        model = (
+            f"member {number} of iteration {iteration.index} "
+            f"(seed {iteration.members[number].seed})"
+        )
+        failures = invalid_logits(responses, model, self.config.model.dtype)
+        scores = self.scorer.start("train", texts, iteration.prompt_numbers, failures)
 
-        def score() -> None:
-            texts = self.sampler.texts(responses)
-            seed = iteration.members[number].seed
-            model = f"member {number} of iteration {iteration.index} (seed {seed})"
-            failures = invalid_logits(responses, model, self.config.model.dtype)
-            rewards = self.scorer("train", texts, iteration.prompt_numbers, failures)
+        def post() -> None:
+            rewards = scores()
             result = MemberResult(
                 reward=mean(rewards),
                 tokens=sum(map(len, responses)),
@@ -147,8 +165,7 @@ class Trainer:
             with self.clock("exchange"):
                 queue.post(number, result)
 
-        self.world.run_on_leader(score)
-        self.members_evaluated += 1
+        return post
 
     def before_iteration(self, iteration: Iteration) -> None:
         """Compare, evaluate and save the center before members are made of it.

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
+from architectures import tiny_config
 from launch import call, free_port
-from models import SIZES
+from models import SIZES, save_model
 from shardes.commands import cli
 from shardes.config.loading import center_settings, load
 from shardes.sharding.weight_files import WeightFiles
@@ -82,6 +84,7 @@ def workspace(tmp_path, uneven_llama) -> Path:
         (tmp_path / name).mkdir()
         for file, text in files.items():
             (tmp_path / name / file).write_text(text)
+    save_model(tmp_path / "mamba", AutoModelForCausalLM.from_config(tiny_config("mamba")))
     (tmp_path / "taken.partial").mkdir()
     (tmp_path / "taken.partial" / "notes.txt").write_text("mine")
     settings = {
@@ -178,6 +181,14 @@ MISTAKES = {
     ),
     "train es.noise=low_rank es.restore=subtract": (
         r"es\.restore=subtract: is for es\.noise=full; use copy with es\.noise=low_rank"
+    ),
+    "train es.noise=low_rank es.rank=0": r"es\.rank=0: must be at least 1",
+    "train es.members_per_batch=4": (
+        r"es\.members_per_batch=4: is for es\.noise=low_rank: with full noise a member changes"
+    ),
+    "train es.noise=low_rank model.path=mamba": (
+        r"es\.members_per_batch: members cannot share backbone\.layers\.0\.mixer\.A_log, which "
+        r"MambaMixer computes with in its own way; set es\.members_per_batch=1"
     ),
     "train es.noise=low_rank es.rank=1000": (
         r"es\.rank=1000: model\.embed_tokens\.weight is \d+ × \d+, so its rank is at most \d+"

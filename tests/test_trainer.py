@@ -1,7 +1,9 @@
 """The loop, step by step, on one rank that no launcher started."""
 
 import json
+import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from shardes.answers import InPlace
 from shardes.commands import train
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import join_job, leave_job
@@ -21,11 +24,21 @@ from shardes.roles import PrimaryJob
 from shardes.storage.journal import read
 
 TASK = """
+import time
+
 class Letters:
     def prompts(self, split):
         return ["abc", "a longer prompt", "x"] if split == "train" else ["hello"]
     def score(self, split, responses, which=None):
         return [float(sum(map(ord, text)) % 97) for text in responses]
+
+class Slow:  # in worker processes
+    def prompts(self, split):
+        return ["abc"]
+    def reward(self, split, number, response):
+        open("SCORED", "a").write(f"{time.monotonic()} ")
+        time.sleep(0.4)
+        return float(sum(map(ord, response)) % 97)
 """
 SETTINGS = [
     "model.dtype=float32",
@@ -40,23 +53,35 @@ SETTINGS = [
 ]
 
 
+SIDE_BY_SIDE = [
+    "es.noise=low_rank",
+    "es.members_per_batch=6",
+    "es.population_size=6",
+    "generation.max_new_tokens=8",
+    "generation.batch_tokens=24",  # two rows
+    "task.prompts_per_iteration=null",
+    "task.workers=1",
+]
+
+
 @pytest.fixture
-def trainer(tmp_path, tied_llama, monkeypatch):
-    """A trainer of one rank."""
+def trainer(request, tmp_path, tied_llama, monkeypatch):
+    """A trainer of one rank; a test's parameters are a class of TASK and further keys."""
+    task, *keys = getattr(request, "param", ["Letters"])
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "")  # so that what the job sets is undone
         monkeypatch.delenv(name)
-    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "task.py").write_text(TASK.replace("SCORED", str(tmp_path / "scored")))
     config = tmp_path / "config.yaml"
     settings = {
         "model": {"path": str(tied_llama)},
-        "task": {"path": f"{tmp_path}/task.py:Letters"},
+        "task": {"path": f"{tmp_path}/task.py:{task}"},
         "run": {"dir": str(tmp_path / "run")},
     }
     config.write_text(yaml.safe_dump(settings))
     job = join_job(20)
-    prepared = train.prepare([str(config), *SETTINGS], job)
+    prepared = train.prepare([str(config), *SETTINGS, *keys], job)
     watcher = ShutdownWatcher(job)
     try:
         with ExitStack() as stack:
@@ -95,6 +120,30 @@ def test_an_iteration_is_algorithm_2(trainer):
     assert record.update == Update(iteration.seeds, weights)
     trainer.center.update(record.update)
     assert trainer.center.digest() != base
+
+
+@pytest.mark.parametrize("trainer", [["Slow", *SIDE_BY_SIDE]], indirect=True)
+def test_finished_members_are_scored_while_others_decode(trainer, tmp_path):
+    trainer.replay_journal()
+    iteration, steps = trainer.iteration(0), []
+
+    def slow_step():
+        steps.append(time.monotonic())
+        time.sleep(0.05)
+
+    alone = replace(iteration, index=1)
+    answers, trainer.answers = trainer.answers, InPlace(trainer.center, trainer.sampler)
+    expected = trainer.evaluate_members(alone)  # starts the worker, too
+    trainer.answers = answers
+    (tmp_path / "scored").unlink()
+    trainer.coordinator._poll = slow_step
+    started = time.monotonic()
+    results = trainer.evaluate_members(iteration)
+    seconds = time.monotonic() - started
+    assert [member.reward for member in results.members] == [m.reward for m in expected.members]
+    scored = list(map(float, (tmp_path / "scored").read_text().split()))
+    assert len(scored) == 6 and sum(when < max(steps) for when in scored) >= 2
+    assert seconds < max(steps) - started + 6 * 0.4  # one after the other
 
 
 def test_the_loop_trains_and_finishes(trainer):

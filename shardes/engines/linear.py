@@ -1,4 +1,4 @@
-"""The forward passes of linear layers, whole or split, in both engines."""
+"""The forward passes of linear layers, whole or split, and of stacked experts, in both engines."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 TERM = "member_term"  # a layer's attribute: what it adds for the members that answer side by side
+UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"  # experts' stacks of a matrix for each
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -26,12 +27,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def use_own_forward(module: nn.Module) -> None:
-    """Let the plain linear layers of a module use `forward`."""
+    """Let the plain linear layers and the experts of a module use the passes below."""
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.forward = partial(forward, layer)  # type: ignore[method-assign]
         elif type(layer) is Conv1D:
             layer.forward = partial(forward_transposed, layer)  # type: ignore[method-assign]
+        elif are_experts(layer):
+            layer.forward = partial(forward_experts, layer)
 
 
 def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -59,3 +62,49 @@ def add_term(layer: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if term is not None:
         term(x, y)
     return y
+
+
+def are_experts(layer: nn.Module) -> bool:
+    """Whether a layer is a stack of experts that `forward_experts` can compute: with transformers'
+    interface for experts, without biases, and not transposed.
+    """
+    transposed, bias = (getattr(layer, name, True) for name in ("is_transposed", "has_bias"))
+    return hasattr(layer, "has_gate") and not transposed and not bias
+
+
+def forward_experts(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted sum of the outputs of each token's experts; without members, transformers' own.
+
+    Args:
+        hidden_states: shape (tokens, width).
+        top_k_index, top_k_weights: of each token's experts, shape (tokens, experts per token).
+    """
+    term = layer.__dict__.get(TERM)
+    if term is None:
+        return type(layer).forward(layer, hidden_states, top_k_index, top_k_weights)
+    count = top_k_index.shape[-1]
+    chosen, scale = top_k_index.flatten(), top_k_weights.flatten()
+    out = hidden_states.new_empty(len(chosen), hidden_states.shape[-1])
+    for expert in chosen.unique().tolist():
+        pairs = (chosen == expert).nonzero()[:, 0]
+        tokens = pairs // count
+
+        def project(key: str, x: torch.Tensor, expert=expert, tokens=tokens) -> torch.Tensor:
+            y = linear(x, getattr(layer, key)[expert])
+            term(key, expert, tokens, len(hidden_states), x, y)
+            return y
+
+        if layer.has_gate:
+            hidden = layer._apply_gate(project(GATE_UP, hidden_states[tokens]))
+        else:
+            hidden = layer.act_fn(project(UP, hidden_states[tokens]))
+        hidden = project(DOWN, hidden)
+        if layer.has_post_expert_norm:
+            hidden = layer.post_expert_norm(hidden)
+        out[pairs] = (hidden * scale[pairs, None]).to(out.dtype)
+    return out.view(len(hidden_states), count, -1).sum(1)

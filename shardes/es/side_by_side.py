@@ -6,6 +6,7 @@ adds (σ/√r)·a[token]·bᵀ. Under tensor parallelism a rank has the parts of
 slice of W; a row-parallel layer adds its term before the all-reduce that it makes in any case.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,57 +16,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shardes.clock import Clock
 from shardes.config.schema import ESConfig, Noise
-from shardes.engines.linear import TERM
+from shardes.engines.linear import TERM, are_experts
 from shardes.errors import ConfigError
-from shardes.es import side_by_side_cpu
+from shardes.es.matrix_layers import is_embedding, is_router, kind_of, matrix_layers
+from shardes.es.member_terms import (
+    Factors,
+    Rows,
+    add_expert_term,
+    add_linear_term,
+    embed,
+    route,
+)
 from shardes.es.population import Member
-from shardes.es.update import evolves
 from shardes.noise import LowRank, factors
 from shardes.sharding.regions import ParameterShard, Region
-
-# AutoTP's layers, by name because engine=fsdp does not need DeepSpeed
-LINEAR = ("LinearLayer", "LinearAllreduce", "VocabParallelLinear")
-EMBEDDING = ("VocabParallelEmbedding", "HiddenParallelEmbedding")  # their output is whole
-
-
-class Rows:
-    """Which member each row of a batch belongs to; all layers look here.
-
-    Attributes:
-        slots: shape (rows,), int64: where the row's factors lie.
-        scales: shape (rows,), float32: σ/√r, negative for the second member of a pair.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self.set([], [])
-
-    def set(self, slots: Sequence[int], scales: Sequence[float]) -> None:
-        self.slots = torch.tensor(slots, dtype=torch.long, device=self._device)
-        self.scales = torch.tensor(scales, dtype=torch.float32, device=self._device)
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-
-@dataclass
-class Factors:
-    """This rank's factors of one parameter, transposed, for the members of a group: float32.
-
-    Attributes:
-        a: shape (members, rank, rows of the matrix).
-        b: shape (members, rank, columns of the matrix).
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -73,12 +42,12 @@ class MatrixSlice:
     """The part of a matrix that a rank holds under tensor parallelism.
 
     Attributes:
-        shape: of the whole matrix.
+        shape: of the whole parameter: a matrix, or a stack of matrices, of which all are held.
         rows: which rows of the whole matrix the slice's rows are, as ranges one after another.
         cols: the range of columns.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rows: tuple[range, ...]
     cols: range
 
@@ -90,7 +59,10 @@ class MatrixSlice:
             ConfigError: it is no block of whole rows, and no block of columns.
         """
         width = shape[-1]
-        if all(r.start % width == 0 and r.cols % width == 0 for r in regions):
+        if len(shape) > 2:
+            if sum(region.numel for region in regions) == prod(shape):
+                return cls(shape, (range(shape[-2]),), range(width))
+        elif all(r.start % width == 0 and r.cols % width == 0 for r in regions):
             if all(r.rows == 1 for r in regions):
                 starts = [range(r.start // width, (r.start + r.cols) // width) for r in regions]
                 return cls((shape[0], width), tuple(starts), range(width))
@@ -108,50 +80,12 @@ class MatrixSlice:
         return sum(map(len, self.rows)) * len(self.cols)
 
 
-def add_linear_term(rows: Rows, factors: Factors, x: torch.Tensor, y: torch.Tensor) -> None:
-    """y += (σ/√r)·(x·b)·aᵀ, in place, where `Factors` holds aᵀ and bᵀ.
-
-    Args:
-        x: input, shape (rows, tokens, columns of the matrix), or the first two flattened.
-        y: output, likewise.
-    """
-    if not len(rows):
-        return
-    x, y = (t.to_local() if isinstance(t, DTensor) else t for t in (x, y))
-    x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    assert len(x) % len(rows) == 0, f"{len(x)} lines of {len(rows)} rows"
-    if y.device.type == "cpu" and x.dtype == y.dtype == torch.float32:
-        side_by_side_cpu.add_term(x, y, rows.slots, rows.scales, factors.a, factors.b)
-        return
-    a, b = (t[rows.slots] for t in (factors.a, factors.b))
-    scaled = (a * rows.scales[:, None, None]).to(y.dtype)
-    inner = torch.bmm(x.view(len(rows), -1, x.shape[-1]), b.to(x.dtype).transpose(1, 2))
-    y.view(len(rows), -1, y.shape[-1]).baddbmm_(inner, scaled)
-
-
-def embed(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    layer: Any,
-    rows: Rows,
-    factors: Factors,
-    tokens: torch.Tensor,
-) -> torch.Tensor:
-    """An embedding's output plus (σ/√r)·a[token]·bᵀ, scaled as the embedding is."""
-    out = forward(tokens)
-    if not len(rows):
-        return out
-    chosen = factors.a[rows.slots[:, None], :, tokens] * rows.scales[:, None, None]
-    term = torch.bmm(chosen.to(out.dtype), factors.b[rows.slots].to(out.dtype))
-    scale = getattr(layer, "embed_scale", None)
-    return out + (term if scale is None else term * scale)
-
-
 @dataclass(frozen=True)
 class _User:
     """A layer that computes with a matrix."""
 
-    layer: nn.Module
-    name: str  # of the parameter
+    key: str  # of the parameter in the layer
+    name: str
     matrix: MatrixSlice
 
 
@@ -182,14 +116,13 @@ class SideBySide:
         self._members: list[tuple[int, float]] = []  # of the group: slot and scale
         by_name = {shard.name: shard for shard in shards}
         shapes = {shard.name: shard.shape for shard in shards}
-        self._users = [
-            _User(layer, name, _matrix_slice(layer, by_name[name]))
-            for layer, name in matrix_layers(module, shapes, rank, evolve)
-        ]
+        self._by_layer: dict[nn.Module, list[_User]] = defaultdict(list)
         self._held: dict[str, MatrixSlice] = {}  # what this rank has factors of
-        for user in self._users:
-            held = self._held.get(user.name, user.matrix)
-            self._held[user.name] = max(held, user.matrix, key=lambda matrix: matrix.size)
+        for layer, key, name in matrix_layers(module, shapes, rank, evolve):
+            matrix = _matrix_slice(layer, by_name[name])
+            self._by_layer[layer].append(_User(key, name, matrix))
+            held = self._held.get(name, matrix)
+            self._held[name] = max(held, matrix, key=lambda matrix: matrix.size)
 
     @contextmanager
     def members(self, members: Sequence[Member], clock: Clock) -> Iterator[None]:
@@ -204,9 +137,15 @@ class SideBySide:
             (seeds.index(member.seed), member.sigma / sqrt(self._rank)) for member in members
         ]
         with ExitStack() as stack:
-            for user in self._users:
-                own = _cut(held[user.name], self._held[user.name], user.matrix)
-                stack.enter_context(self._attached(user.layer, own))
+            for layer, users in self._by_layer.items():
+                own = {
+                    user.key: (
+                        user.name,
+                        _cut(held[user.name], self._held[user.name], user.matrix),
+                    )
+                    for user in users
+                }
+                stack.enter_context(self._attached(layer, own))
             try:
                 yield
             finally:
@@ -221,34 +160,40 @@ class SideBySide:
     def _factors(self, seeds: Sequence[int], name: str, matrix: MatrixSlice) -> Factors:
         low_rank = LowRank(matrix.shape, self._rank)
         cols = slice(matrix.cols.start, matrix.cols.stop)
-        a, b = [], []
+        outer, a, b = [slice(None)] * (len(matrix.shape) - 2), [], []
         for seed in seeds:
-            boxes = [(slice(rows.start, rows.stop), cols) for rows in matrix.rows]
+            boxes = [(*outer, slice(rows.start, rows.stop), cols) for rows in matrix.rows]
             pairs = [factors(seed, name, low_rank, box) for box in boxes]
-            a.append(torch.cat([rows for rows, _ in pairs]).T)
-            b.append(pairs[0][1].T)
-        return Factors(torch.stack(a).to(self._device), torch.stack(b).to(self._device))
+            a.append(torch.cat([rows for rows, _ in pairs], -2).mT)
+            b.append(pairs[0][1].mT)
+        return Factors(torch.stack(a, -3).to(self._device), torch.stack(b, -3).to(self._device))
 
     @contextmanager
-    def _attached(self, layer: Any, factors: Factors) -> Iterator[None]:
-        """A context in which a layer adds the term of its rows' members."""
-        if _is_embedding(layer):
-            before = layer.__dict__.get("forward")
-            layer.forward = partial(embed, layer.forward, layer, self._rows, factors)
-            try:
-                yield
-            finally:
-                del layer.forward
-                if before is not None:
-                    layer.forward = before
-            return
-        if _kind(layer) is Conv1D:  # its weight is the transposed matrix
+    def _attached(self, layer: Any, own: Mapping[str, tuple[str, Factors]]) -> Iterator[None]:
+        """A context in which a layer adds the term of its rows' members.
+
+        Args:
+            own: names and factors of its matrices, by their keys in the layer.
+        """
+        before, key = layer.__dict__.get("forward"), TERM
+        name, factors = next(iter(own.values()))
+        if kind_of(layer) is Conv1D:  # its weight is the transposed matrix
             factors = Factors(factors.b, factors.a)
-        setattr(layer, TERM, partial(add_linear_term, self._rows, factors))
+        term: Callable = partial(add_linear_term, name, self._rows, factors)
+        if is_embedding(layer):
+            key, term = "forward", partial(embed, layer.forward, layer, self._rows, factors)
+        elif is_router(layer):
+            shape = torch.Size((factors.a.shape[-1], factors.b.shape[-1]))
+            key, term = "forward", partial(route, layer.forward, term, shape, name)
+        elif are_experts(layer):
+            term = partial(add_expert_term, own, self._rows)
+        setattr(layer, key, term)
         try:
             yield
         finally:
-            delattr(layer, TERM)
+            delattr(layer, key)
+            if before is not None:
+                layer.forward = before
 
 
 def answer_side_by_side(es: ESConfig) -> bool:
@@ -256,63 +201,11 @@ def answer_side_by_side(es: ESConfig) -> bool:
     return es.noise is Noise.low_rank and es.members_per_batch != 1
 
 
-def matrix_layers(
-    module: PreTrainedModel, shapes: Mapping[str, Sequence[int]], rank: int, evolve: str | None
-) -> list[tuple[nn.Module, str]]:
-    """The layers that compute with a matrix that members change, and the matrix's names.
-
-    Args:
-        shapes: of the unsharded parameters.
-
-    Raises:
-        ConfigError: a layer does so in a way that members cannot share.
-    """
-    names = {id(param): name for name, param in module.named_parameters()}
-    layers = []
-    for layer in module.modules():
-        for key, param in layer._parameters.items():
-            if param is None:
-                continue
-            name = names[id(param)]
-            if not evolves(evolve, rank, name, tuple(shapes[name])):
-                continue
-            supported = _is_linear(layer) or _is_embedding(layer)
-            # An expert computes with some of the tokens, in an order of its own.
-            if key != "weight" or not supported or ".experts." in name:
-                raise ConfigError(
-                    f"es.members_per_batch: members cannot share {name}, which "
-                    f"{type(layer).__name__} computes with in its own way; set "
-                    "es.members_per_batch=1, which perturbs the weights in place"
-                )
-            layers.append((layer, name))
-    return layers
-
-
 def _matrix_slice(layer: nn.Module, shard: ParameterShard) -> MatrixSlice:
     # Any rank may look up any token, so it has an embedding's whole factors.
     whole = (Region.contiguous(0, prod(shard.shape)),)
-    regions = whole if _is_embedding(layer) else shard.tensor_regions
+    regions = whole if is_embedding(layer) else shard.tensor_regions
     return MatrixSlice.of(shard.name, shard.shape, regions)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    kind = _kind(layer)
-    if kind.__name__ in LINEAR and kind.__module__.startswith("deepspeed"):
-        return not getattr(layer, "gather_output", False)
-    return kind in (nn.Linear, Conv1D)
-
-
-def _is_embedding(layer: nn.Module) -> bool:
-    kind = _kind(layer)
-    if kind.__name__ in EMBEDDING and kind.__module__.startswith("deepspeed"):
-        return True
-    own_forward = getattr(kind, "forward", None) is not nn.Embedding.forward
-    return issubclass(kind, nn.Embedding) and (not own_forward or hasattr(layer, "embed_scale"))
-
-
-def _kind(layer: nn.Module) -> type:
-    """The layer's class; FSDP makes a class of its own for each that it wraps."""
-    return type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
 
 
 def _cut(factors: Factors, held: MatrixSlice, wanted: MatrixSlice) -> Factors:

@@ -40,6 +40,10 @@ def ignore_members(members: Sequence[int]) -> None:
     """For a batch whose rows are all the same model's."""
 
 
+def ignore_response(number: int, response: list[int]) -> None:
+    """For a caller who waits for all responses."""
+
+
 INVALID = -1  # in place of a token that was chosen by a logit that is NaN or infinite
 
 
@@ -86,6 +90,7 @@ class Decoder:
         vocabulary: VocabularySlice | None = None,
         sync_forwards: dist.ProcessGroup | None = None,
         poll: Callable[[], None] = no_poll,
+        ended: Callable[[int, list[int]], None] = ignore_response,
     ) -> list[list[int]]:
         """The response to each prompt, in the order of the prompts.
 
@@ -103,6 +108,8 @@ class Decoder:
                 because each pass is collective over it. None: a pass is not collective, or every
                 rank of its group has the same prompts.
             poll: called before every decode step; what it raises ends the decoding.
+            ended: told each response when it ends, with the number of its prompt, while others go
+                on.
         """
         responses: list[list[int]] = [[] for _ in prompts]
         device = next(module.parameters()).device
@@ -118,9 +125,12 @@ class Decoder:
                     self.max_new_tokens,
                     device,
                 )
-                self._decode(module, batch, scaling, set_members, vocabulary, sync_forwards, poll)
-                for row, response in zip(rows, batch.responses, strict=True):
-                    responses[row] = response
+                steps = self._decode(
+                    module, batch, scaling, set_members, vocabulary, sync_forwards, poll
+                )
+                for i in itertools.chain.from_iterable(steps):
+                    responses[rows[i]] = batch.responses[i]
+                    ended(rows[i], batch.responses[i])
             set_members([])
             join_forwards(module, device, sync_forwards)
         return responses
@@ -132,8 +142,8 @@ class Decoder:
 
     def _decode(
         self, module, batch: Batch, scaling, set_members, vocabulary, sync_forwards, poll
-    ) -> None:
-        """Decode a batch to the end of its responses."""
+    ) -> Iterator[list[int]]:
+        """Decode a batch; yields, after each step, the batch's prompts whose responses ended."""
         processors = self._processors(module, batch)
         name = _cache_parameter(module)
         cache = self._empty_cache(module, batch.ids.shape[1])
@@ -159,7 +169,13 @@ class Decoder:
                 ).logits[:, -1]
             tokens, finite = _choose(module, batch, step, logits, processors, vocabulary)
             batch.append(tokens)
+            going = list(batch.active)
             active = self._active(batch, tokens.where(finite, INVALID).tolist())
+            yield [
+                row
+                for row, went, goes in zip(batch.rows, going, active, strict=True)
+                if went and not goes
+            ]
             if not any(active):
                 break
             if not all(active) and cache is self._cache:

@@ -11,7 +11,7 @@ from shardes.config.schema import DType
 from shardes.distributed.store import no_poll
 from shardes.distributed.world import World, all_gather
 from shardes.engines import Engine
-from shardes.inference.generation import Decoder, ignore_members
+from shardes.inference.generation import Decoder, ignore_members, ignore_response
 from shardes.inference.log_probs import log_probs
 
 
@@ -48,10 +48,12 @@ class Sampler:
         poll: Callable[[], None] = no_poll,
         members: Sequence[int] | None = None,
         set_members: Callable[[Sequence[int]], None] = ignore_members,
+        ended: Callable[[int, list[int]], None] = ignore_response,
     ) -> list[list[int]]:
         """The response to each prompt, as token ids; see `Decoder` for the arguments.
 
-        It is empty where the logits were NaN or infinite, on every rank of the replica.
+        It is empty where the logits were NaN or infinite, on every rank of the replica. With a
+        shard axis, `ended` is told all responses at the end: until then, each rank knows its own.
         """
         with self._gathered() as (module, parallelism):
             tokens = self._decoder(
@@ -61,9 +63,13 @@ class Sampler:
                 members=None if members is None else members[self._share],
                 set_members=set_members,
                 poll=poll,
+                ended=ended if self._ranks == 1 else ignore_response,
                 **parallelism,
             )
-        return self._exchange(tokens, len(prompts), self._decoder.max_new_tokens, torch.long)
+        responses = self._exchange(tokens, len(prompts), self._decoder.max_new_tokens, torch.long)
+        for number, response in enumerate(responses if self._ranks > 1 else ()):
+            ended(number, response)
+        return responses
 
     def log_probs(
         self,

@@ -64,8 +64,7 @@ class MemberQueue:
         claims = self._queue.claims()
         while group := list(islice(claims, self._size)):
             yield group
-        for number in self._queue.orphans():
-            yield [number]
+        yield from self._queue.orphans(self._size)
 
     def poll(self) -> None:
         """To be called between decode steps; what it raises ends the run."""

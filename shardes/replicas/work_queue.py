@@ -99,9 +99,9 @@ class WorkQueue:
             self._store.set_claimant(number, self._world.replica)
         return number
 
-    def orphans(self) -> Iterator[int]:
-        """Wait until all results are there; take over, one at a time, the pieces of replicas that
-        died.
+    def orphans(self, size: int = 1) -> Iterator[list[int]]:
+        """Wait until all results are there; take over the pieces of replicas that died, at most
+        `size` at a time.
 
         Raises:
             RunError: no result was posted for `timeout` seconds; names pieces and replicas.
@@ -109,20 +109,29 @@ class WorkQueue:
         since = time.monotonic()
         while True:
             with self._clock("exchange"):
-                number = WAITING
-                while number == WAITING:
-                    number = int(self._world.run_on_leader(partial(self._orphan, since)))
-            if number == DONE:
+                taken: list[int] = []
+                while len(taken) < size:
+                    orphan = partial(self._orphan, since, wait=not taken)
+                    number = int(self._world.run_on_leader(orphan))
+                    if number >= 0:
+                        taken.append(number)
+                    elif taken or number == DONE:
+                        break
+            if not taken:
                 return
-            yield number
+            yield taken
             since = time.monotonic()
 
-    def _orphan(self, since: float) -> int:
-        """A piece of a dead replica, WAITING after a while, or DONE. The wait began at `since`."""
+    def _orphan(self, since: float, wait: bool) -> int:
+        """A piece of a dead replica; if there is none, DONE, or WAITING, after a while with `wait`.
+
+        Args:
+            since: when the wait began.
+        """
         assert self._heartbeats
         if self._finished():
             return DONE
-        if self._wait_done(since, self._heartbeats.timeout / 4):
+        if self._wait_done(since, self._heartbeats.timeout / 4 if wait else -1.0):
             return DONE
         for number, posted in self._look_up(self._unposted, ORPHAN_CHECKS):
             if posted:

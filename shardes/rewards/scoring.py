@@ -12,15 +12,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError, described
-from shardes.rewards.worker_pool import ScoringFailure, WorkerPool
-from shardes.tasks import Task, prompts_of
+from shardes.rewards.worker_pool import Results, ScoringFailure, WorkerPool
+from shardes.tasks import ScoringTask, Task, prompts_of
 from shardes.tasks.jsonl import Jsonl
 
 NOTHING: Mapping[int, str] = MappingProxyType({})
@@ -70,7 +71,20 @@ class Scorer:
         which: Sequence[int] | None = None,
         failures: Mapping[int, str] = NOTHING,
     ) -> list[float]:
-        """One reward per response.
+        """One reward per response: see `start`, whose function this calls."""
+        return self.start(split, responses, which, failures)()
+
+    def start(
+        self,
+        split: str,
+        responses: list[str],
+        which: Sequence[int] | None = None,
+        failures: Mapping[int, str] = NOTHING,
+    ) -> Callable[[], list[float]]:
+        """Start to score responses; returns a function that waits for one reward per response.
+
+        Worker processes score from now on. A task with `score` is called by that function: it must
+        not run beside what this process does meanwhile.
 
         Args:
             which: the numbers of the prompts that were answered; None: all of the split.
@@ -79,8 +93,30 @@ class Scorer:
         Raises:
             ConfigError: a response is not complete, with task.on_error=fail; or the task failed in
                 this process, or in a worker with task.on_error=fail, or returned a wrong number of
-                rewards or one that is not REWARD_RANGE. What failed in scoring is then saved.
+                rewards or one that is not REWARD_RANGE. What failed in scoring is then saved. The
+                function raises it, and this does not.
         """
+        results = None
+        refused = failures and self._settings.on_error == "fail"
+        if not hasattr(self._task, "score") and not refused:
+            numbers = range(len(responses)) if which is None else which
+            jobs = [
+                self._job(split, number, response)
+                for i, (number, response) in enumerate(zip(numbers, responses, strict=True))
+                if i not in failures
+            ]
+            self._pool = self._pool or WorkerPool(self._settings, self._poll)
+            results = self._pool.start(jobs)
+        return partial(self._rewards, split, responses, which, failures, results)
+
+    def _rewards(
+        self,
+        split: str,
+        responses: list[str],
+        which: Sequence[int] | None,
+        failures: Mapping[int, str],
+        results: Results | None,
+    ) -> list[float]:
         prompts = prompts_of(self._task, split)
         numbers = range(len(prompts)) if which is None else which
         rows = [
@@ -90,15 +126,13 @@ class Scorer:
         if failures and self._settings.on_error == "fail":
             position, problem = next(iter(failures.items()))
             raise ConfigError(f"prompt {numbers[position]} of {split}: {problem}; {REMEDY}")
-        if hasattr(self._task, "score"):
-            rewards = self._score_all(self._task.score, split, responses, which, rows, failures)
+        if results is None:
+            score = cast(ScoringTask, self._task).score
+            rewards = self._score_all(score, split, responses, which, rows, failures)
         else:
             complete = [i for i in range(len(responses)) if i not in failures]
-            scored = self._score_each(
-                split,
-                [responses[i] for i in complete],
-                [numbers[i] for i in complete],
-                [rows[i] for i in complete],
+            scored = self._wait(
+                results, split, [numbers[i] for i in complete], [rows[i] for i in complete]
             )
             by_position = dict(zip(complete, scored, strict=True))
             rewards = [by_position.get(i, 0.0) for i in range(len(responses))]
@@ -187,18 +221,19 @@ class Scorer:
                 )
         return rewards
 
-    def _score_each(
-        self, split: str, responses: list[str], numbers: Sequence[int], rows: list[dict]
-    ) -> list[float]:
-        pairs = list(zip(numbers, responses, strict=True))
-        jobs: list[list]
+    def _job(self, split: str, number: int, response: str) -> list:
+        """What a worker's function is called with."""
         if isinstance(self._task, Jsonl):
-            jobs = [[response, self._task.example(split, number)] for number, response in pairs]
-        else:
-            jobs = [[split, number, response] for number, response in pairs]
-        self._pool = self._pool or WorkerPool(self._settings, self._poll)
+            return [response, self._task.example(split, number)]
+        return [split, number, response]
+
+    def _wait(
+        self, scored: Results, split: str, numbers: Sequence[int], rows: list[dict]
+    ) -> list[float]:
+        """The rewards that workers gave."""
+        assert self._pool
         try:
-            results = self._pool.score(jobs)
+            results = self._pool.wait(scored)
         except ScoringFailure as failure:
             file = self._save([rows[failure.job] | {"error": str(failure)}])
             raise ConfigError(

@@ -7,10 +7,12 @@ hangs, crashes, runs out of memory or writes anything else is replaced.
 """
 
 import asyncio
+import concurrent.futures
 import json
 import os
 import signal
 import sys
+import threading
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -139,11 +141,16 @@ class Worker:
         await asyncio.sleep(0.01)
 
 
+Results = concurrent.futures.Future[list[float | ScoringFailure]]
+
+
 class WorkerPool:
     """A run's worker processes. They start when first needed, and live until `close`.
 
+    A thread serves them, so that they score while this process decodes.
+
     Args:
-        poll: called every POLL_INTERVAL during scoring; an exception from it ends the scoring.
+        poll: called every POLL_INTERVAL by `wait`; an exception from it ends the scoring.
     """
 
     def __init__(self, settings: TaskConfig, poll: Callable[[], None]):
@@ -154,15 +161,27 @@ class WorkerPool:
             else ("task.path", settings.path or "")
         )
         self._loop = asyncio.new_event_loop()
+        self._free = asyncio.Semaphore(settings.workers)
         self.idle: list[Worker] = []
+        # The system kills workers when this thread ends, not only when the process does.
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
 
-    def score(self, jobs: Sequence[list]) -> list[float | ScoringFailure]:
+    def start(self, jobs: Sequence[list]) -> Results:
+        """Start to score jobs, after those that were started before; `wait` has their results."""
+        return asyncio.run_coroutine_threadsafe(self._score(jobs), self._loop)
+
+    def wait(self, results: Results) -> list[float | ScoringFailure]:
         """The result of each job, in the order of the jobs.
 
         Raises:
             ScoringFailure: the first one, with task.on_error=fail.
         """
-        return self._loop.run_until_complete(self._score(jobs))
+        done: set[Results] = set()
+        while not done:
+            done, _ = concurrent.futures.wait([results], POLL_INTERVAL)
+            self._poll()
+        return results.result()
 
     async def _score(self, jobs: Sequence[list]) -> list[float | ScoringFailure]:
         results: list[Any] = [None] * len(jobs)
@@ -171,26 +190,24 @@ class WorkerPool:
             asyncio.create_task(self._serve(queue, results))
             for _ in range(min(self._settings.workers, len(jobs)))
         ]
-        pending = set(tasks)
         try:
-            while pending:
-                done, pending = await asyncio.wait(
-                    pending, timeout=POLL_INTERVAL, return_when=asyncio.FIRST_EXCEPTION
-                )
-                for task in done:
-                    task.result()
-                self._poll()
+            await asyncio.gather(*tasks)
         finally:
             # Before Python 3.12 a task can miss its cancellation. An empty queue ends it too.
             list(queue)
-            for task in pending:
+            for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return results
 
     async def _serve(self, queue: Iterator[tuple[int, list]], results: list) -> None:
         """Score jobs from the queue, with one worker at a time, until none is left."""
-        worker = self.idle.pop() if self.idle else None
+        async with self._free:
+            await self._serve_with(self.idle.pop() if self.idle else None, queue, results)
+
+    async def _serve_with(
+        self, worker: Worker | None, queue: Iterator[tuple[int, list]], results: list
+    ) -> None:
         try:
             for number, job in queue:
                 if worker and not worker.alive:
@@ -216,7 +233,16 @@ class WorkerPool:
                 self.idle.append(worker)
 
     def close(self) -> None:
-        """End all workers."""
-        for worker in self.idle:
-            self._loop.run_until_complete(worker.end())
+        """End all workers, also those that score."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        scoring = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in scoring:
+            task.cancel()
+        await asyncio.gather(*scoring, return_exceptions=True)
+        for worker in self.idle:
+            await worker.end()

@@ -87,7 +87,7 @@ class Replica:
                 number = self.world.replica
                 queue.post(group[0], MemberResult(float(group[0]), 1, number, time.time()))
             results = queue.results()
-            for number in evaluation.orphans():
+            for (number,) in evaluation.orphans():
                 evaluation.post(number, "[]")
             self.coordinator.commit(iteration, results)
             if t % 10 == 0:

@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 
 import pytest
 import torch.distributed as dist
@@ -60,6 +61,7 @@ def replica(
     timeout: float = 20,
     heartbeats: Heartbeats | None = None,
     known: dict[int, MemberResult] | None = None,
+    size: int = 1,
 ) -> PrimaryMemberQueue:
     """A replica's queue of an iteration's members."""
     members = [Member(seed, 0.1) for seed in seeds]
@@ -76,7 +78,7 @@ def replica(
         heartbeats=heartbeats,
     )
     log = Log([])
-    members_queue = PrimaryMemberQueue(queue, iteration, 1, lambda: None, log, log)
+    members_queue = PrimaryMemberQueue(queue, iteration, size, lambda: None, log, log)
     members_queue.log = log
     return members_queue
 
@@ -190,7 +192,7 @@ def test_a_dead_replicas_member_is_taken_over_and_a_live_ones_is_not(store):
             mine.post(number, result(0, 3.0))
         orphans = mine._queue.orphans()
         since = time.monotonic()
-        assert next(orphans) == 1
+        assert next(orphans) == [1]
         assert time.monotonic() - since > 1.0
         mine.post(1, result(0, 1.0))
         slow.post(2, result(2, 2.0))
@@ -209,9 +211,28 @@ def test_the_member_of_a_replica_that_leaves_is_taken_over_at_once(store):
         for number in claims(mine):
             mine.post(number, result(0, 1.0))
         beating.timeout = 0.4  # how often it looks; no replica is silent for long here
-        for number in mine._queue.orphans():
+        for (number,) in mine._queue.orphans():
             mine.post(number, result(0, 0.0))
     assert [member.reward for member in mine.results().members] == [0.0, 1.0]
+
+
+def test_the_members_of_dead_replicas_are_taken_over_in_groups(store):
+    """Of at most as many as answer together, whoever claimed them."""
+    with heartbeats(store, 0, timeout=0.4) as beating:
+        mine, dead, other = (
+            replica(store, r, list(range(12)), heartbeats=beating, size=4) for r in range(3)
+        )
+        claimed = [islice(claims(queue), count) for queue, count in ((dead, 5), (other, 1))]
+        assert [list(numbers) for numbers in claimed] == [[0, 1, 2, 3, 4], [5]]
+        groups = []
+        for group in mine:
+            groups.append(list(group))
+            for number in group:
+                mine.post(number, result(0, float(number)))
+    assert groups[:2] == [[6, 7, 8, 9], [10, 11]]
+    assert [len(group) for group in groups[2:]] == [4, 2]
+    assert sorted(sum(groups[2:], [])) == [0, 1, 2, 3, 4, 5]
+    assert [member.reward for member in mine.results().members] == list(map(float, range(12)))
 
 
 def test_a_replica_that_died_between_posting_and_counting_holds_nobody_up(store):
@@ -233,7 +254,7 @@ def test_a_replica_that_died_between_claiming_and_saying_so_loses_its_member(sto
         for number in claims(mine):
             mine.post(number, result(0, 1.0))
         since = time.monotonic()
-        for number in mine._queue.orphans():
+        for (number,) in mine._queue.orphans():
             mine.post(number, result(0, 2.0))
         assert time.monotonic() - since > 0.4  # it may just not have said so yet
     assert [member.reward for member in mine.results().members] == [2.0, 1.0]
