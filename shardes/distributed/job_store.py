@@ -1,15 +1,16 @@
 """The keys that the ranks of one job share in its store, and what they hold.
 
-A job is what one launcher starts. Its store is the TCPStore at MASTER_ADDR:MASTER_PORT. Replicas,
-also those of other jobs, share further keys under the run's prefix: see `replicas.protocol`.
+A job is what one launcher starts. Its store is the TCPStore at MASTER_ADDR:MASTER_PORT; its keys
+begin with `start A/`, where A is torchrun's restart count. Replicas, also those of other jobs,
+share further keys under the run's prefix: see `replicas.protocol`.
 
 | key | value | set by |
 | --- | --- | --- |
-| `rendezvous A/size` | number of ranks; A is torchrun's restart count | the first rank |
-| `rendezvous A/rank/R` | counter of the processes that claim to be rank R | each rank |
-| `rendezvous A/host/R` | host name of rank R | rank R on arrival |
-| `rendezvous A/arrived` | counter of the ranks that arrived | each rank |
-| `rendezvous A/complete` | "yes", or "" where ranks are missing | rank 0 |
+| `rendezvous/size` | number of ranks | the first rank |
+| `rendezvous/rank/R` | counter of the processes that claim to be rank R | each rank |
+| `rendezvous/host/R` | host name of rank R | rank R on arrival |
+| `rendezvous/arrived` | counter of the ranks that arrived | each rank |
+| `rendezvous/complete` | "yes", or "" where ranks are missing | rank 0 |
 | `checked/R` | `CheckResult` of rank R: its checks before heavy work | rank R |
 | `date` | the date that chat templates show, in ISO format | rank 0 |
 | `agreed` | "yes", or "" where a rank reported a problem | rank 0 |
@@ -145,13 +146,20 @@ class JobStore:
         return int(self._store.get(key)) if self._store.check([key]) else None
 
 
+def keys_of_this_start(store: dist.Store) -> dist.Store:
+    """The keys of the job in the store at MASTER_ADDR:MASTER_PORT.
+
+    torchrun's agents keep one store when they start their ranks again: all keys of another start
+    are stale.
+    """
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 class RendezvousStore:
     """Typed access to the keys of the rendezvous."""
 
     def __init__(self, store: dist.Store):
-        # torchrun's agents keep one store when they start their ranks again.
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"rendezvous {restart}", store)
+        self._store = dist.PrefixStore("rendezvous", store)
 
     def agree_on_size(self, size: int) -> int:
         """The number of ranks that the first caller named."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardes.distributed.device import choose_backend, choose_device
-from shardes.distributed.job_store import CheckResult, JobStore
+from shardes.distributed.job_store import CheckResult, JobStore, keys_of_this_start
 from shardes.distributed.rendezvous import wait_for_ranks, wait_for_store
 from shardes.errors import ConfigError, RunError
 
@@ -141,7 +141,7 @@ def join_job(timeout: float) -> Job:
     if not serves:
         wait_for_store(address, port, this_rank, timeout)
     try:
-        store = dist.TCPStore(
+        store: dist.Store = dist.TCPStore(
             address,
             port,
             size,
@@ -150,6 +150,7 @@ def join_job(timeout: float) -> Job:
             wait_for_workers=False,
             multi_tenant=not agent_serves,
         )
+        store = keys_of_this_start(store)
     except (dist.DistError, TimeoutError, RuntimeError) as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(

@@ -18,7 +18,7 @@ TIMEOUT = 1.0
 def store() -> dist.TCPStore:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))
     for rank in range(4):
-        store.set(f"rendezvous 0/host/{rank}", "a host")
+        store.set(f"rendezvous/host/{rank}", "a host")
     return store
 
 
@@ -36,9 +36,8 @@ def ended(monkeypatch) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_silent_rank_is_named(store, ended, capfd, monkeypatch):
+def test_a_silent_rank_is_named(store, ended, capfd):
     """Ranks 1 and 2 give signs until one of them is silent; rank 3 has done its work."""
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     keys = JobStore(store.clone())
     keys.sign(3, LEFT)
     with RankWatch(Job(0, 4, store), range(4), TIMEOUT):

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from shardes.distributed import rendezvous
+from shardes.distributed.job_store import keys_of_this_start
 from shardes.distributed.rendezvous import wait_for_ranks, wait_for_store
 from shardes.distributed.world import free_port, join_job
 from shardes.errors import ConfigError, RunError
@@ -38,7 +39,7 @@ def together(store, ranks: list[int], size: int, timeout: float) -> dict[int, Ex
     def rank(number: int):
         client = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=LIMIT)
         try:
-            wait_for_ranks(client, number, size, "here:1", timeout)
+            wait_for_ranks(keys_of_this_start(client), number, size, "here:1", timeout)
             ends[number] = None
         except (ConfigError, RunError) as error:
             ends[number] = error

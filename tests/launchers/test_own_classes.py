@@ -4,12 +4,14 @@ when it is asked to.
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launch import free_port, run
 from shardes.storage import journal
 
 pytestmark = pytest.mark.faults
@@ -110,3 +112,13 @@ def test_a_mistake_in_score_ends_all_ranks_and_can_be_mended(zygote, home, tmp_p
     assert error in line and str(tmp_path / "run" / "failed_scoring.json") in line
     assert "Traceback" not in run.text()
     finish(zygote, config, tmp_path)
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_go_on(home, tmp_path):
+    config = home('os.remove("{home}/does"); os._exit(1)'.replace("{home}", str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--max-restarts", "1", "--master_port", str(free_port())]
+    done = run([*command, "launchers/train.py", config, "sharding.shard=2"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert journal.read(tmp_path / "run" / "journal.jsonl").finish
