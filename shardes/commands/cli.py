@@ -103,7 +103,7 @@ def launcher(name: str, ranks: int, argv: list[str]) -> list[str]:
 def _default_ranks() -> int:
     import torch
 
-    return max(torch.cuda.device_count(), 1)
+    return max(torch.accelerator.device_count(), 1)
 
 
 def command() -> NoReturn:

@@ -157,7 +157,9 @@ def _initialize(
     runtime = _EmptyModelEngine(
         args=None,
         model=module,
-        config_class=DeepSpeedConfig(_deepspeed_config(module, tensors, sharding.offload)),
+        config_class=DeepSpeedConfig(
+            _deepspeed_config(module, tensors, sharding.offload, world.device)
+        ),
         dont_change_device=True,
     )
     if tensors > 1:
@@ -178,7 +180,9 @@ def _use_own_forward(module: nn.Module, all_reduce: Callable[..., object]) -> No
             layer.forward = partial(linear.forward, layer)
 
 
-def _deepspeed_config(module: nn.Module, tensors: int, offload: Offload) -> dict:
+def _deepspeed_config(
+    module: nn.Module, tensors: int, offload: Offload, device: torch.device
+) -> dict:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
@@ -189,7 +193,7 @@ def _deepspeed_config(module: nn.Module, tensors: int, offload: Offload) -> dict
         },
     }
     if offload is Offload.cpu:
-        pinned = torch.cuda.is_available()
+        pinned = device.type != "cpu"
         config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     if tensors > 1:
         config["tensor_parallel"] = {

@@ -28,15 +28,22 @@ def system_info() -> dict[str, Any]:
     return {
         "versions": {"shardes": __version__, "python": platform.python_version(), **_versions()},
         "cuda": torch.version.cuda,
-        "devices": [
-            torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
-        ],
+        "devices": _devices(),
         "host": socket.gethostname(),
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "environment": variables(os.environ),
     }
+
+
+def _devices() -> list[str]:
+    """The names of the accelerators that this process sees."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type == "mps":
+        return []
+    module = torch.get_device_module(accelerator)
+    return [module.get_device_name(i) for i in range(torch.accelerator.device_count())]
 
 
 def _versions() -> dict[str, str]:
