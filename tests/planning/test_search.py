@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from benchmarks import update_limit
 from launch import ROOT, call
 from shardes.commands.plan import main
 from shardes.config.loading import load
@@ -138,11 +139,21 @@ def test_a_directory_with_only_a_config_needs_no_config_and_no_hub(tmp_path, mon
 
 def test_a_cpu_is_measured(config, uneven_llama):
     keys = ["model.dtype=float32", "generation.max_new_tokens=8"]
-    one, two = (
-        report(config(uneven_llama), *keys, "--gpus", n, "--gpu", "cpu", "--prompts", 4,
-               "--prompt-tokens", 20)
-        for n in (1, 2)
-    )  # fmt: skip
-    assert "measured now on this machine" in one["notes"][-1]
-    assert one["configured"]["gpu"] == {} and one["configured"]["seconds"]["decode"] > 0
-    assert two["configured"]["layout"]["replicas"] == 2
+    few = ["--gpus", 2, "--gpu", "cpu", "--prompts", 4, "--prompt-tokens", 20]
+    plan = report(config(uneven_llama), *keys, *few)
+    configured = plan["configured"]
+    assert "measured now on this machine" in plan["notes"][-1]
+    assert configured["gpu"] == {} and configured["seconds"]["decode"] > 0
+    assert configured["layout"]["replicas"] == 2
+
+
+def test_the_docs_have_the_tables_of_the_updates_limit():
+    rows = json.loads((ROOT / "results" / "scaling" / "update_limit.json").read_text())
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert update_limit.update_table(rows) in page
+    assert update_limit.iteration_table(rows) in page
+    limits = {(row["model"], row["noise"]): row["limit"] for row in rows}
+    for model in ("8B", "70B"):
+        assert limits[model, "low_rank"] > 5 * limits[model, "full"]
+        cost = update_limit.costs(model, Noise.full)
+        assert limits[model, "full"] == pytest.approx(cost.limit, rel=0.01)
