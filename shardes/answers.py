@@ -10,7 +10,7 @@ from shardes.config.schema import Config
 from shardes.distributed.world import World
 from shardes.es.center import Center
 from shardes.es.population import Iteration
-from shardes.es.side_by_side import SideBySide
+from shardes.es.side_by_side import SideBySide, members_together
 from shardes.inference.sampler import Sampler
 
 Finished = Callable[[int, list[list[int]]], None]  # a member's number, its responses as token ids
@@ -78,20 +78,8 @@ class OneBatch(Answers):
         self._center, self._sampler, self._side_by_side = center, sampler, side_by_side
 
     def group_size(self, iteration: Iteration) -> int:
-        """`es.members_per_batch`; by default as many as `generation.batch_tokens` holds.
-
-        If there are several replicas, or may be, that is at most half a replica's share of the
-        members, so that a fast one can take more than a slow one.
-        """
-        if self._config.es.members_per_batch is not None:
-            return self._config.es.members_per_batch
-        generation, prompts = self._config.generation, iteration.prompts
-        tokens = max(map(len, prompts)) + generation.max_new_tokens
-        rows = generation.batch_tokens // tokens * self._config.sharding.shard
-        share, replicas = len(iteration.members), self._world.replicas
-        if replicas > 1 or self._config.replicas.port is not None or self._world.is_client:
-            share = -(-share // (2 * replicas))
-        return max(min(rows // len(prompts), share), 1)
+        lengths = list(map(len, iteration.prompts))
+        return members_together(self._config, lengths, self._world.replicas)
 
     def generate(
         self,

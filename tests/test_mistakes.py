@@ -124,7 +124,7 @@ JSONL = (
     "task.reward=own.py:reward"
 )
 COUNTDOWN = "task.path=null task.name=countdown"
-PLAN = "plan config.yaml --gpus 8 --gpu-memory 80GB"
+PLAN = "plan config.yaml --gpus 8 --gpu H100"
 
 # Command lines, and the message that each must print. "train ..." is `train config.yaml ...`,
 # "layout ..." a dry run of it on four ranks, "token ..." the same as train with SHARDES_TOKEN set;
@@ -330,7 +330,8 @@ MISTAKES = {
     ),
     "cli env please": r"unrecognized arguments: please; see shardes env --help",
     # planning
-    "cli plan config.yaml --gpus 8": r"--gpu-memory is missing: one GPU's memory, such as 80GB",
+    "cli plan config.yaml --gpus 8": r"--gpu is missing: the card's name, .* such as 80GB",
+    "cli plan config.yaml --gpu H9": r"--gpu H9: not known; one of H100, .*, or cpu",
     "cli plan config.yaml --gpus 8 --gpu-memory 80": (
         r"--gpu-memory 80: must be a size such as 80GB"
     ),

@@ -28,7 +28,7 @@ from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
 from shardes.errors import ConfigError, RunError, one_line, unusable_files
-from shardes.es.side_by_side import answer_side_by_side
+from shardes.es.side_by_side import members_together
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
 from shardes.planning.memory import rank_memory
@@ -88,7 +88,11 @@ def dry_run(argv: list[str], ranks: int) -> int:
     layout = Layout(prepared.replicas, shard, tensor, sharding.gather, sharding.offload)
     lengths = {split: tuple(map(len, rows)) for split, rows in prompts.items()}
     workload = Workload(
-        lengths["train"], lengths["test"], generation.max_new_tokens, generation.batch_tokens
+        lengths["train"],
+        lengths["test"],
+        generation.max_new_tokens,
+        generation.batch_tokens,
+        members_together(config, lengths["train"], prepared.replicas),
     )
     counts = ", ".join(
         f"{len(rows)} {split}, up to {max(rows)} tokens" for split, rows in lengths.items()
@@ -109,12 +113,10 @@ def _memory(config: Config, layout: Layout, workload: Workload) -> str:
 
     They may run nevertheless.
     """
-    if answer_side_by_side(config.es):
-        return "not estimated (for members that answer side by side)"
     device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     try:
         shapes = read_shapes(config)[0]
-        memory = rank_memory(shapes, layout, workload, config.es.restore, device)
+        memory = rank_memory(shapes, layout, workload, config.es, device)
     except (ConfigError, TypeError, AttributeError, ArithmeticError) as error:
         return f"not estimated ({one_line(error)})"
     on_device = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""

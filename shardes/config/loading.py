@@ -24,19 +24,24 @@ from shardes.config.schema import (
 from shardes.errors import ConfigError, one_line, suggestion
 
 
-def load(path: str, overrides: list[str]) -> Config:
+def load(path: str | None, overrides: list[str]) -> Config:
     """Read the settings of a YAML file with `key=value` overrides; check types and values.
+
+    Args:
+        path: None: no file, only overrides of the defaults.
 
     Raises:
         ConfigError: an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    path = expanduser(path)
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such config file")
+    if path is not None:
+        path = expanduser(path)
+        if not Path(path).is_file():
+            raise ConfigError(f"{path}: no such config file")
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override}: overrides are written key=value")
-    settings, given = _read_yaml(path), [_read_override(override) for override in overrides]
+    settings = _read_yaml(path) if path is not None else OmegaConf.create()
+    given, path = [_read_override(override) for override in overrides], path or "the defaults"
     try:
         if not isinstance(settings.get("resume", {}), DictConfig | dict):
             settings["resume"] = {"source": settings["resume"]}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shardes.clock import Clock
-from shardes.config.schema import ESConfig, Noise
+from shardes.config.schema import Config, ESConfig, Noise
 from shardes.engines.linear import TERM, are_experts
 from shardes.errors import ConfigError
 from shardes.es.matrix_layers import is_embedding, is_router, kind_of, matrix_layers
@@ -199,6 +199,28 @@ class SideBySide:
 def answer_side_by_side(es: ESConfig) -> bool:
     """Whether members answer in one batch, and not one after another with perturbed weights."""
     return es.noise is Noise.low_rank and es.members_per_batch != 1
+
+
+def members_together(config: Config, lengths: Sequence[int], replicas: int) -> int:
+    """How many members answer together: `es.members_per_batch`, by default as many as
+    `generation.batch_tokens` holds.
+
+    If there are several replicas, or may be, that is at most half a replica's share of the members,
+    so that a fast one can take more than a slow one.
+
+    Args:
+        lengths: of the prompts that a member answers, in tokens.
+    """
+    es, generation = config.es, config.generation
+    if not answer_side_by_side(es):
+        return 1
+    if es.members_per_batch is not None:
+        return es.members_per_batch
+    rows = generation.batch_tokens // (max(lengths) + generation.max_new_tokens)
+    share = es.population_size
+    if replicas > 1 or config.replicas.port is not None or config.replicas.join is not None:
+        share = -(-share // (2 * replicas))
+    return max(min(rows * config.sharding.shard // len(lengths), share), 1)
 
 
 def _matrix_slice(layer: nn.Module, shard: ParameterShard) -> MatrixSlice:

@@ -1,5 +1,6 @@
 """Layouts of ranks on a machine, and the order in which they are preferred."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -27,19 +28,15 @@ class Layout:
         return text + ", offload" * (self.offload is Offload.cpu)
 
     @property
-    def gathers_per_pass(self) -> bool:
-        """Whether every forward pass gathers the weights anew."""
-        return self.shard > 1 and self.gather is Gather.layer
-
-    @property
-    def preference(self) -> tuple[int, int, int]:
+    def preference(self) -> tuple[bool, int, int, int]:
         """Sorts the preferred layouts first.
 
-        No gathering is best, then gather=member, then gather=layer; among these, the smaller
-        replica, then the smaller shard axis.
+        Weights on the GPU are best; then no gathering, then gather=member, then gather=layer; among
+        these, the smaller replica, then the smaller shard axis.
         """
         gathering = 0 if self.shard == 1 else 1 if self.gather is Gather.member else 2
-        return gathering, self.shard * self.tensor, self.shard
+        offloads = self.offload is Offload.cpu
+        return offloads, gathering, self.shard * self.tensor, self.shard
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Machine:
 
     nodes: int
     per_node: int
-    gpu_memory: int | None
+    gpu_memory: float | None
     host_memory: int
 
     @property
@@ -71,22 +68,44 @@ def configured_layout(config: Config, module: PreTrainedModel, machine: Machine)
     return Layout(replicas, sharding.shard, sharding.tensor, sharding.gather, sharding.offload)
 
 
-def possible_layouts(config: Config, module: PreTrainedModel, machine: Machine) -> list[Layout]:
+def possible_layouts(
+    config: Config, module: PreTrainedModel, machine: Machine
+) -> Iterator[list[Layout]]:
     """The layouts that the model and its engine allow on a machine, the preferred ones first.
 
-    Tensor parallelism stays within a node.
+    Tensor parallelism stays within a node. Each list has a layout, and then the same with the live
+    weights offloaded, if the engine does that.
     """
     layouts = []
     for tensor in _divisors(machine.per_node):
-        sharding = replace(config.sharding, shard=1, tensor=tensor, offload=Offload.none)
-        try:
-            check_model(replace(config, sharding=sharding), module)
-        except ConfigError:
+        if not _is_possible(config, module, tensor=tensor):
             continue
         for shard in _divisors(machine.ranks // tensor):
             for gather in Gather if shard > 1 else [Gather.member]:
                 layouts.append(Layout(machine.ranks // (tensor * shard), shard, tensor, gather))
-    return sorted(layouts, key=lambda layout: layout.preference)
+    for layout in sorted(layouts, key=lambda layout: layout.preference):
+        # Without a shard axis, only gather=layer leaves the GPU less than the whole slice.
+        gather = layout.gather if layout.shard > 1 else Gather.layer
+        offloaded = replace(layout, gather=gather, offload=Offload.cpu)
+        possible = machine.gpu_memory is not None and _is_possible(
+            config, module, layout.tensor, layout.shard, Offload.cpu
+        )
+        yield [layout, offloaded] if possible else [layout]
+
+
+def _is_possible(
+    config: Config,
+    module: PreTrainedModel,
+    tensor: int,
+    shard: int = 1,
+    offload: Offload = Offload.none,
+) -> bool:
+    sharding = replace(config.sharding, shard=shard, tensor=tensor, offload=offload)
+    try:
+        check_model(replace(config, sharding=sharding), module)
+    except ConfigError:
+        return False
+    return True
 
 
 def _divisors(number: int) -> list[int]:

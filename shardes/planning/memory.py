@@ -6,12 +6,17 @@ is. Tests compare the CPU's figures with measured runs. No GPU was measured.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import lru_cache
 
-from shardes.config.schema import EngineName, Gather, Offload, Restore
+from shardes.config.schema import EngineName, ESConfig, Gather, Offload, Restore
 from shardes.es.center import SAMPLE
 from shardes.planning.layouts import Layout, Machine
-from shardes.planning.shapes import ModelShapes
+from shardes.planning.shapes import (
+    ModelShapes,
+    factor_elements,
+    held_elements,
+    slice_elements,
+)
 from shardes.planning.workload import Workload
 
 # Freed memory that glibc's malloc does not return to the system, as measured: a constant from
@@ -35,8 +40,13 @@ class Memory:
     host: dict[str, int]
 
     def fits(self, machine: Machine) -> bool:
-        fits_gpu = machine.gpu_memory is None or sum(self.gpu.values()) <= machine.gpu_memory
-        return fits_gpu and self.host_per_node(machine) <= machine.host_memory
+        return self.room(machine) >= 0 and self.host_per_node(machine) <= machine.host_memory
+
+    def room(self, machine: Machine) -> float:
+        """The bytes that a rank has left where it computes; below 0: it does not fit."""
+        if machine.gpu_memory is not None:
+            return machine.gpu_memory - sum(self.gpu.values())
+        return (machine.host_memory - self.host_per_node(machine)) / machine.per_node
 
     def host_per_node(self, machine: Machine) -> int:
         """The host memory of a node's ranks."""
@@ -47,14 +57,14 @@ def rank_memory(
     model: ModelShapes,
     layout: Layout,
     workload: Workload,
-    restore: Restore,
-    gpu_memory: int | None,
+    es: ESConfig,
+    gpu_memory: float | None,
     tensor_rank: int = 0,
 ) -> Memory:
     """The peak memory of a rank; `gpu_memory` is None on CPUs."""
-    held = sum(model.held(layout.tensor, layout.shard, tensor_rank, 0))
-    slices = [prod(p.shape_on(layout.tensor, tensor_rank)) for p in model.parameters]
-    copies = restore is Restore.copy
+    held = held_elements(model, layout.tensor, layout.shard, tensor_rank)
+    slices = slice_elements(model, layout.tensor, tensor_rank)
+    copies = es.restore is Restore.copy
     live = {"live shard": held * model.itemsize}
     center = {"center": held * 4 if copies else held // SAMPLE * model.itemsize}
     batches = [batch for lengths in workload.of_rank(layout) for batch in workload.batches(lengths)]
@@ -62,12 +72,17 @@ def rank_memory(
     heads = -(-model.num_key_value_heads // layout.tensor)
     cached = 2 * model.num_hidden_layers * heads * model.head_dim  # elements per token
     computing = {
-        "gathered weights": _gathered(model, layout, slices) * model.itemsize,
+        "gathered weights": _gathered(model, layout, tensor_rank) * model.itemsize,
         "key-value cache": cached * tokens * model.itemsize,
         "largest temporaries": max(
             temporaries(model, layout.tensor, rows, width) for rows, width in batches
         ),
     }
+    factors: Sequence[int] = ()  # elements of a member's, by matrix
+    if workload.members > 1:
+        factors = factor_elements(model, layout.tensor, es.rank, es.evolve, tensor_rank)
+        seeds = -(-workload.members // (2 if es.antithetic else 1))
+        computing["low-rank factors"] = seeds * sum(factors) * 4
     if gpu_memory is None:
         more = _only_on_cpu(model, layout, batches, live, computing)
         if _gathers(model, layout) and layout.gather is Gather.member:
@@ -76,6 +91,9 @@ def rank_memory(
                 computing["largest temporaries"], max(slices) * model.itemsize
             )
         return Memory({}, live | center | computing | more)
+    # Each row's factors of a matrix: gathered, scaled in float32, and cast
+    of_row = max(factors, default=0) * (8 + model.itemsize)
+    computing["largest temporaries"] += max(rows for rows, _ in batches) * of_row
     reserve = {"reserve": int(RESERVE * gpu_memory)}
     offload = layout.offload is Offload.cpu
     return Memory(
@@ -129,23 +147,26 @@ def _gathers(model: ModelShapes, layout: Layout) -> bool:
     return layout.shard > 1 or offloaded
 
 
-def _gathered(model: ModelShapes, layout: Layout, slices: Sequence[int]) -> int:
+def _gathered(model: ModelShapes, layout: Layout, tensor_rank: int) -> int:
     """The elements that are gathered at a time."""
     if not _gathers(model, layout):
         return 0
-    layer, outside = _largest(model, slices)
+    layer, outside = _largest(model, layout.tensor, tensor_rank)
     fsdp = model.engine is EngineName.fsdp
     if layout.gather is Gather.member:
-        return sum(slices) + (layer if fsdp else 0)  # FSDP copies a layer out of the gathered ones
+        slices = sum(slice_elements(model, layout.tensor, tensor_rank))
+        return slices + (layer if fsdp else 0)  # FSDP copies a layer out of the gathered ones
     if fsdp:  # this layer, the next, and the root's group, which stays gathered
         return 2 * layer + outside
     return max(layer, outside) + PREFETCH
 
 
-def _largest(model: ModelShapes, slices: Sequence[int]) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def _largest(model: ModelShapes, tensor: int, tensor_rank: int) -> tuple[int, int]:
     """The elements of the largest decoder layer, and of the largest parameter outside of layers."""
     layers: dict[str, int] = {}
     outside = 0
+    slices = slice_elements(model, tensor, tensor_rank)
     for parameter, numel in zip(model.parameters, slices, strict=True):
         prefix, in_layer, suffix = parameter.name.partition(".layers.")
         if in_layer:

@@ -1,105 +1,241 @@
-"""Assessing the layouts of a run, and suggesting one."""
+"""Assessing plans of a run on a machine, and searching for the fastest that fit."""
 
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from shardes.config.schema import Config
-from shardes.planning import time
+from transformers import PreTrainedModel
+
+from shardes.config.schema import Config, EngineName, Noise
+from shardes.errors import ConfigError
+from shardes.es.matrix_layers import matrix_layers
+from shardes.es.side_by_side import members_together
+from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine, configured_layout, possible_layouts
-from shardes.planning.memory import rank_memory
-from shardes.planning.shapes import read_shapes
-from shardes.planning.time import Device
+from shardes.planning.memory import Memory, rank_memory
+from shardes.planning.run import whole_run
+from shardes.planning.shapes import ModelShapes, read_shapes
+from shardes.planning.time import Estimate
 from shardes.planning.workload import Workload
+
+NEAR = 1.1  # plans that take at most this times the shortest time count as equally fast
+STEPS = 8  # of the search for the largest batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search decides: settings that change memory and speed, but not the center.
+
+    Attributes:
+        members: how many members answer side by side; 1: one after another.
+    """
+
+    engine: EngineName
+    layout: Layout
+    batch_tokens: int
+    members: int = 1
+
+    def __str__(self) -> str:
+        text = f"{self.layout}, batch_tokens={self.batch_tokens}"
+        return text + f", {self.members} members side by side" * (self.members > 1)
+
+    def settings(self, config: Config) -> str:
+        """The plan as `key=value` overrides of a config."""
+        layout = self.layout
+        values = {
+            "sharding.shard": layout.shard,
+            "sharding.tensor": layout.tensor,
+            "sharding.gather": layout.gather.value,
+            "sharding.offload": layout.offload.value,
+            "generation.batch_tokens": self.batch_tokens,
+        }
+        if config.es.noise is Noise.low_rank:
+            values["es.members_per_batch"] = self.members
+        if self.engine is not config.engine:
+            values["engine"] = self.engine.value
+        if config.sharding.replicas is not None:
+            values["sharding.replicas"] = layout.replicas
+        return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 class Planner:
-    """Assesses layouts of one config on one machine.
+    """Assesses plans of one config on one machine.
 
     Args:
-        device: the GPU's rates; None if they are unknown, as for CPUs.
         response: the tokens of a response.
     """
 
     def __init__(
-        self,
-        config: Config,
-        workload: Workload,
-        machine: Machine,
-        device: Device | None,
-        response: int,
+        self, config: Config, workload: Workload, machine: Machine, device: Device, response: int
     ):
         self.config, self.workload, self.machine = config, workload, machine
         self.device, self.response = device, response
-        self.model, self.module = read_shapes(config)
+        self._models: dict[EngineName, tuple[ModelShapes, PreTrainedModel]] = {}
 
-    def configured(self) -> Layout:
-        """The layout in the settings; ConfigError if it is not possible on the machine."""
-        return configured_layout(self.config, self.module, self.machine)
+    @property
+    def model(self) -> ModelShapes:
+        return self._read(self.config.engine)[0]
 
-    def assess(self, layout: Layout) -> dict[str, Any]:
-        """A layout's memory, traffic and times, ready for JSON.
+    def configured(self) -> Plan:
+        """The plan in the settings; ConfigError if its layout is not possible on the machine."""
+        engine, generation = self.config.engine, self.config.generation
+        layout = configured_layout(self.config, self._read(engine)[1], self.machine)
+        members = members_together(self.config, self.workload.train, layout.replicas)
+        return Plan(engine, layout, generation.batch_tokens, members)
 
-        "seconds" is None if the device is.
-        """
-        es = self.config.es
-        memory = rank_memory(self.model, layout, self.workload, es.restore, self.machine.gpu_memory)
-        traffic = time.traffic(self.model, layout, self.workload, es.population_size, self.response)
+    def assess(self, plan: Plan) -> dict[str, Any]:
+        """A plan's memory, traffic and times, ready for JSON."""
+        memory, estimate = self.memory(plan), self.estimate(plan)
+        seconds = estimate.seconds()
+        layout = asdict(plan.layout) | {"engine": plan.engine}
         return {
-            "layout": {
-                key: getattr(value, "value", value) for key, value in asdict(layout).items()
-            },
+            "plan": str(plan),
+            "layout": {key: getattr(value, "value", value) for key, value in layout.items()},
+            "batch_tokens": plan.batch_tokens,
+            "members_per_batch": plan.members,
+            "settings": plan.settings(self.config),
             "fits": memory.fits(self.machine),
             "gpu": memory.gpu,
             "host": memory.host,
             "gpu_total": sum(memory.gpu.values()),
             "host_total_per_node": memory.host_per_node(self.machine),
-            "members_per_replica": time.members_per_replica(layout, es.population_size),
-            "network": asdict(traffic),
-            "seconds": self._seconds(layout, self.device) if self.device else None,
+            "members_per_replica": estimate.members,
+            "network": asdict(estimate.traffic()),
+            "seconds": asdict(seconds) | {"total": seconds.total},
+            "run": whole_run(self.config, estimate),
         }
 
-    def _seconds(self, layout: Layout, device: Device) -> dict[str, float]:
-        es = self.config.es
-        seconds = time.seconds(
-            self.model,
-            layout,
-            self.workload,
-            es.restore,
-            es.population_size,
+    def memory(self, plan: Plan) -> Memory:
+        model, workload = self._read(plan.engine)[0], self._work(plan)
+        return rank_memory(model, plan.layout, workload, self.config.es, self.machine.gpu_memory)
+
+    def estimate(self, plan: Plan) -> Estimate:
+        return Estimate(
+            self._read(plan.engine)[0],
+            plan.layout,
+            self._work(plan),
+            self.config.es,
             self.response,
-            device,
+            self.device,
             self.machine,
         )
-        return asdict(seconds) | {"total": seconds.total}
 
-    def suggest(self) -> Layout | None:
-        """The preferred layout that fits, or one that gathers in the same way and is 10 % faster.
+    def search(self, count: int = 4) -> list[Plan]:
+        """The best plans that fit, at most one per layout: first the suggested one, then by time.
 
-        None if no layout fits.
+        Suggested is, of the plans that are nearly as fast as the fastest, the one with the
+        preferred layout. Empty: nothing fits.
         """
-        best: Layout | None = None
-        best_seconds = 0.0
-        for layout in possible_layouts(self.config, self.module, self.machine):
-            assessment = self.assess(layout)
-            if not assessment["fits"]:
-                continue
-            seconds = assessment["seconds"]["total"] if assessment["seconds"] else 0.0
-            if best is None:
-                best, best_seconds = layout, seconds
-                continue
-            same_gathering = (layout.shard > 1, layout.gather) == (best.shard > 1, best.gather)
-            if same_gathering and seconds < 0.9 * best_seconds:
-                best, best_seconds = layout, seconds
-        return best
+        by_layout: dict[Layout, tuple[float, Plan]] = {}
+        for plan in self._fitting():
+            seconds = self.estimate(plan).seconds().total
+            best = by_layout.get(plan.layout)
+            # Plans of the configured engine come first, and the largest groups of members.
+            if best is None or NEAR * seconds < best[0]:
+                by_layout[plan.layout] = seconds, plan
+        ranked = sorted(by_layout.values(), key=lambda pair: pair[0])
+        near = [plan for seconds, plan in ranked if seconds <= NEAR * ranked[0][0]]
+        suggested = min(near, key=lambda plan: plan.layout.preference, default=None)
+        others = [plan for _, plan in ranked if plan != suggested]
+        return [suggested, *others][:count] if suggested else []
 
     def nodes_needed(self) -> int | None:
-        """The fewest nodes on which a layout fits, by doubling them seven times; None if none."""
+        """The fewest nodes on which a plan fits, by doubling them seven times; None if none."""
         machine = self.machine
         try:
             for _ in range(7):
                 self.machine = replace(self.machine, nodes=2 * self.machine.nodes)
-                if self.suggest():
+                if next(self._fitting(), None):
                     return self.machine.nodes
             return None
         finally:
             self.machine = machine
+
+    def _fitting(self) -> Iterator[Plan]:
+        """The plans that fit, each with the largest batches that fit."""
+        for engine in sorted(EngineName, key=lambda engine: engine is not self.config.engine):
+            config = replace(self.config, engine=engine)
+            for layouts in possible_layouts(config, self._read(engine)[1], self.machine):
+                for layout in layouts:  # offloads only if it does not fit otherwise
+                    plans = list(self._filled(engine, layout))
+                    yield from plans
+                    if plans:
+                        break
+
+    def _filled(self, engine: EngineName, layout: Layout) -> Iterator[Plan]:
+        for members in self._member_counts(engine, layout):
+
+            def plan(batch_tokens: int, members: int = members) -> Plan:
+                return Plan(engine, layout, batch_tokens, members)
+
+            whole = replace(self.workload, members=members).whole(layout)
+            row = max(self.workload.train + self.workload.test) + self.workload.max_new_tokens
+            tokens = largest(lambda number: self._room(plan(number)), min(row, whole), whole)
+            if tokens is None:
+                continue
+            if tokens < whole:
+                tokens = max(tokens - tokens % 10 ** max(len(str(tokens)) - 3, 0), row)
+            if self.memory(plan(tokens)).fits(self.machine):
+                yield plan(tokens)
+
+    def _member_counts(self, engine: EngineName, layout: Layout) -> list[int]:
+        """How many members may answer side by side: all of a replica's, or as many as one batch
+        holds, or one.
+        """
+        if self.config.es.noise is Noise.full or not self._can_share:
+            return [1]
+        share = -(-self.config.es.population_size // layout.replicas)
+
+        def room(members: int) -> float:
+            whole = replace(self.workload, members=members).whole(layout)
+            return self._room(Plan(engine, layout, whole, members))
+
+        held = largest(room, 1, share) or 1
+        balanced = -(-share // -(-share // held))
+        return sorted({1, balanced, share}, reverse=True)
+
+    @cached_property
+    def _can_share(self) -> bool:
+        """Whether members of this model can answer side by side."""
+        module, es = self._read(self.config.engine)[1], self.config.es
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        try:
+            matrix_layers(module, shapes, es.rank, es.evolve)
+        except ConfigError:
+            return False
+        return True
+
+    def _room(self, plan: Plan) -> float:
+        return self.memory(plan).room(self.machine)
+
+    def _work(self, plan: Plan) -> Workload:
+        return replace(self.workload, batch_tokens=plan.batch_tokens, members=plan.members)
+
+    def _read(self, engine: EngineName) -> tuple[ModelShapes, PreTrainedModel]:
+        if engine not in self._models:
+            module = next((module for _, module in self._models.values()), None)
+            self._models[engine] = read_shapes(replace(self.config, engine=engine), module)
+        return self._models[engine]
+
+
+def largest(room: Callable[[int], float], low: int, high: int) -> int | None:
+    """About the largest number from `low` to `high` with room; None if there is none.
+
+    Room shrinks about linearly with the number, so that a few interpolations find it.
+    """
+    at_low, at_high = room(low), room(high)
+    if at_low < 0:
+        return None
+    if at_high >= 0:
+        return high
+    for _ in range(STEPS):
+        if at_low - at_high <= 0 or high - low <= max(low // 100, 1):
+            break
+        middle = low + int((high - low) * at_low / (at_low - at_high))
+        middle = min(max(middle, low + 1), high - 1)
+        if (at_middle := room(middle)) >= 0:
+            low, at_low = middle, at_middle
+        else:
+            high, at_high = middle, at_middle
+    return low

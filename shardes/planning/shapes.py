@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shardes.config.schema import Config, EngineName
 from shardes.engines import empty_model
 from shardes.errors import ConfigError, mistakes_in
+from shardes.es.update import evolves
 from shardes.sharding.model_directory import download
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -27,12 +29,14 @@ class Parameter:
     Attributes:
         dim: the dimension that is split; None: every tensor rank holds the whole parameter.
         units: the number of equal pieces along `dim`, such as heads, that are never split.
+        looked_up: whether an embedding looks its rows up.
     """
 
     name: str
     shape: tuple[int, ...]
     dim: int | None
     units: int
+    looked_up: bool = False
 
     @property
     def numel(self) -> int:
@@ -47,7 +51,7 @@ class Parameter:
         return *self.shape[: self.dim], size, *self.shape[self.dim + 1 :]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two are alike only if they are one, which caches rely on
 class ModelShapes:
     """A model's sizes, named as in transformers' configs, and its parameters.
 
@@ -73,6 +77,11 @@ class ModelShapes:
         return sum(parameter.numel for parameter in self.parameters)
 
     @property
+    def tied(self) -> bool:
+        """Whether the embedding is also the head."""
+        return not any(parameter.name == "lm_head.weight" for parameter in self.parameters)
+
+    @property
     def experts_numel(self) -> int:
         return sum(
             parameter.numel for parameter in self.parameters if ".experts." in parameter.name
@@ -93,6 +102,41 @@ class ModelShapes:
         return counts
 
 
+@lru_cache(maxsize=256)
+def held_elements(model: ModelShapes, tensor: int, shard: int, tensor_rank: int = 0) -> int:
+    """The elements that the first rank of the shard axis holds, without padding."""
+    return sum(model.held(tensor, shard, tensor_rank, 0))
+
+
+@lru_cache(maxsize=256)
+def slice_elements(model: ModelShapes, tensor: int, tensor_rank: int = 0) -> tuple[int, ...]:
+    """The elements of each parameter's tensor-parallel slice."""
+    return tuple(prod(p.shape_on(tensor, tensor_rank)) for p in model.parameters)
+
+
+@lru_cache(maxsize=256)
+def factor_elements(
+    model: ModelShapes, tensor: int, rank: int, evolve: str | None, tensor_rank: int = 0
+) -> tuple[int, ...]:
+    """The elements of a member's low-rank factors that a tensor rank holds, by matrix.
+
+    Args:
+        rank: of the noise.
+        evolve: see `Update.evolve`.
+    """
+    counts = []
+    for parameter in model.parameters:
+        if not evolves(evolve, rank, parameter.name, parameter.shape):
+            continue
+        part = sum(parameter.shape_on(tensor, tensor_rank)[-2:])
+        if parameter.looked_up:  # any rank may look up any token
+            whole = sum(parameter.shape[-2:])
+            # A head that is tied to the embedding has factors of its own slice besides.
+            part = whole + (part if model.tied and part != whole else 0)
+        counts.append(rank * part)
+    return tuple(counts)
+
+
 def config_file(path: str) -> Path:
     """config.json of a model directory, or of a hub id, of which only that file is downloaded.
 
@@ -104,8 +148,13 @@ def config_file(path: str) -> Path:
     return download(path, lambda: hf_hub_download(path, "config.json"))
 
 
-def read_shapes(config: Config) -> tuple[ModelShapes, PreTrainedModel]:
+def read_shapes(
+    config: Config, module: PreTrainedModel | None = None
+) -> tuple[ModelShapes, PreTrainedModel]:
     """The shapes of the configured model, and its module with parameters on the meta device.
+
+    Args:
+        module: the module, if it has been made already, such as for another engine.
 
     Raises:
         ConfigError: config.json is missing, unreadable, or lacks a size.
@@ -114,7 +163,7 @@ def read_shapes(config: Config) -> tuple[ModelShapes, PreTrainedModel]:
     with mistakes_in(f"model.path={path}: no readable config.json"):
         values = dict(json.loads(file.read_bytes()))
     dtype = getattr(torch, config.model.dtype.value)
-    module = empty_model(file.parent, dtype)
+    module = module if module is not None else empty_model(file.parent, dtype)
     text = module.config.get_text_config()
     _check_sizes(path, values | values.get("text_config", {}), text)
     num_heads = text.num_attention_heads
@@ -159,6 +208,7 @@ def _parameters(
     tied = "lm_head.weight" not in dict(module.named_parameters())
     # AutoTP splits an embedding only if it is also the head.
     splits_embedding = engine is EngineName.fsdp or tied
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     parameters = []
     for name, parameter in module.named_parameters():
         style, shape = _style(name, styles), tuple(parameter.shape)
@@ -170,7 +220,7 @@ def _parameters(
                 units = num_key_value_heads
             elif engine is EngineName.fsdp and "packed" in style:
                 units = shape[dim] // 2
-        parameters.append(Parameter(name, shape, dim, units))
+        parameters.append(Parameter(name, shape, dim, units, id(parameter) in embeddings))
     return tuple(parameters)
 
 

@@ -1,41 +1,30 @@
-"""The time of an iteration and its network traffic, computed from a device's data sheet.
+"""The time of an iteration and its network traffic, computed from a device's rates.
 
-This is a model. No GPU was measured. It leaves out Python, kernel launches, and memory reads below
-the full rate, all of which make an iteration longer: its times are lower bounds.
+This is a model. No GPU was measured. Of GPUs it leaves out Python, kernel launches, and memory
+reads below the full rate, all of which make an iteration longer: its times are lower bounds.
 """
 
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from shardes.config.schema import Gather, Offload, Restore
+from shardes.config.schema import ESConfig, Gather, Noise, Offload, Restore
+from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine
-from shardes.planning.shapes import ModelShapes
+from shardes.planning.shapes import (
+    ModelShapes,
+    factor_elements,
+    held_elements,
+    slice_elements,
+)
 from shardes.planning.workload import Workload
 
 # Bytes per member between replicas and store: 2,695 measured for eight (benchmarks/README.md)
 EXCHANGED = 337
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU's rates per second: bytes (links: in one direction, per GPU), operations, normals."""
-
-    memory: float
-    flops: float  # dense bfloat16
-    link: float  # NVLink within a node
-    network: float  # between nodes
-    host: float  # PCIe
-    normals: float  # ε from the noise kernel
-    latency: float = 1e-5  # seconds that a sum over ranks takes at least
-
-
-# From vendors' data sheets (SXM, 80 and 141 GB; DGX systems for the network). The rates of normals
-# and the latency are assumptions.
-DEVICES = {
-    "a100": Device(2.039e12, 312e12, 300e9, 25e9, 32e9, 5e10),
-    "h100": Device(3.35e12, 989e12, 450e9, 50e9, 64e9, 1e11),
-    "h200": Device(4.8e12, 989e12, 450e9, 50e9, 64e9, 1e11),
-}
+# The time of an element's low-rank noise relative to full noise, and what each rank adds, in the
+# update: fitted to ranks 1, 2 and 4 on a CPU (docs/performance.md), and assumed of GPUs
+LOW_RANK, LOW_RANK_EACH = 0.08, 0.06
+FACTORS = 1e9  # elements of low-rank factors that a rank's host makes per second: an assumption
 
 
 @dataclass(frozen=True)
@@ -64,110 +53,151 @@ class Seconds:
         return self.perturb + self.gather + self.prefill + self.decode + self.update
 
 
-def members_per_replica(layout: Layout, population_size: int) -> int:
-    """The number of members that the busiest replica evaluates."""
-    return -(-population_size // layout.replicas)
+def noise_cost(es: ESConfig) -> float:
+    """The time of an element's noise, relative to that of full noise."""
+    if es.noise is Noise.full:
+        return 1.0
+    return LOW_RANK + LOW_RANK_EACH * es.rank
 
 
-def traffic(
-    model: ModelShapes, layout: Layout, workload: Workload, population_size: int, response: int
-) -> Traffic:
-    """The network traffic of an iteration with responses of `response` tokens."""
-    members, lengths = members_per_replica(layout, population_size), workload.of_rank(layout)[0]
-    slices = sum(prod(p.shape_on(layout.tensor, 0)) for p in model.parameters) * model.itemsize
-    states = 2 * model.num_hidden_layers * model.hidden_size * model.itemsize
-    per_token = int(states * 2 * (layout.tensor - 1) / layout.tensor)
-    gathers = _forward_passes(workload, layout, response) if layout.gathers_per_pass else 1
-    per_member = int(slices * (layout.shard - 1) / layout.shard) * gathers  # in a ring
-    tokens = sum(lengths) + len(lengths) * response
-    return Traffic(
-        replicas=population_size * EXCHANGED,
-        reduced_per_token=per_token,
-        reduced=per_token * tokens * members,
-        gathered_per_member=per_member,
-        gathered=per_member * members,
-    )
+@dataclass(frozen=True)
+class Estimate:
+    """The traffic and the times of one layout, with responses of `response` tokens."""
+
+    model: ModelShapes
+    layout: Layout
+    workload: Workload
+    es: ESConfig
+    response: int
+    device: Device
+    machine: Machine
+
+    @property
+    def members(self) -> int:
+        """The number of members that the busiest replica evaluates."""
+        return -(-self.es.population_size // self.layout.replicas)
+
+    def traffic(self) -> Traffic:
+        """The network traffic of an iteration."""
+        layout, lengths = self.layout, replace(self.workload, members=1).of_rank(self.layout)[0]
+        per_token = int(self._states * 2 * (layout.tensor - 1) / layout.tensor)
+        slices = sum(slice_elements(self.model, layout.tensor))
+        per_gather = int(slices * self.model.itemsize * (layout.shard - 1) / layout.shard)
+        tokens = sum(lengths) + len(lengths) * self.response
+        gathered = per_gather * self._gathers()  # in a ring
+        return Traffic(
+            replicas=self.es.population_size * EXCHANGED,
+            reduced_per_token=per_token,
+            reduced=per_token * tokens * self.members,
+            gathered_per_member=gathered // self.members,
+            gathered=gathered,
+        )
+
+    def seconds(self) -> Seconds:
+        """The time of an iteration at the device's full speed; evaluations are not included."""
+        layout, machine, device = self.layout, self.machine, self.device
+        perturb, update = self._perturb_and_update()
+        spans_nodes = layout.shard * layout.tensor > machine.per_node
+        gather = self.traffic().gathered / (device.network if spans_nodes else device.link)
+        if layout.offload is Offload.cpu:
+            gather += self._gathers() * self._held * self.model.itemsize / device.host
+        prefill = decode = 0.0
+        for number, group in self.workload.groups(self.members):
+            parts = self._generation(group, group.of_rank(layout)[0])
+            prefill, decode = prefill + number * parts[0], decode + number * parts[1]
+        return Seconds(self.members * perturb, gather, prefill, decode, update)
+
+    def evaluation(self) -> float:
+        """The seconds of one evaluation of the center on both splits, without gathers."""
+        alone = replace(self.workload, members=1)
+        lists = alone.of_rank(self.layout)[1:]
+        return sum(sum(self._generation(alone, lengths)) for lengths in lists)
+
+    def _perturb_and_update(self) -> tuple[float, float]:
+        """The seconds of one member's perturbation, and of the update."""
+        es, device, elements = self.es, self.device, self._held
+        pair = 2 if es.antithetic else 1  # members of one seed
+        noise = elements * noise_cost(es) / device.normals  # of one seed
+        seeds = es.population_size / pair
+        if es.restore is Restore.subtract:
+            moved = elements * 2 * self.model.itemsize / device.bandwidth
+            return 2 * (moved + noise), moved + seeds * noise
+        perturb = elements * 4 / device.host + noise
+        if self.workload.members > 1:
+            perturb = self._factors / pair * (1 / FACTORS + 4 / device.host)
+        return perturb, elements * 8 / device.host + seeds * noise
+
+    def _generation(self, workload: Workload, lengths: Sequence[int]) -> tuple[float, float]:
+        """The seconds of prefill and of decoding.
+
+        A decode step reads the weights once, and each row's cache and low-rank factors. With many
+        rows its operations take longer than its reads.
+        """
+        model, device, tensor = self.model, self.device, self.layout.tensor
+        link = device.network if tensor > self.machine.per_node else device.link
+        reduce = self._states * 2 * (tensor - 1) / tensor / link  # a token's sums
+        latency = 2 * device.latency if tensor > 1 else 0.0
+        latency = model.num_hidden_layers * (latency + device.overhead)
+        heads = model.num_key_value_heads / tensor
+        cached = 2 * model.num_hidden_layers * heads * model.head_dim * model.itemsize
+        operations = 2 / tensor / device.flops  # of a token and an element
+        term = self._factors * device.term if workload.members > 1 else 0.0  # bytes of a row
+        layers_each, head = _used(model, 1)
+        prefill = decode = 0.0
+        for rows, width in workload.batches(lengths):
+            read = (_used(model, rows * width)[0] + head) * model.itemsize / tensor + rows * term
+            computed = rows * (width * layers_each + head) * operations
+            prefill += max(read / device.bandwidth, computed) + rows * width * reduce + latency
+            read = (_used(model, rows)[0] + head) * model.itemsize / tensor + rows * term
+            read += rows * (width + self.response / 2) * cached
+            computed = rows * (layers_each + head) * operations
+            step = max(read / device.bandwidth, computed) + rows * reduce + latency
+            decode += (self.response - 1) * step
+        return prefill, decode
+
+    @property
+    def _held(self) -> int:
+        """The elements of the largest rank."""
+        return held_elements(self.model, self.layout.tensor, self.layout.shard)
+
+    @property
+    def _factors(self) -> int:
+        """The elements of a member's low-rank factors on a rank."""
+        return sum(factor_elements(self.model, self.layout.tensor, self.es.rank, self.es.evolve))
+
+    @property
+    def _states(self) -> int:
+        """The bytes of a token that the ranks of the tensor axis sum up."""
+        return 2 * self.model.num_hidden_layers * self.model.hidden_size * self.model.itemsize
+
+    def _gathers(self) -> int:
+        """How often a replica gathers its weights in an iteration."""
+        return sum(
+            number * self._passes(group) for number, group in self.workload.groups(self.members)
+        )
+
+    def _passes(self, group: Workload) -> int:
+        """How often it does so for a group of members: once, or in every forward pass."""
+        if self.layout.gather is Gather.member:
+            return 1
+        return self.response * len(list(group.batches(group.of_rank(self.layout)[0])))
 
 
-def seconds(
-    model: ModelShapes,
-    layout: Layout,
-    workload: Workload,
-    restore: Restore,
-    population_size: int,
-    response: int,
-    device: Device,
-    machine: Machine,
-) -> Seconds:
-    """The time of an iteration with responses of `response` tokens, at a device's full speed.
+def _used(model: ModelShapes, tokens: int) -> tuple[float, int]:
+    """The elements of layers and head that a forward pass of `tokens` tokens computes with.
 
-    Evaluations of the center are not included.
+    Of the experts, these are the chosen ones.
     """
-    members = members_per_replica(layout, population_size)
-    elements = sum(model.held(layout.tensor, layout.shard, 0, 0))
-    if restore is Restore.copy:
-        perturb = elements * (4 / device.host + 1 / device.normals)
-        update = elements * (8 / device.host + population_size / device.normals)
-    else:
-        perturb = 2 * elements * (2 * model.itemsize / device.memory + 1 / device.normals)
-        update = elements * (2 * model.itemsize / device.memory + population_size / device.normals)
-    sent = traffic(model, layout, workload, population_size, response)
-    spans_nodes = layout.shard * layout.tensor > machine.per_node
-    gather = sent.gathered / (device.network if spans_nodes else device.link)
-    if layout.offload is Offload.cpu:
-        per_layer = layout.gather is Gather.layer
-        loads = _forward_passes(workload, layout, response) if per_layer else 1
-        gather += members * loads * elements * model.itemsize / device.host
-    link = device.network if layout.tensor > machine.per_node else device.link
-    reduce = sent.reduced_per_token / link
-    prefill, decode = _generation(model, layout, workload, response, device, reduce)
-    return Seconds(members * perturb, gather, members * prefill, members * decode, update)
-
-
-def _generation(
-    model: ModelShapes,
-    layout: Layout,
-    workload: Workload,
-    response: int,
-    device: Device,
-    reduce: float,
-) -> tuple[float, float]:
-    """The seconds of a member's prefill and decoding; `reduce` are those of a token's sums.
-
-    A decode step reads the weights once and the cache of each row. With many rows its operations
-    take longer than its reads.
-    """
-    cached = (
-        2
-        * model.num_hidden_layers
-        * model.num_key_value_heads
-        * model.head_dim
-        * model.itemsize
-        / layout.tensor
-    )
-    latency = 2 * model.num_hidden_layers * device.latency if layout.tensor > 1 else 0.0
-    operations = 2 * _used(model, 1) / layout.tensor / device.flops  # of a token
-    prefill = decode = 0.0
-    for rows, width in workload.batches(workload.of_rank(layout)[0]):
-        prefill += rows * width * (operations + reduce) + latency
-        weights = _used(model, rows) * model.itemsize / layout.tensor
-        read = (weights + rows * (width + response / 2) * cached) / device.memory
-        decode += response * (max(read, rows * operations) + rows * reduce + latency)
-    return prefill, decode
-
-
-def _forward_passes(workload: Workload, layout: Layout, response: int) -> int:
-    """The number of forward passes of one member."""
-    return sum(response for _ in workload.batches(workload.of_rank(layout)[0]))
-
-
-def _used(model: ModelShapes, tokens: int) -> float:
-    """The elements that a forward pass of `tokens` tokens uses: of the experts, the chosen ones."""
-    embedding = next((p.numel for p in model.parameters if "embed" in p.name), 0)
-    # An embedding that is not also the head is only looked up.
-    looked_up = embedding if any(p.name == "lm_head.weight" for p in model.parameters) else 0
-    dense = model.numel - model.experts_numel - looked_up
+    layers, head = _layers_and_head(model)
     if not model.num_experts:
-        return dense
+        return layers, head
     unused = (1 - model.num_experts_per_tok / model.num_experts) ** tokens
-    return dense + model.experts_numel * (1 - unused)
+    return layers + model.experts_numel * (1 - unused), head
+
+
+@lru_cache(maxsize=16)
+def _layers_and_head(model: ModelShapes) -> tuple[int, int]:
+    """The elements outside of embeddings, head and experts, and those of the head."""
+    embeddings = sum(p.numel for p in model.parameters if p.looked_up)
+    own = sum(p.numel for p in model.parameters if p.name == "lm_head.weight")
+    return model.numel - model.experts_numel - embeddings - own, own or embeddings

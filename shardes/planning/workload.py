@@ -1,7 +1,7 @@
 """The prompts and responses of a run, as numbers of tokens."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardes.config.schema import Config
@@ -17,12 +17,29 @@ CHARACTERS_PER_TOKEN = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """The lengths of the training and the held-out prompts, and the limits of decoding."""
+    """The lengths of the training and the held-out prompts, and the limits of decoding.
+
+    Attributes:
+        members: how many members answer side by side; 1: one after another.
+    """
 
     train: tuple[int, ...]
     test: tuple[int, ...]
     max_new_tokens: int
     batch_tokens: int
+    members: int = 1
+
+    def groups(self, members: int) -> Iterator[tuple[int, "Workload"]]:
+        """How many groups of each size `members` make, as (number, workload of one group)."""
+        full, rest = divmod(members, self.members)
+        yield full, self
+        if rest:
+            yield 1, replace(self, members=rest)
+
+    def whole(self, layout: Layout) -> int:
+        """The `batch_tokens` with which the prompts of a group of members are one batch."""
+        lengths = self.of_rank(layout)[0]
+        return len(lengths) * (max(lengths) + self.max_new_tokens)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         """(rows, longest prompt) of each batch."""
@@ -32,14 +49,14 @@ class Workload:
     def of_rank(self, layout: Layout) -> list[list[int]]:
         """The lengths of the prompts that the first rank of the shard axis generates for at a time.
 
-        The first list is for a member, the others are for the center.
+        The first list is for a group of members, the others are for the center.
         """
         center = [
             list(split[:: min(layout.replicas, len(split))])
             for split in (self.train, self.test)
             if split
         ]
-        return [lengths[:: layout.shard] for lengths in [list(self.train), *center]]
+        return [lengths[:: layout.shard] for lengths in [list(self.train) * self.members, *center]]
 
 
 def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None) -> Workload:
