@@ -83,6 +83,10 @@ class Sampler:
         """The text of each response, without special tokens."""
         return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
+    def is_complete(self, response: Sequence[int]) -> bool:
+        """See `Decoder.is_complete`."""
+        return self._decoder.is_complete(response)
+
     @contextmanager
     def _gathered(self) -> Iterator[tuple[PreTrainedModel, dict]]:
         """The module, ready to compute, and the arguments that say how its ranks work together."""

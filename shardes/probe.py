@@ -1,0 +1,208 @@
+"""A probe: what the members of one iteration say of σ, before a run is started.
+
+Antithetic pairs θ ± σ·ε at several σ answer the iteration's prompts, with the same seeds at each σ.
+Replicas share out the members as in training, and every rank of a replica makes the same calls.
+Nothing is journaled, and the center does not move. `shardes.es.tuning` says what follows from the
+rewards.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+
+from shardes.config.schema import Config
+from shardes.es.population import Iteration, Member
+from shardes.es.statistics import mean
+from shardes.inference.sampler import invalid_logits
+from shardes.launch import Replica
+from shardes.replicas.work_queue import WorkQueue
+from shardes.rewards.scoring import Scorer
+
+SIGNS = (1, -1)
+SIGMAS = 6  # by default,
+FACTOR = 10**0.5  # this factor apart,
+BELOW = 3  # so many of them below the config's
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one model's answers to the iteration's prompts are worth.
+
+    Attributes:
+        rewards: by prompt. Empty if training would end here: a response that the model could not
+            complete, with task.on_error=fail.
+        changed: answers that differ from the center's, in any token.
+        empty: answers without text.
+        unended: answers with text that max_new_tokens cut off.
+        failed: answers that could not be completed or scored.
+        tokens: of all answers.
+    """
+
+    rewards: list[float]
+    changed: int
+    empty: int
+    unended: int
+    failed: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The members of a probe: for each seed, for each σ, the pair θ ± σ·ε(seed)."""
+
+    sigmas: tuple[float, ...]
+    iteration: Iteration
+
+    @classmethod
+    def derive(
+        cls,
+        config: Config,
+        sigmas: Sequence[float],
+        pairs: int,
+        digest: str,
+        prompts: Sequence[list[int]],
+    ) -> "Plan":
+        """Pairs of the seeds and prompts of a run's first iteration.
+
+        Args:
+            digest, prompts: see `Iteration.derive`.
+        """
+        es = replace(config.es, population_size=2 * pairs, antithetic=True)
+        iteration = Iteration.derive(replace(config, es=es), 0, digest, prompts)
+        members = [
+            Member(seed, sign * sigma)
+            for seed in iteration.seeds
+            for sigma in sigmas
+            for sign in SIGNS
+        ]
+        return cls(tuple(sigmas), replace(iteration, members=members))
+
+    def by_sigma(self, results: Mapping[int, Answered]) -> dict[float, list[Answered]]:
+        """The members that have a result, by σ: complete pairs only, whose members follow one
+        another.
+        """
+        found: dict[float, list[Answered]] = {sigma: [] for sigma in self.sigmas}
+        for first in range(0, len(self.iteration.members), len(SIGNS)):
+            if first in results and first + 1 in results:
+                sigma = abs(self.iteration.members[first].sigma)
+                found[sigma] += [results[first], results[first + 1]]
+        return found
+
+
+@dataclass(frozen=True)
+class CenterAnswers:
+    """The center's answers, scored twice; `rescoring` is the root mean square of the difference of
+    an answer's two rewards, over √2: the standard deviation of a reward that is not a function of
+    the answer.
+    """
+
+    answered: Answered
+    rescoring: float
+
+
+class Probe:
+    """One rank of a probe.
+
+    Args:
+        queue: its pieces are the plan's members.
+        poll: called between decode steps; what it raises ends the probe.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        replica: Replica,
+        scorer: Scorer,
+        queue: WorkQueue,
+        poll: Callable[[], None],
+    ):
+        self._config, self._plan, self._replica = config, plan, replica
+        self._scorer, self._queue, self._poll = scorer, queue, poll
+        self._center_tokens: list[list[int]] = []
+
+    def answer_with_center(self) -> CenterAnswers:
+        """Let the center answer. On the primary rank, which scores, returns what that is worth.
+
+        Every replica does this: changed answers are counted where the members are evaluated.
+        """
+        self._replica.center.load_into_model()
+        prompts = self._plan.iteration.prompts
+        self._center_tokens = self._replica.sampler.generate(prompts, poll=self._poll)
+        scored: list[Answered] = []
+
+        def score() -> None:
+            scored.extend(self._scored(self._center_tokens, "the center") for _ in range(2))
+
+        if self._replica.world.replica == 0:
+            self._replica.world.run_on_leader(score)
+        if not scored:
+            return CenterAnswers(Answered([], 0, 0, 0, 0, 0), 0.0)
+        once, again = (answered.rewards for answered in scored)
+        squares = [(a - b) ** 2 / 2 for a, b in zip(once, again, strict=True)]
+        return CenterAnswers(scored[0], mean(squares or [0.0]) ** 0.5)
+
+    def answer_with_members(self) -> None:
+        """Evaluate members for this replica until every one has been claimed."""
+        answers, iteration = self._replica.answers, self._plan.iteration
+        claims, size = self._queue.claims(), answers.group_size(iteration)
+        while group := list(islice(claims, size)):
+            for number, tokens in zip(
+                group, answers.generate(iteration, group, self._poll), strict=True
+            ):
+                self._replica.world.run_on_leader(partial(self._post, number, tokens))
+
+    def results(self) -> dict[int, Answered]:
+        """All members' results, on the primary rank; waits for the other replicas."""
+        return dict(enumerate(map(_read, self._queue.collect())))
+
+    def results_so_far(self) -> dict[int, Answered]:
+        """The results that are there, on the primary rank."""
+        return {number: _read(text) for number, text in self._queue.news()}
+
+    def _post(self, number: int, tokens: list[list[int]]) -> None:
+        member = self._plan.iteration.members[number]
+        answered = self._scored(tokens, f"a member (σ = {abs(member.sigma):g}, seed {member.seed})")
+        self._queue.post(number, json.dumps(asdict(answered)))
+
+    def _scored(self, tokens: list[list[int]], model: str) -> Answered:
+        """Score a model's answers."""
+        sampler, numbers = self._replica.sampler, self._plan.iteration.prompt_numbers
+        texts = sampler.texts(tokens)
+        invalid = invalid_logits(tokens, model, self._config.model.dtype)
+        rewards: list[float] = []
+        failed = len(invalid)
+        if not (invalid and self._config.task.on_error == "fail"):
+            rewards = self._scorer("train", texts, numbers, invalid)
+            failed = self._scorer.take_failures()["scoring_failures"]
+        kinds = [
+            "invalid" if row in invalid else answer_kind(text, sampler.is_complete(response))
+            for row, (text, response) in enumerate(zip(texts, tokens, strict=True))
+        ]
+        changed = sum(a != b for a, b in zip(tokens, self._center_tokens, strict=True))
+        lengths = sum(map(len, tokens))
+        return Answered(
+            rewards, changed, kinds.count("empty"), kinds.count("unended"), failed, lengths
+        )
+
+
+def answer_kind(text: str, complete: bool) -> str:
+    """ "empty", "unended" or "whole": what is to be seen of an answer without its reward.
+
+    Args:
+        complete: see `Decoder.is_complete`.
+    """
+    if not text.strip():
+        return "empty"
+    return "whole" if complete else "unended"
+
+
+def default_sigmas(sigma: float) -> list[float]:
+    """SIGMAS values around a config's σ."""
+    return [float(f"{sigma * FACTOR ** (step - BELOW):.3g}") for step in range(SIGMAS)]
+
+
+def _read(text: str) -> Answered:
+    return Answered(**json.loads(text))
