@@ -178,25 +178,15 @@ class Probe:
             rewards = self._scorer("train", texts, numbers, invalid)
             failed = self._scorer.take_failures()["scoring_failures"]
         kinds = [
-            "invalid" if row in invalid else answer_kind(text, sampler.is_complete(response))
-            for row, (text, response) in enumerate(zip(texts, tokens, strict=True))
+            kind
+            for row, kind in enumerate(sampler.answer_kinds(tokens, texts))
+            if row not in invalid
         ]
         changed = sum(a != b for a, b in zip(tokens, self._center_tokens, strict=True))
         lengths = sum(map(len, tokens))
         return Answered(
             rewards, changed, kinds.count("empty"), kinds.count("unended"), failed, lengths
         )
-
-
-def answer_kind(text: str, complete: bool) -> str:
-    """ "empty", "unended" or "whole": what is to be seen of an answer without its reward.
-
-    Args:
-        complete: see `Decoder.is_complete`.
-    """
-    if not text.strip():
-        return "empty"
-    return "whole" if complete else "unended"
 
 
 def default_sigmas(sigma: float) -> list[float]:

@@ -251,7 +251,6 @@ class PrimaryJob(JobRoles):
             run.journal,
             self.config.es,
             reporter,
-            reporter.say,
             **shared,
         )
 
