@@ -18,15 +18,15 @@ from shardes.errors import ConfigError, suggestion
 
 COMMANDS = {
     "train": "fine-tune a model",
-    "probe": "measure which σ, α and population size to start with",
     "evaluate": "evaluate a model on a task's prompts",
+    "probe": "measure which σ, α and population size to start with",
     "export": "write a run's center as a Hugging Face checkpoint",
     "plan": "estimate whether a run fits in memory, and its time",
     "report": "write a run's report, one HTML page",
     "journal": "show, verify or compare journals",
     "env": "print versions, devices and settings for a bug report",
 }
-LAUNCHED = ("train", "probe", "evaluate")  # on several ranks
+LAUNCHED = ("train", "evaluate", "probe")  # on several ranks
 HELP = f"""usage: shardes COMMAND [arguments]
 
 {chr(10).join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())}

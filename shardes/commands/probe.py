@@ -33,9 +33,10 @@ from shardes.commands.arguments import LaunchParser
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
 from shardes.errors import ConfigError, RunError
+from shardes.es.probing import Answered, CenterAnswers, Plan, default_sigmas
 from shardes.es.tuning import LEAST_PAIRS
 from shardes.launch import PreparedRun
-from shardes.probe import Answered, CenterAnswers, Plan, Probe, default_sigmas
+from shardes.probe import Probe
 from shardes.replicas.member_queue import REPORT_INTERVAL
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue

@@ -18,8 +18,8 @@ of the drop d = R(θ) − mean R at σ. From these:
 
 - **σ**: that of the largest gain, by the gain's lower bound (one standard error below), so that a
   gain which was measured badly is not preferred. No σ is suggested if no lower bound is above 0.
-- **N**: 4/(−ρ). An update's rise is α·G, and differs by chance with a standard deviation of
-  α·G/√(−ρ·N), so it is then two of them above 0.
+- **N**: the configured one, but at least 4/(−ρ). An update's rise is α·G, and differs by chance
+  with a standard deviation of α·G/√(−ρ·N), so it is then two of them above 0.
 - **α**: half of what is best for a single step, G·N·σ²/(2·d), because the drops of many steps add
   up: three quarters of that step's rise at a quarter of its drop. And no more than moves the
   weights by σ/2 (root mean square): the members have explored no further than σ.
@@ -152,10 +152,11 @@ def best(all_figures: Sequence[Figures]) -> Figures | None:
     return chosen if chosen and chosen.lower_gain > 0 else None
 
 
-def suggest(chosen: Figures) -> Suggestion:
-    """α, N and σ for the figures that `best` chose; see the rules above."""
-    sigma, share = chosen.sigma, -(chosen.correlation or 0.0)
-    size = population_size(share)
+def suggest(es: ESConfig, chosen: Figures) -> Suggestion:
+    """σ, α and N for the figures that `best` chose; see the rules above."""
+    sigma, correlation = chosen.sigma, chosen.correlation or 0.0
+    least = least_population(-correlation)
+    size = max(least, es.population_size)
     alpha, limit = step_size(chosen, size)
     step = chosen.fitness_rms * alpha / math.sqrt(size)
     rise = alpha * chosen.gain - (step / sigma) ** 2 * max(chosen.drop, 0.0)
@@ -163,14 +164,14 @@ def suggest(chosen: Figures) -> Suggestion:
         f"its gain, {chosen.gain:.3g} ± {chosen.gain_error:.2g} per unit of α, has the highest "
         "lower bound",
         limit,
-        f"{CERTAINTY**2:.0f}/(−ρ) with ρ = {-share:.2f}: the rise of an update is then twice what "
+        f"at least {least}, since ρ = {correlation:.2f}: the rise of an update is then twice what "
         "it varies by chance",
     )
     return Suggestion(sigma, alpha, size, step, rise, reasons)
 
 
-def population_size(share: float) -> int:
-    """N from the share of the rewards' variance that is signal: even, at least 4."""
+def least_population(share: float) -> int:
+    """The least N, from the share of the rewards' variance that is signal: even, at least 4."""
     size = math.ceil(CERTAINTY**2 / max(share, 1e-3))
     return max(size + size % 2, 4)
 

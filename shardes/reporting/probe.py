@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shardes.config.schema import Config
+from shardes.config.schema import Config, ESConfig
 from shardes.es.population import noise_rank
+from shardes.es.probing import Answered, CenterAnswers, Plan
 from shardes.es.statistics import mean
 from shardes.es.tuning import LEAST_PAIRS, Figures, best, figures, suggest
-from shardes.probe import Answered, CenterAnswers, Plan
 from shardes.reporting.charts import Series, line_chart
 from shardes.reporting.page import cards, escaped, table
 
@@ -66,13 +66,14 @@ def probe_report(
         "fitness": config.es.fitness.value,
         "antithetic": config.es.antithetic,
         "seed": config.es.seed,
+        "digest": plan.iteration.digest,
         "prompts": prompts,
         "evaluated": len(results),
         "members": len(plan.iteration.members),
         "center": {"reward": reward, "rescoring": center.rescoring}
         | _shares([center.answered], prompts),
         "sigmas": rows,
-        "suggestion": _suggestion(chosen, rms) if chosen else None,
+        "suggestion": _suggestion(config.es, chosen, rms) if chosen else None,
     }
 
 
@@ -93,9 +94,9 @@ def _shares(members: Sequence[Answered], prompts: int) -> dict[str, float]:
     return shares | {"broken": min(broken, 1.0)}
 
 
-def _suggestion(chosen: Figures, rms: Mapping[str, float]) -> dict[str, Any]:
+def _suggestion(es: ESConfig, chosen: Figures, rms: Mapping[str, float]) -> dict[str, Any]:
     """The suggestion, and its step and σ in units of each parameter's root mean square."""
-    found = suggest(chosen)
+    found = suggest(es, chosen)
     relative = {
         name: {"rms": size, "step": found.step / size, "sigma": found.sigma / size}
         for name, size in rms.items()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_the_rise_that_is_expected_is_that_of_updates():
 
     sigma = 0.01
     chosen = figures(ESConfig(), sigma, scores_of(reward, sigma, 100), 0.0)
-    found = suggest(chosen)
+    found = suggest(ESConfig(population_size=10), chosen)
     rises = []
     for t in range(60):
         seeds = member_seeds(7, t, found.population_size)
@@ -134,11 +135,14 @@ def test_alpha_is_that_of_half_the_best_step_or_of_what_members_explored():
 
 
 def test_a_population_is_larger_where_less_is_signal():
-    def shared(part: float) -> int:
-        found = figures(ESConfig(), 0.01, scores_of(linear, 0.01), 0.0)
-        return suggest(type(found)(**(vars(found) | {"correlation": -part}))).population_size
+    found = figures(ESConfig(), 0.01, scores_of(linear, 0.01), 0.0)
 
-    assert [shared(part) for part in (1.0, 0.5, 0.1, 0.09)] == [4, 8, 40, 46]
+    def size(correlation: float, configured: int = 2) -> int:
+        figures = replace(found, correlation=correlation)
+        return suggest(ESConfig(population_size=configured), figures).population_size
+
+    assert [size(rho) for rho in (-1.0, -0.5, -0.1, -0.09)] == [4, 8, 40, 46]
+    assert [size(rho, 30) for rho in (-1.0, -0.09)] == [30, 46]
 
 
 def test_the_noise_of_prompts_is_what_members_and_prompts_do_not_explain():
