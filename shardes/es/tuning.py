@@ -18,6 +18,8 @@ of the drop d = R(θ) − mean R at σ. From these:
 
 - **σ**: that of the largest gain, by the gain's lower bound (one standard error below), so that a
   gain which was measured badly is not preferred. No σ is suggested if no lower bound is above 0.
+  The suggestion is uncertain if the gain is below two standard errors: of several σ without any
+  signal, one often reaches one of them by chance.
 - **N**: the configured one, but at least 4/(−ρ). An update's rise is α·G, and differs by chance
   with a standard deviation of α·G/√(−ρ·N), so it is then two of them above 0.
 - **α**: half of what is best for a single step, G·N·σ²/(2·d), because the drops of many steps add
@@ -37,7 +39,7 @@ from shardes.es.fitness import fitness
 from shardes.es.statistics import mean, std
 
 LEAST_PAIRS = 3  # of which the spread of even parts can be told
-CERTAINTY = 2.0  # standard deviations by which an update's rise is to exceed chance
+CERTAINTY = 2.0  # standard deviations by which a gain, and an update's rise, are to exceed chance
 CAUTION = 0.5  # share of the α that is best for one step, and of σ that a step may move the weights
 
 Scores = Sequence[Sequence[float]]  # rewards by member and prompt; pairs follow one another
@@ -86,6 +88,7 @@ class Suggestion:
     Attributes:
         step: root mean square of the update's elements.
         rise: of the reward, per update.
+        certain: whether the gain is at least two standard errors above 0.
         reasons: a sentence each for σ, α and N.
     """
 
@@ -94,6 +97,7 @@ class Suggestion:
     population_size: int
     step: float
     rise: float
+    certain: bool
     reasons: tuple[str, str, str]
 
 
@@ -167,7 +171,8 @@ def suggest(es: ESConfig, chosen: Figures) -> Suggestion:
         f"at least {least}, since ρ = {correlation:.2f}: the rise of an update is then twice what "
         "it varies by chance",
     )
-    return Suggestion(sigma, alpha, size, step, rise, reasons)
+    certain = chosen.gain >= CERTAINTY * chosen.gain_error
+    return Suggestion(sigma, alpha, size, step, rise, certain, reasons)
 
 
 def least_population(share: float) -> int:

@@ -21,7 +21,7 @@ from shardes.reporting.page import cards, escaped, table
 
 FILE = Path("probe", "probe.json")  # in the run directory
 HEAD = ("σ", "reward", "spread", "noise", "changed", "broken", "ρ(R₊, R₋)", "gain per α")
-UNSURE = (
+NO_SIGNAL = (
     "no σ has a gain above its standard error, so none is suggested: take more --pairs, more "
     "prompts or a finer reward (docs/tuning.md)"
 )
@@ -201,6 +201,12 @@ def conclusion(report: Mapping[str, Any]) -> list[str]:
         f"es.{name}={found[name]:g}: {reason}"
         for name, reason in zip(named, found["reasons"], strict=True)
     ]
+    if not found["certain"]:
+        lines.insert(
+            0,
+            "uncertain: this gain is below two standard errors, which chance reaches often; take "
+            "more --pairs",
+        )
     steps = [values["step"] for values in found["parameters"].values()]
     if steps:
         low, middle, high = _range(steps)
@@ -225,7 +231,7 @@ def _without_suggestion(report: Mapping[str, Any]) -> str:
     measured = [row for row in rows if "spread" in row]
     if measured and not any(row["spread"] for row in measured):
         return "all rewards are equal although answers change: the reward needs to be finer"
-    return UNSURE
+    return NO_SIGNAL
 
 
 def section(report: Mapping[str, Any]) -> str:
