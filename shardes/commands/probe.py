@@ -12,6 +12,7 @@ neither read nor changed: to probe a later center, pass model.path=SNAPSHOT.
 
 import shlex
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def parser() -> LaunchParser:
     parser.add_argument(
         "--sigmas",
         nargs="+",
-        type=float,
+        type=_number,
         metavar="S",
         help="default: six values, a factor √10 apart, around es.sigma",
     )
@@ -80,6 +81,15 @@ def parser() -> LaunchParser:
         help="antithetic pairs for each σ; default: half of es.population_size",
     )
     return parser
+
+
+def _number(text: str) -> float:
+    if "=" in text:
+        raise ArgumentTypeError(f"{text}: write settings (key=value) before it")
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: not a number") from None
 
 
 def prepare(argv: list[str], job: Job) -> PreparedProbe:

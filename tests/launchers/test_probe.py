@@ -130,7 +130,8 @@ def test_mistakes_are_one_line(configure, monkeypatch):
         (["--sigmas", "0"], "--sigmas 0: must be positive"),
         (["--sigmas", "nan"], "--sigmas nan: must be positive"),
         (["--sigmas", "0.1", "0.1"], "--sigmas: a value is given twice"),
-        (["--sigmas", "x"], "argument --sigmas: invalid float value: 'x'; see shardes probe"),
+        (["--sigmas", "x"], "argument --sigmas: x: not a number; see shardes probe --help"),
+        (["--sigmas", "1", "es.seed=1"], "argument --sigmas: es.seed=1: write settings (key=value"),
         (["es.sigam=1"], "es.sigam: no such key; did you mean es.sigma?"),
         (["--dry-run"], "--dry-run: only for train"),
     ):
