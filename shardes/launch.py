@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shardes.answers import Answers, InPlace, OneBatch
 from shardes.clock import Clock
 from shardes.config import loading
 from shardes.config.schema import Config, ESConfig, TaskConfig
@@ -26,9 +27,11 @@ from shardes.distributed.world import Job, World, agree, form_replica, join_job,
 from shardes.engines import Engine, build, check_model, open_model
 from shardes.engines.attention import check_attention
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
+from shardes.es.center import Center, open_center
 from shardes.es.matrix_layers import matrix_layers
 from shardes.es.population import check_rank, noise_rank
-from shardes.es.side_by_side import answer_side_by_side
+from shardes.es.side_by_side import SideBySide, answer_side_by_side
+from shardes.es.staging import center_device
 from shardes.es.update import evolves
 from shardes.inference.generation import Decoder, decoder
 from shardes.inference.limits import beyond_context, check_decoding, check_prompts
@@ -60,6 +63,16 @@ class PreparedRun:
 
     def abandon(self) -> None:
         """Leave everything as it was: another rank cannot start."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """This rank's part of a replica, with weights: the center, and what lets members answer."""
+
+    world: World
+    sampler: Sampler
+    center: Center
+    answers: Answers
 
 
 Prepared = TypeVar("Prepared", bound=PreparedRun)
@@ -205,6 +218,44 @@ def build_replica(
     world = form_replica(job, replicas, sharding.shard, sharding.tensor, timeout, number)
     engine = build(prepared.config, prepared.module, world)
     return world, engine, Sampler(world, engine, prepared.decoder, prepared.tokenizer, clock)
+
+
+def open_replica(
+    job: Job,
+    prepared: PreparedRun,
+    source: Callable[[], WeightFiles],
+    clock: Clock,
+    joined: tuple[int, int] | None = None,
+) -> Replica:
+    """This rank's part of a replica, whose center is read from the files that `source` returns.
+
+    Args:
+        joined: see `build_replica`.
+    """
+    world, engine, sampler = build_replica(job, prepared, clock, joined)
+    config, es = prepared.config, prepared.config.es
+    side_by_side = (
+        SideBySide(prepared.module, engine.shards, engine.device, es.rank, es.evolve)
+        if answer_side_by_side(es)
+        else None
+    )
+    center = open_center(
+        es.restore,
+        engine.shards,
+        world,
+        source(),
+        prepared.files,
+        es.evolve,
+        clock,
+        noise_rank(es),
+        center_device(config, world, engine.shards, prepared.module.config),
+    )
+    answers: Answers = (
+        OneBatch(config, world, center, sampler, side_by_side, clock)
+        if side_by_side
+        else InPlace(center, sampler)
+    )
+    return Replica(world, sampler, center, answers)
 
 
 def launch(

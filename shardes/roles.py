@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from shardes import launch
-from shardes.answers import Answers, InPlace, OneBatch
 from shardes.clock import Clock
 from shardes.config.schema import Restore
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
 from shardes.errors import RunError
-from shardes.es.center import open_center
-from shardes.es.population import noise_rank
-from shardes.es.side_by_side import SideBySide, answer_side_by_side
-from shardes.es.staging import center_device
 from shardes.evaluator import Evaluator, PrimaryEvaluator
 from shardes.launch import PreparedRun
 from shardes.replicas.consistency import ConsistencyCheck
@@ -78,26 +73,9 @@ class JobRoles(ABC):
         self.directory = Path(self.config.run.dir)
         self.resume = self._share_resume_point()
         self.store = self.run_store()  # before weights are read: ranks may take different times
-        self.world, engine, self.sampler = launch.build_replica(
-            job, prepared, self.clock, self.joined()
-        )
-        es = self.config.es
-        self.side_by_side = (
-            SideBySide(prepared.module, engine.shards, engine.device, es.rank, es.evolve)
-            if answer_side_by_side(es)
-            else None
-        )
-        self.center = open_center(
-            self.config.es.restore,
-            engine.shards,
-            self.world,
-            self._source(),
-            prepared.files,
-            self.config.es.evolve,
-            self.clock,
-            noise_rank(self.config.es),
-            center_device(self.config, self.world, engine.shards, prepared.module.config),
-        )
+        replica = launch.open_replica(job, prepared, self._source, self.clock, self.joined())
+        self.world, self.sampler = replica.world, replica.sampler
+        self.center, self.answers = replica.center, replica.answers
         self.scorer = Scorer(
             self.config.task,
             prepared.task,
@@ -134,7 +112,7 @@ class JobRoles(ABC):
             prepared.prompts,
             self.center,
             self.sampler,
-            self._answers(),
+            self.answers,
             self.scorer,
             self._evaluator(coordinator, reporter),
             coordinator,
@@ -145,13 +123,6 @@ class JobRoles(ABC):
             self.clock,
             self.watcher.poll,
             trace if config.profile and self.world.replica == 0 else None,
-        )
-
-    def _answers(self) -> Answers:
-        if self.side_by_side is None:
-            return InPlace(self.center, self.sampler)
-        return OneBatch(
-            self.config, self.world, self.center, self.sampler, self.side_by_side, self.clock
         )
 
     def _evaluator(self, coordinator: Coordinator, reporter: Reporter) -> Evaluator:
@@ -280,7 +251,6 @@ class PrimaryJob(JobRoles):
             run.journal,
             self.config.es,
             reporter,
-            reporter.say,
             **shared,
         )
 

@@ -104,6 +104,7 @@ class Trainer:
         self.evaluator.complete()  # until all replicas have answered with this center
         # z_n and c_n = (α/N)·z_n (es/fitness.py), in the journal before they are published.
         record = self.coordinator.commit(iteration, results)
+        self.reporter.check_learning(record)
         with self.clock("exchange"):
             self.snapshots.wait_written()  # until this rank's part of this center is copied
         with self.clock("update"):
@@ -162,6 +163,7 @@ class Trainer:
             )
             prompts = select(prompts_of(self.task, "train"), iteration.prompt_numbers)
             self.reporter.responses(number, prompts, texts, rewards)
+            self.reporter.answered(texts, self.sampler.answer_kinds(responses, texts))
             with self.clock("exchange"):
                 queue.post(number, result)
 

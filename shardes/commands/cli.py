@@ -1,7 +1,8 @@
-"""The command `shardes`: it runs a subcommand, and starts the ranks of `train` and `evaluate`.
+"""The command `shardes`: it runs a subcommand, and starts the ranks of those that need several.
 
-`shardes train` and `shardes evaluate` start their ranks on this host with deepspeed's launcher. Its
-exit code is that of the rank that failed. Under a launcher (torchrun, srun), each is one rank.
+`shardes train`, `shardes probe` and `shardes evaluate` start their ranks on this host with
+deepspeed's launcher. Its exit code is that of the rank that failed. Under a launcher (torchrun,
+srun), each is one rank.
 """
 
 import argparse
@@ -18,12 +19,14 @@ from shardes.errors import ConfigError, suggestion
 COMMANDS = {
     "train": "fine-tune a model",
     "evaluate": "evaluate a model on a task's prompts",
+    "probe": "measure which σ, α and population size to start with",
     "export": "write a run's center as a Hugging Face checkpoint",
     "plan": "estimate whether a run fits in memory, and its time",
     "report": "write a run's report, one HTML page",
     "journal": "show, verify or compare journals",
     "env": "print versions, devices and settings for a bug report",
 }
+LAUNCHED = ("train", "evaluate", "probe")  # on several ranks
 HELP = f"""usage: shardes COMMAND [arguments]
 
 {chr(10).join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())}
@@ -49,13 +52,13 @@ def main(argv: list[str]) -> int:
     name, *arguments = argv
     if name not in COMMANDS:
         raise ConfigError(f"{name}: no such command; {suggestion(name, COMMANDS)}")
-    if name in ("train", "evaluate") and not {"-h", "--help"} & set(arguments):
+    if name in LAUNCHED and not {"-h", "--help"} & set(arguments):
         return start(name, arguments)
     return import_module(f"shardes.commands.{name}").main(arguments)
 
 
 def start(name: str, argv: list[str]) -> int:
-    """Run train or evaluate on the number of ranks that --gpus gives (default: one per GPU)."""
+    """Run a command on the number of ranks that --gpus gives (default: one per GPU)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus", "--nproc", type=int, dest="ranks")
     parser.add_argument("--dry-run", action="store_true")

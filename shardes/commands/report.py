@@ -3,7 +3,8 @@
     shardes report RUN_DIR [--out FILE]
 
 The page has the run's curves, its settings and layout, times, samples from before and after, the
-environment of each start, and resumptions. It works for runs that are still under way. Examples:
+environment of each start, and resumptions. It works for runs that are still under way, and for a
+directory that has a probe (`shardes probe`) and no run yet. Examples:
 
     shardes report runs/mine                      writes runs/mine/report.html
     shardes report runs/mine --out mine.html
@@ -14,7 +15,7 @@ import sys
 from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
 from shardes.errors import ConfigError, unusable_files
-from shardes.reporting.report import Run, render
+from shardes.reporting.report import Run, render, render_probe
 
 
 @reports_errors
@@ -27,10 +28,12 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     out = options.out or options.run / "report.html"
-    run = Run(options.run)
-    for warning in run.warnings:
-        print(warning, file=sys.stderr)
-    text = render(run)
+    text = render_probe(options.run)
+    if text is None:
+        run = Run(options.run)
+        for warning in run.warnings:
+            print(warning, file=sys.stderr)
+        text = render(run)
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -10,7 +10,7 @@ same noise. The drift that rounding leaves is measured.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isfinite, sqrt
+from math import isfinite, prod, sqrt
 
 import torch
 
@@ -146,6 +146,20 @@ class Center(ABC):
                 "large. Start again from an earlier snapshot with a smaller one"
             )
         return {"distance": sqrt(moved), "distance_relative": sqrt(moved / total)}
+
+    def rms(self) -> dict[str, float]:
+        """The root mean square of the elements of each parameter that training changes;
+        collective.
+        """
+        squares = dict.fromkeys((shard.name for shard in self._evolving), 0.0)
+        for shard in self._evolving:
+            for block, _ in shard.blocks() if shard.counted else ():
+                squares[shard.name] += torch.sum(self.values(shard)[block].double() ** 2).item()
+        totals = self._world.sum(*squares.values())
+        return {
+            shard.name: sqrt(total / prod(shard.shape))
+            for shard, total in zip(self._evolving, totals, strict=True)
+        }
 
     def _unmoved(self, unchanged: int) -> dict[str, float]:
         """The share of live weights that an update left unchanged, where their dtype allows that.

@@ -135,6 +135,14 @@ class Decoder:
             join_forwards(module, device, sync_forwards)
         return responses
 
+    def is_complete(self, response: Sequence[int]) -> bool:
+        """Whether a response ended by itself: not at `max_new_tokens`, nor at invalid logits."""
+        if not response:
+            return False
+        if len(response) < self.max_new_tokens or response[-1] in self.eos:
+            return True
+        return self._stop_strings is not None and self._stop_strings.end([list(response)])[0]
+
     def _batches(
         self, prompts: Sequence[Sequence[int]], scaling: rope.LengthScaling | None = None
     ) -> list[list[int]]:

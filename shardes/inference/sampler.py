@@ -89,6 +89,22 @@ class Sampler:
         """The text of each response, without special tokens."""
         return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
+    def answer_kinds(self, tokens: Sequence[list[int]], texts: Sequence[str]) -> list[str]:
+        """What is to be seen of each response without its reward: "empty" (no text), "unended" (cut
+        off at max_new_tokens), or "whole".
+
+        Args:
+            texts: those of `tokens`; see `texts`.
+        """
+        return [
+            "empty"
+            if not text.strip()
+            else "whole"
+            if self._decoder.is_complete(response)
+            else "unended"
+            for response, text in zip(tokens, texts, strict=True)
+        ]
+
     @contextmanager
     def _gathered(self) -> Iterator[tuple[PreTrainedModel, dict]]:
         """The module, ready to compute, and the arguments that say how its ranks work together."""

@@ -115,11 +115,10 @@ class PrimaryCoordinator(Coordinator):
         journal: Journal,
         es: ESConfig,
         observer: MemberObserver,
-        warn: Callable[[str], None],
         **shared,
     ):
         super().__init__(world, store, heartbeats, **shared)
-        self._journal, self._es, self._observer, self._warn = journal, es, observer, warn
+        self._journal, self._es, self._observer = journal, es, observer
         self._queues: list[tuple[int, str, int]] = []  # iteration, name and pieces
         self._announced = -1  # iteration
 
@@ -148,14 +147,6 @@ class PrimaryCoordinator(Coordinator):
 
     def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
         record = iteration_record(self._es, iteration, results.members)
-        if not any(record.coefficients) and iteration.alpha:
-            advice = "a larger es.sigma or a finer reward would tell the members apart"
-            if failed := record.failures.get("scoring_failures"):
-                advice = f"{failed} responses could not be scored and got task.on_error"
-            self._warn(
-                f"warning: iteration {iteration.index}: all {len(record.rewards)} rewards are "
-                f"{record.rewards[0]}, so nothing is learned; {advice}"
-            )
         self._journal.append(record)
         self._store.publish(record)
         self._delete_queues(iteration.index - KEPT_QUEUES)

@@ -17,6 +17,8 @@ from shardes.reporting import json_lines
 from shardes.reporting.attempts import attempts
 from shardes.reporting.charts import Series, line_chart, stacked_chart
 from shardes.reporting.page import cards, escaped, page, rows_of, sample, table
+from shardes.reporting.probe import FILE as PROBE
+from shardes.reporting.probe import section
 from shardes.reporting.progress import duration
 from shardes.storage.journal import JOURNAL, History, read
 
@@ -45,6 +47,7 @@ class Run:
             path.name: self._read(path / "environment.json", _json) for path in attempts(directory)
         }
         self.starts = {name: start for name, start in starts.items() if start}
+        self.probe = self._read(directory / PROBE, _json)
 
     def _read(self, file: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
         """The mapping in a file; empty if there is none, or if it is damaged."""
@@ -89,6 +92,21 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def render_probe(directory: Path) -> str | None:
+    """The page of a directory that holds a probe and no run; None if it is another one.
+
+    Raises:
+        ConfigError: the probe is damaged.
+    """
+    file = directory / PROBE
+    if (directory / JOURNAL).exists() or not file.is_file():
+        return None
+    try:
+        return page(directory.resolve().name, "", {"Probe of σ": section(_json(file))})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{file}: damaged: {one_line(error)}; run the probe again") from error
+
+
 def render(run: Run) -> str:
     """The page."""
     history = run.history
@@ -99,6 +117,7 @@ def render(run: Run) -> str:
     about = escaped(f"task {task}; base model {history.header.model}; {state}")
     makers = {
         "Rewards": _rewards,
+        "Probe of σ": _probe,
         "Samples before and after": _samples,
         "Best and worst responses": _extremes,
         "Time": _times,
@@ -158,6 +177,10 @@ def _rewards(run: Run) -> str:
         "distance from the base model, relative", run.curve("distance_relative"), dots=True
     )
     return line_chart(rewards) + line_chart([accuracy]) + line_chart([distance])
+
+
+def _probe(run: Run) -> str:
+    return section(run.probe) if run.probe else ""
 
 
 def _times(run: Run) -> str:

@@ -15,8 +15,10 @@ from shardes.config import loading as settings
 from shardes.config.schema import Config
 from shardes.reporting import json_lines
 from shardes.reporting.attempts import Attempt
+from shardes.reporting.learning import LearningWatch
 from shardes.reporting.loggers import Loggers
 from shardes.reporting.progress import Terminal
+from shardes.storage.journal import Record
 from shardes.storage.resume import ResumePoint
 
 METRICS, SAMPLES, EXTREMES = "metrics.jsonl", "samples.jsonl", "extremes.jsonl"
@@ -39,6 +41,12 @@ class Reporter:
         self, member: int, prompts: Sequence, responses: Sequence[str], rewards: Sequence[float]
     ) -> None:
         """Keep the iteration's best and worst response, of the members this replica evaluates."""
+
+    def answered(self, texts: Sequence[str], kinds: Sequence[str]) -> None:
+        """See `LearningWatch.answered`."""
+
+    def check_learning(self, record: Record) -> None:
+        """Warn, once for each cause, if nothing can be learned from an iteration."""
 
     def log_iteration(self, metrics: dict[str, float]) -> None:
         """Record an iteration's metrics, and print a line that sums them up."""
@@ -111,6 +119,7 @@ class RunReporter(Reporter):
         )
         self._tokens = 0
         self._best_and_worst: dict[str, dict[str, Any]] = {}
+        self._learning = LearningWatch(config)
         for warning in warnings:
             self.say(warning)
 
@@ -136,6 +145,13 @@ class RunReporter(Reporter):
                     kind=kind, member=member, prompt=prompts[number], response=responses[number],
                     reward=reward,
                 )  # fmt: skip
+
+    def answered(self, texts: Sequence[str], kinds: Sequence[str]) -> None:
+        self._learning.answered(texts, kinds)
+
+    def check_learning(self, record: Record) -> None:
+        if warning := self._learning.finish(record):
+            self.say(warning)
 
     def log_iteration(self, metrics: dict[str, float]) -> None:
         iteration = int(metrics["iteration"])

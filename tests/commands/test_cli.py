@@ -61,7 +61,7 @@ def test_without_a_command_there_is_help():
     "arguments, message",
     [
         (["trian"], "trian: no such command; did you mean train?"),
-        (["frobnicate"], "frobnicate: no such command; there are: train, evaluate, "),
+        (["xyzzy"], "xyzzy: no such command; there are: train, evaluate, "),
         (["train", "x.yaml", "--gpus", "0"], "--gpus 0: must be at least 1"),
         (
             ["train", "x.yaml", "--gpus", "two"],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import socket
 import sys
@@ -182,12 +183,14 @@ def test_a_reward_that_fails_ends_every_rank(zygote, config, tmp_path, body, cod
 
 
 def test_equal_rewards_teach_nothing_and_say_so(zygote, config, tmp_path):
-    path = config(("es", "iterations", 1))
+    path = config(("es", "iterations", 3))
     (tmp_path / "task.py").write_text(TASK.replace("float(sum(map(ord, text)) % 97)", "1.0"))
     run = zygote.start(path, log=tmp_path / "log")
     assert run.wait() == [0], run.text()
-    assert "warning: iteration 0: all 5 rewards are 1.0" in run.text()
-    (record,) = records(tmp_path / "run")
+    assert "warning: iteration 0: all 5 rewards are 1.0, so nothing is learned; " in run.text()
+    warnings = re.findall(r"warning: .* nothing is learned; (.*)", run.text())
+    assert warnings and sorted(warnings) == sorted(set(warnings))  # each cause once
+    record, *_ = records(tmp_path / "run")
     assert record["coefficients"] == [0.0] * 5
     assert record["digest"] == json.loads((tmp_path / "run" / "summary.json").read_text())["digest"]
 
