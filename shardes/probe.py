@@ -75,10 +75,11 @@ class Probe:
         answers, iteration = self._replica.answers, self._plan.iteration
         claims, size = self._queue.claims(), answers.group_size(iteration)
         while group := list(islice(claims, size)):
-            for number, tokens in zip(
-                group, answers.generate(iteration, group, self._poll), strict=True
-            ):
-                self._replica.world.run_on_leader(partial(self._post, number, tokens))
+            answered: dict[int, list[list[int]]] = {}
+            answers.generate(iteration, group, self._poll, answered.__setitem__)
+            for number in group:
+                post = partial(self._post, number, answered[number])
+                self._replica.world.run_on_leader(post)
 
     def results(self) -> dict[int, Answered]:
         """All members' results, on the primary rank; waits for the other replicas."""
