@@ -11,6 +11,7 @@ from shardes.distributed.world import World
 from shardes.es.center import Center
 from shardes.es.population import Iteration
 from shardes.es.side_by_side import SideBySide
+from shardes.inference.generation import rows_of_batch
 from shardes.inference.sampler import Sampler
 
 
@@ -77,7 +78,8 @@ class OneBatch(Answers):
             return self._config.es.members_per_batch
         generation, prompts = self._config.generation, iteration.prompts
         tokens = max(map(len, prompts)) + generation.max_new_tokens
-        rows = generation.batch_tokens // tokens * self._config.sharding.shard
+        rows = rows_of_batch(tokens, generation.batch_tokens, generation.decode)
+        rows *= self._config.sharding.shard
         share, replicas = len(iteration.members), self._world.replicas
         if replicas > 1 or self._config.replicas.port is not None or self._world.is_client:
             share = -(-share // (2 * replicas))

@@ -6,7 +6,7 @@ adds (σ/√r)·a[token]·bᵀ. Under tensor parallelism a rank has the parts of
 slice of W; a row-parallel layer adds its term before the all-reduce that it makes in any case.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,27 @@ LINEAR = ("LinearLayer", "LinearAllreduce", "VocabParallelLinear")
 EMBEDDING = ("VocabParallelEmbedding", "HiddenParallelEmbedding")  # their output is whole
 
 
+class Kept:
+    """Tensors on a device at addresses that stay, as captured decode steps need, until one is set
+    that is longer than ever before: `moves` counts these.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._memory: dict[Hashable, torch.Tensor] = {}
+        self.moves = 0
+
+    def set(self, key: Hashable, values: torch.Tensor) -> torch.Tensor:
+        """The memory of a key, which begins with these values."""
+        memory = self._memory.get(key)
+        if memory is None or len(memory) < len(values):
+            self._memory.pop(key, None)  # freed before more is allocated
+            self._memory[key] = memory = torch.empty_like(values, device=self._device)
+            self.moves += 1
+        memory[: len(values)] = values
+        return memory
+
+
 class Rows:
     """Which member each row of a batch belongs to; all layers look here.
 
@@ -44,12 +65,19 @@ class Rows:
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._kept = Kept(device)
         self.set([], [])
 
+    @property
+    def moves(self) -> int:
+        """How often the tensors have moved."""
+        return self._kept.moves
+
     def set(self, slots: Sequence[int], scales: Sequence[float]) -> None:
-        self.slots = torch.tensor(slots, dtype=torch.long, device=self._device)
-        self.scales = torch.tensor(scales, dtype=torch.float32, device=self._device)
+        values = torch.tensor(slots, dtype=torch.long), torch.tensor(scales, dtype=torch.float32)
+        self.slots, self.scales = (
+            self._kept.set(i, value)[: len(value)] for i, value in enumerate(values)
+        )
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -58,6 +86,8 @@ class Rows:
 @dataclass
 class Factors:
     """This rank's factors of one parameter, transposed, for the members of a group: float32.
+
+    There may be memory for more members.
 
     Attributes:
         a: shape (members, rank, rows of the matrix).
@@ -177,8 +207,8 @@ class SideBySide:
         rank: int,
         evolve: str | None = None,
     ):
-        self._rank, self._device = rank, device
-        self._rows = Rows(self._device)
+        self._rank, self._kept = rank, Kept(device)
+        self._rows = Rows(device)
         self._members: list[tuple[int, float]] = []  # of the group: slot and scale
         by_name = {shard.name: shard for shard in shards}
         shapes = {shard.name: shard.shape for shard in shards}
@@ -205,7 +235,7 @@ class SideBySide:
         ]
         with ExitStack() as stack:
             for user in self._users:
-                own = _cut(held[user.name], self._held[user.name], user.matrix)
+                own = self._cut(held[user.name], user)
                 stack.enter_context(self._attached(user.layer, own))
             try:
                 yield
@@ -213,10 +243,14 @@ class SideBySide:
                 self._members = []
                 self.set_rows([])
 
-    def set_rows(self, members: Sequence[int]) -> None:
-        """Set the member of each row of the batch, by its number in the group; empty: no rows."""
+    def set_rows(self, members: Sequence[int]) -> Hashable:
+        """Set the member of each row of the batch, by its number in the group; empty: no rows.
+
+        Returns another value once tensors that forward passes read for the members have moved.
+        """
         chosen = [self._members[member] for member in members]
         self._rows.set([slot for slot, _ in chosen], [scale for _, scale in chosen])
+        return self._kept.moves, self._rows.moves
 
     def _factors(self, seeds: Sequence[int], name: str, matrix: MatrixSlice) -> Factors:
         low_rank = LowRank(matrix.shape, self._rank)
@@ -227,7 +261,24 @@ class SideBySide:
             pairs = [factors(seed, name, low_rank, box) for box in boxes]
             a.append(torch.cat([rows for rows, _ in pairs]).T)
             b.append(pairs[0][1].T)
-        return Factors(torch.stack(a).to(self._device), torch.stack(b).to(self._device))
+        return self._fixed(name, torch.stack(a), torch.stack(b))
+
+    def _fixed(self, key: Hashable, a: torch.Tensor, b: torch.Tensor) -> Factors:
+        return Factors(self._kept.set((key, "a"), a), self._kept.set((key, "b"), b))
+
+    def _cut(self, factors: Factors, user: _User) -> Factors:
+        """The factors of a user's part of a matrix, from those of the part that the rank has."""
+        held, wanted = self._held[user.name], user.matrix
+        if held == wanted:
+            return factors
+        rows = torch.cat([torch.arange(r.start, r.stop) for r in wanted.rows])
+        cols = torch.arange(wanted.cols.start, wanted.cols.stop)
+        device = factors.a.device
+        return self._fixed(
+            (user.name, user.layer),
+            factors.a[..., rows.to(device)],
+            factors.b[..., cols.to(device)],
+        )
 
     @contextmanager
     def _attached(self, layer: Any, factors: Factors) -> Iterator[None]:
@@ -313,13 +364,3 @@ def _is_embedding(layer: nn.Module) -> bool:
 def _kind(layer: nn.Module) -> type:
     """The layer's class; FSDP makes a class of its own for each that it wraps."""
     return type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
-
-
-def _cut(factors: Factors, held: MatrixSlice, wanted: MatrixSlice) -> Factors:
-    """The factors of a layer's part of a matrix, from those of `held`: that part, or all of it."""
-    if held == wanted:
-        return factors
-    rows = torch.cat([torch.arange(r.start, r.stop) for r in wanted.rows])
-    cols = torch.arange(wanted.cols.start, wanted.cols.stop)
-    device = factors.a.device
-    return Factors(factors.a[..., rows.to(device)], factors.b[..., cols.to(device)])
