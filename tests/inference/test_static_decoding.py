@@ -1,7 +1,10 @@
 """Decode steps of fixed shapes give the tokens of eager ones."""
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from architectures import few_or_all, fill, tiny_config
@@ -20,7 +23,7 @@ from shardes.config.schema import (
 )
 from shardes.errors import ConfigError
 from shardes.inference import buckets
-from shardes.inference.decode_graph import check_static_decoding
+from shardes.inference.decode_graph import DecodeGraphs, check_static_decoding
 from shardes.inference.generation import Decoder, decoder
 
 PROMPTS = [list(range(40, 40 + n)) for n in (3, 11, 5, 1, 7, 2, 2)]
@@ -88,6 +91,33 @@ def test_the_same_tokens_in_many_architectures_or_a_refusal(names):
         if static(model, PROMPTS) != expected or name in REFUSED:
             wrong.append(name)
     assert wrong == []
+
+
+class HostReads(TorchDispatchMode):
+    """Finds operations that a GPU cannot do while it captures: the host reads or makes a value."""
+
+    found: ClassVar[set[str]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in {"_local_scalar_dense", "equal", "lift_fresh", "masked_select", "nonzero"}:
+            self.found.add(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text", "mistral", "gpt2"])
+def test_the_host_reads_no_value_in_a_step(name, monkeypatch):
+    def forward(graphs):
+        steps.append(1)
+        with HostReads():
+            return whole(graphs)
+
+    steps, whole = [], DecodeGraphs._forward
+    monkeypatch.setattr(DecodeGraphs, "_forward", forward)
+    monkeypatch.setattr(HostReads, "found", set())
+    model = AutoModelForCausalLM.from_config(tiny_config(name)).eval()
+    pair(byte_tokenizer())[1](model, PROMPTS)
+    assert steps and not HostReads.found
 
 
 @pytest.mark.parametrize("seeds", [None, [1, 2, 3, 4, 5, 6, 7]], ids=["greedy", "sampled"])
