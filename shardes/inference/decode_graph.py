@@ -130,6 +130,7 @@ class DecodeGraphs:
         rows, members = len(batch.rows), batch.row_members
         self.cache.rows = bucket(rows)
         self._padding[:rows] = (batch.mask == 0).sum(-1)
+        self._padding[rows:] = 0  # or the rows that fill the shape might have negative positions
         if members:  # the rows that fill the shape are anyone's
             members = members + members[:1] * (self.cache.rows - rows)
         self._members_layout = set_members(members)

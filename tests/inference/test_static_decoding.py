@@ -145,6 +145,16 @@ def test_batches_of_any_shape_use_the_same_memory(model, tokenizer):
     assert len(addresses) == 1
 
 
+def test_rows_that_fill_a_shape_have_positions_of_the_model(tokenizer):
+    """They must not keep the padding of a longer batch: GPT-2 has a table of positions."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt2")).eval()
+    fill(model)
+    eager, static = pair(tokenizer)
+    for prompts in ([*[[n] for n in range(7)], [40] * 200], [[50 + n] for n in range(5)]):
+        assert static(model, prompts) == eager(model, prompts)
+
+
 def test_weights_that_are_written_in_place_count(model, tokenizer):
     eager, static = pair(tokenizer)
     before = static(model, PROMPTS)
