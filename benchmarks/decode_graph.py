@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from benchmarks.measure import seconds
 from shardes.clock import Clock
 from shardes.config.schema import Decode
-from shardes.distributed import environment
 from shardes.engines.linear import use_own_forward
 from shardes.es.population import Member
 from shardes.es.side_by_side import SideBySide
@@ -132,5 +131,4 @@ def main(device: str | torch.device = "cuda") -> int:
 
 
 if __name__ == "__main__":
-    environment.prepare()
     sys.exit(main(*sys.argv[1:2]))
