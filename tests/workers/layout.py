@@ -76,7 +76,11 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     decode = decoder(decode.tokenizer, generation, max_new_tokens=24)
     processed = Sampler(world, engine, decode, decode.tokenizer)
     generation = GenerationConfig(eos_token_id=ENDS)
-    decode = decoder(decode.tokenizer, generation, max_new_tokens=24, decode=Decode.graph)
+    # A GPU captures neither hooks that gather nor the collectives of gloo.
+    on_cpu, tensors = world.device.type == "cpu", world.mesh.shape[1]
+    is_static = not engine.sync_forwards and (on_cpu or tensors == 1)
+    mode = Decode.graph if is_static else Decode.eager
+    decode = decoder(decode.tokenizer, generation, max_new_tokens=24, decode=mode)
     static = Sampler(world, engine, decode, decode.tokenizer)
     center.load_into_model()
     results = {
@@ -118,8 +122,8 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     else:
         with side_by_side.members(GROUP, Clock()):
             rows = [member for member in range(len(GROUP)) for _ in PROMPTS]
-            for key, kind in (("side by side", sampler), ("static side by side", static)):
-                results[key] = kind.generate(
+            for key, chosen in (("side by side", sampler), ("static side by side", static)):
+                results[key] = chosen.generate(
                     PROMPTS * len(GROUP), members=rows, set_members=side_by_side.set_rows
                 )
         results["alone again"] = sampler.generate(PROMPTS)
