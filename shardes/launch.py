@@ -33,6 +33,7 @@ from shardes.es.population import check_rank, noise_rank
 from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.es.staging import center_device
 from shardes.es.update import evolves
+from shardes.inference.decode_graph import check_static_decoding
 from shardes.inference.generation import Decoder, decoder
 from shardes.inference.limits import beyond_context, check_decoding, check_prompts
 from shardes.inference.processors import checkpoint_generation_config
@@ -117,6 +118,7 @@ def check(config: Config, job: Job) -> PreparedRun:
         check_model(config, module)
         tokenizer = open_tokenizer(directory, trusted)
         check_decoding(config.model.path, module)
+        check_static_decoding(config, module)
         decode = decoder(
             tokenizer,
             checkpoint_generation_config(
@@ -126,6 +128,7 @@ def check(config: Config, job: Job) -> PreparedRun:
             stop=settings.stop,
             batch_tokens=settings.batch_tokens,
             logits_processors=settings.logits_processors,
+            decode=settings.decode,
         )
     return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
 

@@ -79,6 +79,11 @@ class LogitsProcessors(Enum):
     none = "none"
 
 
+class Decode(Enum):
+    eager = "eager"
+    graph = "graph"
+
+
 class Schedule(Enum):
     linear = "linear"
     cosine = "cosine"
@@ -304,6 +309,12 @@ class GenerationConfig:
         65536,
         "largest batch on a rank, in tokens (prompts plus longest responses)",
         limit=at_least(1),
+        decides_center=False,
+    )
+    decode: Decode = _setting(
+        Decode.eager,
+        "eager: decode steps launch one kernel after another; graph: with a static key-value cache "
+        "and, on a GPU, CUDA graphs, for models whose step is shorter than its launches",
         decides_center=False,
     )
 

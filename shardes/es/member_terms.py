@@ -1,6 +1,6 @@
 """What layers add to their outputs for the members of their rows: see `es.side_by_side`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,27 @@ from shardes.es import side_by_side_cpu
 from shardes.es.matrix_layers import unsupported
 
 
+class Kept:
+    """Tensors on a device at addresses that stay, as captured decode steps need, until one is set
+    that is longer than ever before: `moves` counts these.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._memory: dict[Hashable, torch.Tensor] = {}
+        self.moves = 0
+
+    def set(self, key: Hashable, values: torch.Tensor) -> torch.Tensor:
+        """The memory of a key, which begins with these values."""
+        memory = self._memory.get(key)
+        if memory is None or len(memory) < len(values):
+            self._memory.pop(key, None)  # freed before more is allocated
+            self._memory[key] = memory = torch.empty_like(values, device=self._device)
+            self.moves += 1
+        memory[: len(values)] = values
+        return memory
+
+
 class Rows:
     """Which member each row of a batch belongs to; all layers look here.
 
@@ -23,12 +44,19 @@ class Rows:
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._kept = Kept(device)
         self.set([], [])
 
+    @property
+    def moves(self) -> int:
+        """How often the tensors have moved."""
+        return self._kept.moves
+
     def set(self, slots: Sequence[int], scales: Sequence[float]) -> None:
-        self.slots = torch.tensor(slots, dtype=torch.long, device=self._device)
-        self.scales = torch.tensor(scales, dtype=torch.float32, device=self._device)
+        values = torch.tensor(slots, dtype=torch.long), torch.tensor(scales, dtype=torch.float32)
+        self.slots, self.scales = (
+            self._kept.set(i, value)[: len(value)] for i, value in enumerate(values)
+        )
 
     def of_tokens(self, tokens: torch.Tensor, count: int) -> "Rows":
         """The rows of some of the `count` tokens that the rows have."""
@@ -43,6 +71,8 @@ class Rows:
 @dataclass
 class Factors:
     """This rank's factors of one parameter, transposed, for the members of a group: float32.
+
+    There may be memory for more members.
 
     Attributes:
         a: shape (..., members, rank, rows of the matrix), where ... are the dimensions of a stack.

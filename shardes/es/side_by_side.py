@@ -7,7 +7,7 @@ slice of W; a row-parallel layer adds its term before the all-reduce that it mak
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from shardes.errors import ConfigError
 from shardes.es.matrix_layers import is_embedding, is_router, kind_of, matrix_layers
 from shardes.es.member_terms import (
     Factors,
+    Kept,
     Rows,
     add_expert_term,
     add_linear_term,
@@ -33,6 +34,7 @@ from shardes.es.member_terms import (
     route,
 )
 from shardes.es.population import Member
+from shardes.inference.generation import rows_of_batch
 from shardes.noise import LowRank, factors
 from shardes.sharding.regions import ParameterShard, Region
 
@@ -84,6 +86,7 @@ class MatrixSlice:
 class _User:
     """A layer that computes with a matrix."""
 
+    layer: nn.Module
     key: str  # of the parameter in the layer
     name: str
     matrix: MatrixSlice
@@ -111,8 +114,8 @@ class SideBySide:
         rank: int,
         evolve: str | None = None,
     ):
-        self._rank, self._device = rank, device
-        self._rows = Rows(self._device)
+        self._rank, self._device, self._kept = rank, device, Kept(device)
+        self._rows = Rows(device)
         self._members: list[tuple[int, float]] = []  # of the group: slot and scale
         by_name = {shard.name: shard for shard in shards}
         shapes = {shard.name: shard.shape for shard in shards}
@@ -120,7 +123,7 @@ class SideBySide:
         self._held: dict[str, MatrixSlice] = {}  # what this rank has factors of
         for layer, key, name in matrix_layers(module, shapes, rank, evolve):
             matrix = _matrix_slice(layer, by_name[name])
-            self._by_layer[layer].append(_User(key, name, matrix))
+            self._by_layer[layer].append(_User(layer, key, name, matrix))
             held = self._held.get(name, matrix)
             self._held[name] = max(held, matrix, key=lambda matrix: matrix.size)
 
@@ -138,13 +141,7 @@ class SideBySide:
         ]
         with ExitStack() as stack:
             for layer, users in self._by_layer.items():
-                own = {
-                    user.key: (
-                        user.name,
-                        _cut(held[user.name], self._held[user.name], user.matrix),
-                    )
-                    for user in users
-                }
+                own = {user.key: (user.name, self._cut(held[user.name], user)) for user in users}
                 stack.enter_context(self._attached(layer, own))
             try:
                 yield
@@ -152,10 +149,14 @@ class SideBySide:
                 self._members = []
                 self.set_rows([])
 
-    def set_rows(self, members: Sequence[int]) -> None:
-        """Set the member of each row of the batch, by its number in the group; empty: no rows."""
+    def set_rows(self, members: Sequence[int]) -> Hashable:
+        """Set the member of each row of the batch, by its number in the group; empty: no rows.
+
+        Returns another value once tensors that forward passes read for the members have moved.
+        """
         chosen = [self._members[member] for member in members]
         self._rows.set([slot for slot, _ in chosen], [scale for _, scale in chosen])
+        return self._kept.moves, self._rows.moves
 
     def _factors(self, seeds: Sequence[int], name: str, matrix: MatrixSlice) -> Factors:
         low_rank = LowRank(matrix.shape, self._rank)
@@ -166,7 +167,26 @@ class SideBySide:
             pairs = [factors(seed, name, low_rank, box) for box in boxes]
             a.append(torch.cat([rows for rows, _ in pairs], -2).mT)
             b.append(pairs[0][1].mT)
-        return Factors(torch.stack(a, -3).to(self._device), torch.stack(b, -3).to(self._device))
+        return self._fixed(name, torch.stack(a, -3), torch.stack(b, -3))
+
+    def _fixed(self, key: Hashable, a: torch.Tensor, b: torch.Tensor) -> Factors:
+        if a.ndim > 3:  # experts: which tokens they compute with differs, so no step is captured
+            return Factors(a.to(self._device), b.to(self._device))
+        return Factors(self._kept.set((key, "a"), a), self._kept.set((key, "b"), b))
+
+    def _cut(self, factors: Factors, user: _User) -> Factors:
+        """The factors of a user's part of a matrix, from those of the part that the rank has."""
+        held, wanted = self._held[user.name], user.matrix
+        if held == wanted:
+            return factors
+        rows = torch.cat([torch.arange(r.start, r.stop) for r in wanted.rows])
+        cols = torch.arange(wanted.cols.start, wanted.cols.stop)
+        device = factors.a.device
+        return self._fixed(
+            (user.name, user.key, user.layer),
+            factors.a[..., rows.to(device)],
+            factors.b[..., cols.to(device)],
+        )
 
     @contextmanager
     def _attached(self, layer: Any, own: Mapping[str, tuple[str, Factors]]) -> Iterator[None]:
@@ -216,7 +236,8 @@ def members_together(config: Config, lengths: Sequence[int], replicas: int) -> i
         return 1
     if es.members_per_batch is not None:
         return es.members_per_batch
-    rows = generation.batch_tokens // (max(lengths) + generation.max_new_tokens)
+    tokens = max(lengths) + generation.max_new_tokens
+    rows = rows_of_batch(tokens, generation.batch_tokens, generation.decode)
     share = es.population_size
     if replicas > 1 or config.replicas.port is not None or config.replicas.join is not None:
         share = -(-share // (2 * replicas))
@@ -228,13 +249,3 @@ def _matrix_slice(layer: nn.Module, shard: ParameterShard) -> MatrixSlice:
     whole = (Region.contiguous(0, prod(shard.shape)),)
     regions = whole if is_embedding(layer) else shard.tensor_regions
     return MatrixSlice.of(shard.name, shard.shape, regions)
-
-
-def _cut(factors: Factors, held: MatrixSlice, wanted: MatrixSlice) -> Factors:
-    """The factors of a layer's part of a matrix, from those of `held`: that part, or all of it."""
-    if held == wanted:
-        return factors
-    rows = torch.cat([torch.arange(r.start, r.stop) for r in wanted.rows])
-    cols = torch.arange(wanted.cols.start, wanted.cols.stop)
-    device = factors.a.device
-    return Factors(factors.a[..., rows.to(device)], factors.b[..., cols.to(device)])

@@ -16,19 +16,24 @@ class BatchCache(Cache):
     def __init__(self) -> None:
         self.length = 0
         super().__init__(
-            layer_class_to_replicate=lambda: _Layer(self.length)  # type: ignore[arg-type]
+            layer_class_to_replicate=lambda: Layer(self.length)  # type: ignore[arg-type]
         )
 
     def begin(self, length: int) -> None:
         """Empty the cache for rows of at most `length` tokens."""
         self.length = length
         for layer in self.layers:
-            assert isinstance(layer, _Layer)
+            assert isinstance(layer, Layer)
             layer.begin(length)
 
 
-class _Layer(DynamicLayer):
-    """One layer: the first `_filled` tokens of two buffers, (rows, heads, length, head size)."""
+class Layer(DynamicLayer):
+    """One layer: the first `_filled` tokens of two buffers, (rows, heads, length, head size).
+
+    The buffers may have more rows than the batch.
+    """
+
+    buffers: list[torch.Tensor]
 
     def __init__(self, length: int):
         super().__init__()
@@ -42,12 +47,13 @@ class _Layer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         states = key_states, value_states
         if not self._filled:
-            self._buffers = [self._allocate(i, new) for i, new in enumerate(states)]
+            self.buffers = [self._allocate(i, new) for i, new in enumerate(states)]
         first, self._filled = self._filled, self._filled + key_states.shape[-2]
         assert self._filled <= self._length
-        for buffer, new in zip(self._buffers, states, strict=True):
-            buffer[:, :, first : self._filled] = new
-        self.keys, self.values = (buffer[:, :, : self._filled] for buffer in self._buffers)
+        rows = len(key_states)
+        for buffer, new in zip(self.buffers, states, strict=True):
+            buffer[:rows, :, first : self._filled] = new
+        self.keys, self.values = (buffer[:rows, :, : self._filled] for buffer in self.buffers)
         return self.keys, self.values
 
     def _allocate(self, i: int, new: torch.Tensor) -> torch.Tensor:
@@ -70,10 +76,10 @@ class _Layer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Row i becomes the former row `indices[i]`. Only rows whose place changes are copied."""
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
-        for i, buffer in enumerate(self._buffers):
+        for i, buffer in enumerate(self.buffers):
             if len(moved):
                 buffer[moved, :, : self._filled] = buffer[indices[moved], :, : self._filled]
-            self._buffers[i] = buffer[: len(indices)]
+            self.buffers[i] = buffer[: len(indices)]
 
 
 def make_cache(config: PretrainedConfig) -> BatchCache | None:

@@ -9,9 +9,10 @@ layers keep a state other than keys and values, rows stay until the last respons
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 
 import torch
@@ -24,13 +25,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shardes.config.schema import LogitsProcessors
+from shardes.config.schema import Decode, LogitsProcessors
 from shardes.distributed.store import no_poll
 from shardes.engines.vocabulary import VocabularySlice
 from shardes.errors import ConfigError, described
 from shardes.inference import rope
 from shardes.inference.batch import Batch
+from shardes.inference.buckets import largest_bucket, padded_length
 from shardes.inference.cache import BatchCache, is_recurrent, make_cache
+from shardes.inference.decode_graph import DecodeGraphs
 from shardes.inference.forward_sync import announce_forward, join_forwards
 from shardes.inference.processors import RowProcessors, active_keys
 from shardes.inference.stop_strings import StopStrings
@@ -60,6 +63,8 @@ class Decoder:
         batch_tokens: largest number of tokens of a batch, prompts and responses, with padding.
         generation: the generation config whose logits processors greedy decoding applies; None:
             none, the token with the largest logit.
+        decode: graph: decode steps have fixed shapes and, on a GPU, are CUDA graphs; see
+            `inference.decode_graph`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,7 +73,9 @@ class Decoder:
     stop: Sequence[str]
     batch_tokens: int
     generation: GenerationConfig | None = None
+    decode: Decode = Decode.eager
     _cache: BatchCache | None = field(default=None, init=False, repr=False)
+    _graphs: DecodeGraphs | None = field(default=None, init=False, repr=False)
     _decodes: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +93,7 @@ class Decoder:
         *,
         seeds: Sequence[int] | None = None,
         members: Sequence[int] | None = None,
-        set_members: Callable[[Sequence[int]], None] = ignore_members,
+        set_members: Callable[[Sequence[int]], Hashable] = ignore_members,
         vocabulary: VocabularySlice | None = None,
         sync_forwards: dist.ProcessGroup | None = None,
         poll: Callable[[], None] = no_poll,
@@ -101,7 +108,8 @@ class Decoder:
                 at temperature 1, without logits processors. None: greedy decoding.
             members: the number of the member that answers each prompt, if several answer side by
                 side.
-            set_members: told the members of a batch's rows before forward passes with them.
+            set_members: told the members of a batch's rows before forward passes with them. Returns
+                another value once tensors that these passes read for the members have moved.
             vocabulary: the slice of the vocabulary that this rank's logits cover. None: they cover
                 all.
             sync_forwards: the group whose ranks must make the same number of forward passes,
@@ -114,6 +122,8 @@ class Decoder:
         responses: list[list[int]] = [[] for _ in prompts]
         device = next(module.parameters()).device
         scaling = rope.length_scaling(module)
+        if self.decode is Decode.graph and self._graphs is None:
+            self._graphs = DecodeGraphs(device)
         with torch.no_grad():
             for rows in self._batches(prompts, scaling):
                 if scaling:
@@ -146,17 +156,22 @@ class Decoder:
     def _batches(
         self, prompts: Sequence[Sequence[int]], scaling: rope.LengthScaling | None = None
     ) -> list[list[int]]:
-        return batches(list(map(len, prompts)), self.max_new_tokens, self.batch_tokens, scaling)
+        lengths = list(map(len, prompts))
+        return batches(lengths, self.max_new_tokens, self.batch_tokens, scaling, self.decode)
 
     def _decode(
         self, module, batch: Batch, scaling, set_members, vocabulary, sync_forwards, poll
     ) -> Iterator[list[int]]:
         """Decode a batch; yields, after each step, the batch's prompts whose responses ended."""
         processors = self._processors(module, batch)
+        choose = partial(_choose, module, batch, processors=processors, vocabulary=vocabulary)
         name = _cache_parameter(module)
-        cache = self._empty_cache(module, batch.ids.shape[1])
+        if graphs := self._graphs:
+            is_greedy = processors is None and batch.seeds is None
+            output = partial(_largest, vocabulary=vocabulary) if is_greedy else _alone
+            graphs.begin(module, name, batch, output, kind=is_greedy)
+        cache = graphs.cache if graphs else self._empty_cache(module, batch.ids.shape[1])
         first = 0  # of the tokens that the next forward pass computes
-        recurrent = is_recurrent(module.config)
         set_members(batch.row_members)
         for step in itertools.count():
             poll()
@@ -165,17 +180,11 @@ class Decoder:
             is_crossing = scaling is not None and step > 0 and width - 1 in scaling.boundaries
             if is_crossing and rope.drops_cache(module, batch.ids[:, :width], name, cache):
                 cache, first = self._empty_cache(module, batch.ids.shape[1]), 0
-            with self._explained(module):
-                logits = module(
-                    input_ids=batch.ids[:, first:width],
-                    # A state has no padding in it, and Mamba takes a mask for one of its inputs.
-                    attention_mask=None if first and recurrent else batch.mask[:, :width],
-                    position_ids=batch.positions[:, first:width],
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **{name: cache},
-                ).logits[:, -1]
-            tokens, finite = _choose(module, batch, step, logits, processors, vocabulary)
+            if graphs and step:
+                outputs = graphs.step(batch)
+            else:
+                outputs = (self._forward(module, batch, first, {name: cache}),)
+            tokens, finite = outputs if len(outputs) == 2 else choose(step, *outputs)
             batch.append(tokens)
             going = list(batch.active)
             active = self._active(batch, tokens.where(finite, INVALID).tolist())
@@ -186,10 +195,28 @@ class Decoder:
             ]
             if not any(active):
                 break
-            if not all(active) and cache is self._cache:
+            if graphs:
+                graphs.keep(batch, active, set_members)
+            elif not all(active) and cache is self._cache:
                 cache.batch_select_indices(batch.keep(active))
                 set_members(batch.row_members)
             first = width
+
+    def _forward(
+        self, module: PreTrainedModel, batch: Batch, first: int, cache: dict[str, Cache]
+    ) -> torch.Tensor:
+        """The logits after the batch's newest tokens; those before `first` are in the cache."""
+        recurrent = is_recurrent(module.config)
+        with self._explained(module):
+            return module(
+                input_ids=batch.ids[:, first : batch.width],
+                # A state has no padding in it, and Mamba takes a mask for one of its inputs.
+                attention_mask=None if first and recurrent else batch.mask[:, : batch.width],
+                position_ids=batch.positions[:, first : batch.width],
+                use_cache=True,
+                logits_to_keep=1,
+                **cache,
+            ).logits[:, -1]
 
     @contextmanager
     def _explained(self, module: PreTrainedModel) -> Iterator[None]:
@@ -252,6 +279,7 @@ def decoder(
     stop: Sequence[str] = (),
     batch_tokens: int = 65536,
     logits_processors: LogitsProcessors = LogitsProcessors.checkpoint,
+    decode: Decode = Decode.eager,
 ) -> Decoder:
     """A decoder with the settings of a model's generation config.
 
@@ -273,6 +301,7 @@ def decoder(
         tuple(strings),
         batch_tokens,
         generation if applied else None,
+        decode,
     )
 
 
@@ -281,6 +310,7 @@ def batches(
     max_new_tokens: int,
     batch_tokens: int,
     scaling: rope.LengthScaling | None = None,
+    decode: Decode = Decode.eager,
 ) -> list[list[int]]:
     """The numbers of the prompts of each batch: of similar lengths, within the token budget.
 
@@ -288,6 +318,7 @@ def batches(
 
     Args:
         scaling: prompts of different regimes have batches of their own.
+        decode: of `generation.decode`.
     """
     grouped: list[list[int]] = []
     last_regime = 0
@@ -295,12 +326,22 @@ def batches(
         length = lengths[row]
         tokens = length + max_new_tokens
         regime = scaling.regime(length, tokens - 1) if scaling else 0
-        full = not grouped or (len(grouped[-1]) + 1) * tokens > batch_tokens
+        full = not grouped or len(grouped[-1]) >= rows_of_batch(tokens, batch_tokens, decode)
         if full or regime != last_regime:
             grouped.append([])
         grouped[-1].append(row)
         last_regime = regime
     return grouped
+
+
+def rows_of_batch(tokens: int, batch_tokens: int, decode: Decode) -> int:
+    """How many rows of `tokens` tokens the budget of a batch holds, or 0.
+
+    What fills a batch to a fixed shape counts.
+    """
+    if decode is Decode.graph:
+        return largest_bucket(batch_tokens // padded_length(tokens))
+    return batch_tokens // tokens
 
 
 def _choose(
@@ -326,12 +367,23 @@ def _choose(
     if batch.seeds is not None:
         seeds = [batch.seeds[row] for row in batch.rows]
         logits = _add_noise(logits, gumbel(seeds, step, vocab_size, batch.device), vocabulary)
+    return _largest(logits, vocabulary)
+
+
+def _largest(
+    logits: torch.Tensor, vocabulary: VocabularySlice | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_choose`, of logits as they are."""
     if vocabulary is not None:
         maxima, tokens = vocabulary.max(logits)
     else:
         tokens = logits.argmax(-1)
         maxima = logits.gather(-1, tokens[:, None])[:, 0]
     return tokens, maxima.isfinite()
+
+
+def _alone(logits: torch.Tensor) -> tuple[torch.Tensor]:
+    return (logits,)
 
 
 def gumbel(seeds: Sequence[int], step: int, vocab_size: int, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Generation and log-probabilities with one replica's model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -47,7 +47,7 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         poll: Callable[[], None] = no_poll,
         members: Sequence[int] | None = None,
-        set_members: Callable[[Sequence[int]], None] = ignore_members,
+        set_members: Callable[[Sequence[int]], Hashable] = ignore_members,
         ended: Callable[[int, list[int]], None] = ignore_response,
     ) -> list[list[int]]:
         """The response to each prompt, as token ids; see `Decoder` for the arguments.

@@ -134,12 +134,20 @@ def test_tokens_are_those_of_transformers_on_every_rank(results, references, key
             assert values[key] == references[model][key], (rank, model)
 
 
+def test_decode_steps_of_fixed_shapes_give_the_same_tokens(results, references):
+    for rank, model, dtype, values in cases(results):
+        if dtype == "float32":
+            expected = references[model]["member tokens"]
+            assert values["static member tokens"] == expected, (rank, model)
+
+
 def test_members_answer_side_by_side_as_alone(results, references, layout):
     for rank, model, dtype, values in cases(results):
         if "moe" in model and layout[3] > 1:
             assert "experts.gate_up_proj" in values["side by side"]
         elif dtype == "float32":
-            assert values["side by side"] == references[model]["side by side"], (rank, model)
+            for key in ("side by side", "static side by side"):
+                assert values[key] == references[model]["side by side"], (rank, model, key)
             assert values["alone again"] == values["tokens"], (rank, model)
 
 

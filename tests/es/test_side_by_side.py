@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from architectures import few_or_all, fill, tiny_config
 from models import byte_tokenizer
 from shardes.clock import Clock
+from shardes.config.schema import Decode
 from shardes.engines import linear
 from shardes.errors import ConfigError
 from shardes.es.member_terms import Factors, Rows, add_linear_term
@@ -60,6 +61,29 @@ def test_rows_answer_as_their_members_alone(names, rank):
         if answers != expected or name in REFUSED:
             wrong.append(name)
     assert wrong == []
+
+
+def test_later_groups_use_the_memory_of_earlier_ones(tied_llama):
+    """Captured decode steps read factors and rows at their addresses."""
+    model = AutoModelForCausalLM.from_pretrained(tied_llama, dtype=torch.float32).eval()
+    side_by_side = SideBySide(model, shards_of(model), model.device, 2)
+    linear.use_own_forward(model)
+    ends, layouts = frozenset([*range(24), END]), []
+    eager, static = (
+        Decoder(byte_tokenizer(), NEW_TOKENS, ends, (), 65536, decode=decode) for decode in Decode
+    )
+
+    def set_rows(members):
+        layouts.append(side_by_side.set_rows(members))
+        return layouts[-1]
+
+    groups = [MEMBERS, [Member(3, 0.1), Member(4, 0.1)], [Member(5, 0.1)], MEMBERS]
+    for group in groups:
+        with side_by_side.members(group, Clock()):
+            rows = PROMPTS * len(group), [m for m in range(len(group)) for _ in PROMPTS]
+            expected = eager(model, rows[0], members=rows[1], set_members=side_by_side.set_rows)
+            assert static(model, rows[0], members=rows[1], set_members=set_rows) == expected
+    assert len(layouts) > 8 and len(set(layouts[1:])) == 1
 
 
 def shards_of(model: nn.Module) -> list[ParameterShard]:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from launch import report
 from models import paper_coefficients
 from shardes.clock import Clock
-from shardes.config.schema import Gather, Offload, Restore, ShardingConfig
+from shardes.config.schema import Decode, Gather, Offload, Restore, ShardingConfig
 from shardes.distributed.world import form_replica, join_job
 from shardes.engines import empty_model
 from shardes.engines.deepspeed import DeepSpeedEngine
@@ -76,6 +76,13 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     generation = GenerationConfig(eos_token_id=ENDS, **PROCESSORS)
     decode = decoder(decode.tokenizer, generation, max_new_tokens=24)
     processed = Sampler(world, engine, decode, decode.tokenizer)
+    generation = GenerationConfig(eos_token_id=ENDS)
+    # A GPU captures neither hooks that gather nor the collectives of gloo.
+    on_cpu, tensors = world.device.type == "cpu", world.mesh.shape[1]
+    is_static = not engine.sync_forwards and (on_cpu or tensors == 1)
+    mode = Decode.graph if is_static else Decode.eager
+    decode = decoder(decode.tokenizer, generation, max_new_tokens=24, decode=mode)
+    static = Sampler(world, engine, decode, decode.tokenizer)
     center.load_into_model()
     results = {
         "base": center.digest(),
@@ -89,6 +96,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
         results["member tokens"] = sampler.generate(PROMPTS)
         parts = (digest(s.name, s.regions, s.values) for s in engine.shards if s.counted)
         results["member weights"] = format_digest(world.sum_uint64(sum(parts) % 2**64))
+        results["static member tokens"] = static.generate(PROMPTS)
     try:
         with center.perturbed(Member(8, 0.05)), engine.gathered():
             raise KeyError("a reward that raises")
@@ -113,13 +121,14 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     try:
         side_by_side = SideBySide(module, engine.shards, engine.device, RANK)
     except ConfigError as error:
-        results["side by side"] = str(error)
+        results["side by side"] = results["static side by side"] = str(error)
     else:
         with side_by_side.members(GROUP, Clock()):
             rows = [member for member in range(len(GROUP)) for _ in PROMPTS]
-            results["side by side"] = sampler.generate(
-                PROMPTS * len(GROUP), members=rows, set_members=side_by_side.set_rows
-            )
+            for key, chosen in (("side by side", sampler), ("static side by side", static)):
+                results[key] = chosen.generate(
+                    PROMPTS * len(GROUP), members=rows, set_members=side_by_side.set_rows
+                )
         results["alone again"] = sampler.generate(PROMPTS)
     seeds = member_seeds(5, 0, len(REWARDS[0]))
     low_rank.update(Update(seeds, paper_coefficients(REWARDS[0], 0.05), rank=RANK))
