@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -99,11 +100,18 @@ def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> bool:
         name.rpartition(".")[0] for pair in module.all_tied_weights_keys.items() for name in pair
     }
     untied_plan = {name: style for name, style in module.fsdp_plan.items() if name not in tied}
-    module.fsdp_plan = untied_plan  # type: ignore[misc]  # a property with a setter
-    tp_plan, ep_plan, fsdp_plan = module._resolve_parallel_plans(distributed)
+    module._fsdp_plan = untied_plan
+    # Up to transformers 5.17 a module's plans are what they are applied as.
+    resolve = getattr(module, "_resolve_parallel_plans", None)
+    tp_plan, ep_plan, fsdp_plan = (
+        resolve(distributed) if resolve else (dict(module.tp_plan), {}, untied_plan)
+    )
     vocab_parallel = tensors > 1 and tp_plan.get("lm_head") == "colwise_gather_output"
     if vocab_parallel:
         tp_plan = tp_plan | {"lm_head": "colwise"}
+    if not resolve:  # its mesh has one axis, without a name
+        kind, axis_names = mesh.device_type, ("fsdp", "tp")  # type: ignore[attr-defined]
+        axes = init_device_mesh(kind, (shards, tensors), mesh_dim_names=axis_names)
     if tensors > 1:
         for target in module.all_tied_weights_keys:
             owner, _, key = target.rpartition(".")
@@ -111,10 +119,17 @@ def distribute(module: PreTrainedModel, distributed: DistributedConfig) -> bool:
             weights[key] = nn.Parameter(
                 torch.empty_like(module.get_parameter(target)), requires_grad=False
             )
-        apply_tensor_parallelism(module, mesh.get_mesh("tp"), tp_plan)
+        if resolve:
+            apply_tensor_parallelism(module, mesh.get_mesh("tp"), tp_plan)
+        else:
+            module._tp_plan = tp_plan
+            apply_tensor_parallelism(module, axes["tp"])  # type: ignore[call-arg]
         _tie(module)
     if shards > 1:
-        apply_fully_sharded_data_parallelism(module, mesh, fsdp_plan, ep_plan)
+        if resolve:
+            apply_fully_sharded_data_parallelism(module, mesh, fsdp_plan, ep_plan)
+        else:
+            apply_fully_sharded_data_parallelism(module, axes["fsdp"])  # type: ignore[call-arg, arg-type]
     return vocab_parallel
 
 
