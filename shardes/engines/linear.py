@@ -89,7 +89,9 @@ def forward_experts(
         return type(layer).forward(layer, hidden_states, top_k_index, top_k_weights)
     count = top_k_index.shape[-1]
     chosen, scale = top_k_index.flatten(), top_k_weights.flatten()
-    out = hidden_states.new_empty(len(chosen), hidden_states.shape[-1])
+    # Summed in the weights' dtype if that is wider, as transformers does.
+    dtype = torch.promote_types(hidden_states.dtype, scale.dtype)
+    out = hidden_states.new_empty(len(chosen), hidden_states.shape[-1], dtype=dtype)
     for expert in chosen.unique().tolist():
         pairs = (chosen == expert).nonzero()[:, 0]
         tokens = pairs // count
@@ -106,5 +108,5 @@ def forward_experts(
         hidden = project(DOWN, hidden)
         if layer.has_post_expert_norm:
             hidden = layer.post_expert_norm(hidden)
-        out[pairs] = (hidden * scale[pairs, None]).to(out.dtype)
-    return out.view(len(hidden_states), count, -1).sum(1)
+        out[pairs] = hidden * scale[pairs, None]
+    return out.view(len(hidden_states), count, -1).sum(1).to(hidden_states.dtype)
