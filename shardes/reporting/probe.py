@@ -220,6 +220,9 @@ def conclusion(report: Mapping[str, Any]) -> list[str]:
 
 def _without_suggestion(report: Mapping[str, Any]) -> str:
     rows = [row for row in report["sigmas"] if row["members"]]
+    stopped = report["evaluated"] < report["members"]
+    if stopped and not all("gain" in row for row in report["sigmas"]):
+        return f"too few pairs to say anything: {LEAST_PAIRS} at each σ are the least"
     largest = rows[-1]["sigma"] if rows else 0
     if rows and not any(row["changed"] for row in rows):
         return f"no answer changed: σ is too small up to {largest:g}; try larger --sigmas"
