@@ -5,18 +5,21 @@ run reaches of them is an assumption: `SHARE`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from shardes.engines.linear import linear, use_own_forward
 from shardes.errors import ConfigError
+from shardes.inference.generation import Decoder
 from shardes.noise import add_noise
 from shardes.sharding.regions import Region
 
-LAYERS = 12  # of the model that `measured_cpu` times
+LAYERS, STEPS = 12, 8  # of the model that `measured_cpu` times, and its decode steps
 SHARE = 0.5  # of the peak rates that a run is assumed to reach on GPUs. None was measured.
 
 
@@ -36,6 +39,7 @@ class Device:
     normals: float  # ε from the noise kernel
     latency: float = 1e-5  # seconds that a sum over ranks takes at least
     overhead: float = 0.0  # seconds of a layer's forward pass besides reads and operations
+    overlaps: bool = True  # reads and operations
     # Bytes that a row's low-rank term moves per element of its factors, on average over both: they
     # are gathered, one of them is scaled, and both are cast and read.
     term: float = 20.0
@@ -96,34 +100,45 @@ def slowest_gpu(memory: int) -> str:
     return min(alike, key=lambda name: GPUS[name].bandwidth)
 
 
-def measured_cpu(ranks: int, dtype: torch.dtype) -> Device:
+def measured_cpu(
+    ranks: int, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter
+) -> Device:
     """This machine's CPU as `ranks` ranks share it, measured in about a second.
 
     The link between ranks is assumed to be half of the memory's bandwidth, and a sum to take 20 µs.
     """
-    weight = torch.randn(2048, 8192).to(dtype)
-    one, many = (torch.randn(rows, 8192).to(dtype) for rows in (1, 64))
-    bandwidth = weight.nbytes / _fastest(lambda: linear(one, weight))
-    flops = 2 * 64 * weight.numel() / _fastest(lambda: linear(many, weight))
+    fastest = partial(_fastest, clock)
+    weights = torch.randn(64, 1024, 1024).to(dtype)  # larger than caches, in matrices of a layer
+    one, many = (torch.randn(rows, 1024).to(dtype) for rows in (1, 32))
+
+    def multiply(rows: torch.Tensor) -> None:
+        for weight in weights:
+            linear(rows, weight)
+
+    read, both = (fastest(partial(multiply, rows)) for rows in (one, many))
+    bandwidth = weights.nbytes / read
+    # The time of a product grows linearly with the rows, from that of one row.
+    flops = 2 * (len(many) - 1) * weights.numel() / max(both - read, 1e-9)
     values = torch.zeros(1 << 22)
     whole = (Region.contiguous(0, values.numel()),)
-    normals = values.numel() / _fastest(lambda: add_noise(values, "measured", whole, [1], [0.1]))
+    normals = values.numel() / fastest(lambda: add_noise(values, "measured", whole, [1], [0.1]))
     return Device(
         capacity=0,
         bandwidth=bandwidth / ranks,
         flops=flops / ranks,
         link=bandwidth / 2 / ranks,
         network=float("inf"),
-        host=float("inf"),  # the center is beside the weights; `normals` includes its reads
+        host=bandwidth / ranks,  # the center is in the same memory
         normals=normals / ranks,
         latency=2e-5,
-        overhead=_layer_overhead(),
+        overhead=_layer_overhead(fastest),
+        overlaps=False,
         term=4.0,  # read in place
     )
 
 
-def _layer_overhead() -> float:
-    """Seconds of one decoder layer's forward pass that has next to no operations."""
+def _layer_overhead(fastest: Callable[[Callable[[], object]], float]) -> float:
+    """A decoder layer's share of a decode step that has next to no reads and operations."""
     config = LlamaConfig(
         num_hidden_layers=LAYERS,
         hidden_size=64,
@@ -133,22 +148,22 @@ def _layer_overhead() -> float:
     )
     model = LlamaForCausalLM(config).eval()
     use_own_forward(model)
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    with torch.no_grad():
-        return _fastest(lambda: model(ids, use_cache=False)) / LAYERS
+    decode = Decoder(PreTrainedTokenizerBase(), STEPS, frozenset(), (), 1 << 20)
+    return fastest(lambda: decode(model, [[0], [0]])) / STEPS / LAYERS
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def _fastest(clock: Callable[[], float], work: Callable[[], object]) -> float:
     """The shortest of a few calls, in seconds, after one that is not measured."""
     work()
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = clock()
         work()
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return min(times)
 
 
-def with_rates(device: Device, rates: dict[str, float | None]) -> Device:
+def with_rates(device: Device, rates: Mapping[str, float | None]) -> Device:
     """The device with the rates that are given."""
-    return replace(device, **{name: rate for name, rate in rates.items() if rate is not None})
+    given: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    return replace(device, **given)

@@ -78,10 +78,17 @@ class Planner:
         return self._read(self.config.engine)[0]
 
     def configured(self) -> Plan:
-        """The plan in the settings; ConfigError if its layout is not possible on the machine."""
+        """The plan in the settings.
+
+        Raises:
+            ConfigError: its layout is not possible on the machine, or members of this model cannot
+                answer side by side.
+        """
         engine, generation = self.config.engine, self.config.generation
         layout = configured_layout(self.config, self._read(engine)[1], self.machine)
         members = members_together(self.config, self.workload.train, layout.replicas)
+        if members > 1:
+            self._check_sharing()
         return Plan(engine, layout, generation.batch_tokens, members)
 
     def assess(self, plan: Plan) -> dict[str, Any]:
@@ -198,13 +205,16 @@ class Planner:
     @cached_property
     def _can_share(self) -> bool:
         """Whether members of this model can answer side by side."""
-        module, es = self._read(self.config.engine)[1], self.config.es
-        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         try:
-            matrix_layers(module, shapes, es.rank, es.evolve)
+            self._check_sharing()
         except ConfigError:
             return False
         return True
+
+    def _check_sharing(self) -> None:
+        module, es = self._read(self.config.engine)[1], self.config.es
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        matrix_layers(module, shapes, es.rank, es.evolve)
 
     def _room(self, plan: Plan) -> float:
         return self.memory(plan).room(self.machine)

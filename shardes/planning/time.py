@@ -130,8 +130,8 @@ class Estimate:
     def _generation(self, workload: Workload, lengths: Sequence[int]) -> tuple[float, float]:
         """The seconds of prefill and of decoding.
 
-        A decode step reads the weights once, and each row's cache and low-rank factors. With many
-        rows its operations take longer than its reads.
+        A decode step reads the weights once, and each row's cache and low-rank factors. On a GPU
+        its operations take time only if they take longer than its reads, as with many rows.
         """
         model, device, tensor = self.model, self.device, self.layout.tensor
         link = device.network if tensor > self.machine.per_node else device.link
@@ -140,20 +140,26 @@ class Estimate:
         latency = model.num_hidden_layers * (latency + device.overhead)
         heads = model.num_key_value_heads / tensor
         cached = 2 * model.num_hidden_layers * heads * model.head_dim * model.itemsize
-        operations = 2 / tensor / device.flops  # of a token and an element
+        operations = 2 / tensor  # of a token and an element
         term = self._factors * device.term if workload.members > 1 else 0.0  # bytes of a row
         layers_each, head = _used(model, 1)
         prefill = decode = 0.0
         for rows, width in workload.batches(lengths):
             read = (_used(model, rows * width)[0] + head) * model.itemsize / tensor + rows * term
             computed = rows * (width * layers_each + head) * operations
-            prefill += max(read / device.bandwidth, computed) + rows * width * reduce + latency
+            prefill += self._busy(read, computed) + rows * width * reduce + latency
             read = (_used(model, rows)[0] + head) * model.itemsize / tensor + rows * term
             read += rows * (width + self.response / 2) * cached
             computed = rows * (layers_each + head) * operations
-            step = max(read / device.bandwidth, computed) + rows * reduce + latency
+            step = self._busy(read, computed) + rows * reduce + latency
             decode += (self.response - 1) * step
         return prefill, decode
+
+    def _busy(self, read: float, operations: float) -> float:
+        """The seconds of reading so many bytes and of so many operations."""
+        device = self.device
+        times = read / device.bandwidth, operations / device.flops
+        return max(times) if device.overlaps else sum(times)
 
     @property
     def _held(self) -> int:
