@@ -47,7 +47,7 @@ def probe_report(
         row: dict[str, Any] = {
             "sigma": sigma,
             "members": len(members),
-            "not_scored": len(members) - len(scored),
+            "not_scored": sum(not member.rewards for member in members),
         }
         row |= _shares(members, prompts)
         if len(scored) >= 2 * LEAST_PAIRS:
@@ -185,8 +185,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     for row in report["sigmas"]:
         if row["not_scored"]:
             found.append(
-                f"σ = {row['sigma']:g}: {row['not_scored']} members gave logits that are NaN or "
-                "infinite, which ends a run with task.on_error=fail"
+                f"σ = {row['sigma']:g}: {row['not_scored']} of {row['members']} members gave logits "
+                "that are NaN or infinite, which ends a run with task.on_error=fail"
             )
     return found
 
