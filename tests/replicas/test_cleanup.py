@@ -60,7 +60,6 @@ class Replica:
                 ignore,
                 config.es,
                 ignore,
-                lambda line: None,
                 **shared,
             )
         )
