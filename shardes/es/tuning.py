@@ -165,8 +165,8 @@ def suggest(es: ESConfig, chosen: Figures) -> Suggestion:
     step = chosen.fitness_rms * alpha / math.sqrt(size)
     rise = alpha * chosen.gain - (step / sigma) ** 2 * max(chosen.drop, 0.0)
     reasons = (
-        f"its gain, {chosen.gain:.3g} ± {chosen.gain_error:.2g} per unit of α, has the highest "
-        "lower bound",
+        f"its gain, {plain(chosen.gain, 3)} ± {plain(chosen.gain_error, 2)} per unit of α, has the "
+        "highest lower bound",
         limit,
         f"at least {least}, since ρ = {correlation:.2f}: the rise of an update is then twice what "
         "it varies by chance",
@@ -237,3 +237,8 @@ def _sample_std(values: Sequence[float]) -> float:
 def _rounded(value: float) -> float:
     """Two significant digits."""
     return float(f"{value:.2g}")
+
+
+def plain(value: float, digits: int) -> str:
+    """A number with so many significant digits, and without an exponent up to a million."""
+    return f"{float(f'{value:.{digits}g}'):g}"

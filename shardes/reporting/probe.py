@@ -15,7 +15,7 @@ from shardes.config.schema import Config, ESConfig
 from shardes.es.population import noise_rank
 from shardes.es.probing import Answered, CenterAnswers, Plan
 from shardes.es.statistics import mean
-from shardes.es.tuning import LEAST_PAIRS, Figures, best, figures, suggest
+from shardes.es.tuning import LEAST_PAIRS, Figures, best, figures, plain, suggest
 from shardes.reporting.charts import Series, line_chart
 from shardes.reporting.page import cards, escaped, table
 
@@ -47,7 +47,7 @@ def probe_report(
         row: dict[str, Any] = {
             "sigma": sigma,
             "members": len(members),
-            "not_scored": len(members) - len(scored),
+            "not_scored": sum(not member.rewards for member in members),
         }
         row |= _shares(members, prompts)
         if len(scored) >= 2 * LEAST_PAIRS:
@@ -165,7 +165,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         "–" if noise is None else f"{noise:.3g}",
         *shares,
         "–" if correlation is None else f"{correlation:+.2f}",
-        f"{row['gain']:.3g} ± {row['gain_error']:.2g}",
+        f"{plain(row['gain'], 3)} ± {plain(row['gain_error'], 2)}",
     )
 
 
@@ -184,9 +184,10 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         )
     for row in report["sigmas"]:
         if row["not_scored"]:
+            count = f"{row['not_scored']} of {row['members']} members"
             found.append(
-                f"σ = {row['sigma']:g}: {row['not_scored']} members gave logits that are NaN or "
-                "infinite, which ends a run with task.on_error=fail"
+                f"σ = {row['sigma']:g}: {count} gave logits that are NaN or infinite, which ends a "
+                "run with task.on_error=fail"
             )
     return found
 

@@ -22,14 +22,6 @@ ENDS = [*range(24), 256]  # many end-of-sequence tokens, so that responses diffe
 PROMPTS = [[30 + (7 * row + i) % 200 for i in range(1 + 5 * row % 23)] for row in range(20)]
 
 
-@pytest.fixture(scope="module")
-def device(request) -> torch.device:
-    device = torch.device(request.config.getoption("device", "cuda"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU; --device cpu rehearses this test on the CPU")
-    return device
-
-
 @pytest.fixture(autouse=True)
 def short_unit(monkeypatch):
     """Short responses pass several lengths."""

@@ -66,7 +66,6 @@ class Replica:
                 journal,
                 config.es,
                 ignore,
-                lambda line: None,
                 **SHARED,
             )
         )
