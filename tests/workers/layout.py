@@ -104,7 +104,7 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
         results["after a failure"] = center.digest()
         center.load_into_model()
         results["live again"] = all(
-            torch.equal(s.values, center.values(s).to(dtype)) for s in engine.shards
+            torch.equal(s.values.cpu(), center.values(s).cpu().to(dtype)) for s in engine.shards
         )
         results["tokens again"] = sampler.generate(PROMPTS)
     digests = []
