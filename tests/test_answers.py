@@ -8,7 +8,7 @@ import yaml
 
 from outcome import TASK
 from shardes.answers import OneBatch
-from shardes.config.schema import Config
+from shardes.config.schema import Config, Noise
 from shardes.es.population import Iteration
 from shardes.storage import journal
 
@@ -67,6 +67,7 @@ def test_the_journal_does_not_depend_on_how_members_are_grouped(start):
 )
 def test_as_many_members_as_a_batch_holds(members, prompts, tokens, shard, replicas, expected):
     config = Config()
+    config.es.noise = Noise.low_rank
     config.generation.batch_tokens, config.generation.max_new_tokens = tokens, 12
     config.sharding.shard, config.es.population_size = shard, members
 

@@ -1,7 +1,7 @@
 """What lies on a GPU meets only what lies on a GPU: walked without one, on fake tensors.
 
 Walked, on engine=fsdp with one rank: the center on the host and on the GPU, full and of low rank,
-perturb, restore, update with every kind of decay, digests, distance; es.restore=subtract; greedy
+perturb, restore, update with every kind of decay, digests; es.restore=subtract; greedy
 decoding with rows that leave, logits processors, log-probabilities, and members side by side.
 
 What cannot be walked:

@@ -20,6 +20,7 @@ from shardes.errors import ConfigError, unusable_files
 from shardes.es.statistics import mean, std
 from shardes.storage import snapshots
 from shardes.storage.journal import JOURNAL, History, read
+from shardes.storage.resume import change_note
 from shardes.storage.verify import differences, replayed_digests, snapshot_problems
 
 
@@ -40,7 +41,8 @@ def show(directory: Path, console: Console) -> None:
     for resumption in history.resumptions:
         for key, (old, new) in resumption.changes.items():
             console.print(
-                f"before iteration {resumption.iteration}, {key} was changed from {old} to {new}"
+                f"before iteration {resumption.iteration}: {change_note(key, old, new)}",
+                soft_wrap=True,
             )
     saved = snapshots.by_iteration(directory)
     console.print(iteration_table(history, saved))

@@ -29,7 +29,8 @@ class Kept:
         memory = self._memory.get(key)
         if memory is None or len(memory) < len(values):
             self._memory.pop(key, None)  # freed before more is allocated
-            self._memory[key] = memory = torch.empty_like(values, device=self._device)
+            memory = torch.empty(values.shape, dtype=values.dtype, device=self._device)
+            self._memory[key] = memory
             self.moves += 1
         memory[: len(values)] = values
         return memory

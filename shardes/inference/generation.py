@@ -96,6 +96,7 @@ class Decoder:
         set_members: Callable[[Sequence[int]], Hashable] = ignore_members,
         vocabulary: VocabularySlice | None = None,
         sync_forwards: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
         poll: Callable[[], None] = no_poll,
         ended: Callable[[int, list[int]], None] = ignore_response,
     ) -> list[list[int]]:
@@ -115,19 +116,21 @@ class Decoder:
             sync_forwards: the group whose ranks must make the same number of forward passes,
                 because each pass is collective over it. None: a pass is not collective, or every
                 rank of its group has the same prompts.
+            device: where the module computes. None: where its parameters lie, which may be
+                elsewhere if they are offloaded.
             poll: called before every decode step; what it raises ends the decoding.
             ended: told each response when it ends, with the number of its prompt, while others go
                 on.
         """
         responses: list[list[int]] = [[] for _ in prompts]
-        device = next(module.parameters()).device
+        device = device or next(module.parameters()).device
         scaling = rope.length_scaling(module)
         if self.decode is Decode.graph and self._graphs is None:
             self._graphs = DecodeGraphs(device)
         with torch.no_grad():
             for rows in self._batches(prompts, scaling):
                 if scaling:
-                    rope.reset(module)
+                    rope.reset(module, device)
                 batch = Batch(
                     [prompts[row] for row in rows],
                     None if seeds is None else [seeds[row] for row in rows],

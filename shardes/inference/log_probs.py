@@ -22,6 +22,7 @@ def log_probs(
     *,
     vocabulary: VocabularySlice | None = None,
     sync_forwards: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
     poll: Callable[[], None] = no_poll,
 ) -> list[list[float]]:
     """The natural logarithm of the probability of each response's tokens, at temperature 1.
@@ -29,18 +30,18 @@ def log_probs(
     Args:
         prompts: token ids, at least one per prompt.
         responses: token ids, one response per prompt.
-        vocabulary, sync_forwards: as for `Decoder`.
+        vocabulary, sync_forwards, device: as for `Decoder`.
         poll: called before every forward pass; what it raises ends the computation.
     """
     values: list[list[float]] = [[] for _ in prompts]
-    device = next(module.parameters()).device
+    device = device or next(module.parameters()).device
     with torch.no_grad():
         scaling = rope.length_scaling(module)
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         regimes = [scaling.regime(length, length) if scaling else 0 for length in lengths]
         for rows in _batches(responses, module.config.get_text_config().vocab_size, regimes):
             if scaling:
-                rope.reset(module)
+                rope.reset(module, device)
             poll()
             announce_forward(device, sync_forwards)
             batch = _score(

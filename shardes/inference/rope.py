@@ -53,9 +53,8 @@ def length_scaling(module: PreTrainedModel) -> LengthScaling | None:
     return LengthScaling(frozenset(boundaries), dynamic) if boundaries else None
 
 
-def reset(module: PreTrainedModel) -> None:
+def reset(module: PreTrainedModel, device: torch.device) -> None:
     """Forget the lengths of earlier batches: dynamic frequencies grow with the longest so far."""
-    device = next(module.parameters()).device
     position = torch.zeros(1, 1, dtype=torch.long, device=device)
     for rotary, rope_type, layer_type in _rotary_embeddings(module):
         if "dynamic" in rope_type:

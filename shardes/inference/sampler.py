@@ -109,7 +109,11 @@ class Sampler:
     def _gathered(self) -> Iterator[tuple[PreTrainedModel, dict]]:
         """The module, ready to compute, and the arguments that say how its ranks work together."""
         sync_forwards = self._group if self._engine.sync_forwards else None
-        parallelism = dict(vocabulary=self._engine.vocabulary, sync_forwards=sync_forwards)
+        parallelism = dict(
+            vocabulary=self._engine.vocabulary,
+            sync_forwards=sync_forwards,
+            device=self._engine.device,
+        )
         with ExitStack() as stack:
             with self._clock("gather"):
                 module = stack.enter_context(self._engine.gathered())

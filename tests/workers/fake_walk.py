@@ -76,7 +76,6 @@ def walk_center(center, rank: int, device: torch.device) -> None:
         center.update(Update([1, 2], [0.1, -0.2], rank=rank, **more))
     center.digest()
     center.tensor_digests()
-    center.distance()
     assert all(shard.tensor.device == CUDA for shard in center._shards)
 
 

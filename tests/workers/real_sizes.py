@@ -38,7 +38,9 @@ def by_deepspeed(directory: Path, tensor: int, shards: int):
     module = empty_model(directory, torch.bfloat16)
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     deepspeed.set_autotp_mode(training=True)
-    settings = deepspeed._deepspeed_config(module, tensor, deepspeed.Offload.none)
+    settings = deepspeed._deepspeed_config(
+        module, tensor, deepspeed.Offload.none, torch.device("cpu")
+    )
     with suppress(Cut):
         deepspeed._EmptyModelEngine(
             args=None,
