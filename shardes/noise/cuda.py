@@ -7,7 +7,7 @@ matrix. The kernels are compiled without fused multiply-add.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False}
 
 def add_noise(x: torch.Tensor, name: str, regions, seeds, coefficients, out: torch.Tensor) -> None:
     """`noise.add_noise` with checked arguments; the coefficients are exact float32 values."""
-    members, weights = _members(seeds, coefficients, x.device)
+    members, weights = _members(tuple(seeds), tuple(coefficients), x.device)
     key = name_key(name)
     offset = 0
     for region in regions:
@@ -55,7 +55,7 @@ def add_low_rank_noise(
     low_rank: LowRank,
 ) -> None:
     """`noise.add_noise` of low rank, with checked arguments; the coefficients are exact c_n'."""
-    members, weights = _members(seeds, coefficients, x.device)
+    members, weights = _members(tuple(seeds), tuple(coefficients), x.device)
     (m, n), rank = low_rank.matrix, low_rank.rank
     most = max(FACTORS // (2 * rank * max(len(seeds), 1)), 1)
     offset = 0
@@ -92,7 +92,10 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _members(seeds, coefficients, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache(maxsize=2)  # the parameters of a model have the same terms, one after another
+def _members(
+    seeds: tuple[int, ...], coefficients: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Seeds and coefficients as arguments of a kernel."""
     members = torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)).to(device)
     return members, torch.tensor(coefficients, dtype=torch.float32, device=device)
