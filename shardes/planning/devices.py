@@ -61,19 +61,20 @@ def _gpu(capacity: float, bandwidth: float, flops: float, *rates: float) -> Devi
 # GB, GB/s, dense bfloat16 TFLOP/s, and GB/s in one direction of the link, the network and the host.
 # From vendors' data sheets: SXM or OAM cards, with the network of their DGX or HGX systems (200 or
 # 400 Gb/s per GPU). Cards without such a system have PCIe as their link, and 25 Gb/s is assumed.
-# Assumed of all cards: the normals per second, and the latency of a sum.
+# The normals per second were measured on one H100 (the update, N = 30); those of other cards, and
+# the latency of a sum, are guesses.
 GPUS = {
-    "H100": _gpu(80, 3350, 989, 450, 50, 64, 1e11),
-    "H200": _gpu(141, 4800, 989, 450, 50, 64, 1e11),
-    "B200": _gpu(180, 8000, 2250, 900, 50, 64, 1e11),
-    "A100-40": _gpu(40, 1555, 312, 300, 25, 32, 5e10),
-    "A100-80": _gpu(80, 2039, 312, 300, 25, 32, 5e10),
-    "L40S": _gpu(48, 864, 362, 32, 3.1, 32, 5e10),
-    "L4": _gpu(24, 300, 121, 32, 3.1, 32, 2e10),
-    "A10": _gpu(24, 600, 125, 32, 3.1, 32, 2e10),
-    "4090": _gpu(24, 1008, 165, 32, 3.1, 32, 5e10),
-    "3090": _gpu(24, 936, 71, 32, 3.1, 32, 2e10),
-    "MI300X": _gpu(192, 5300, 1307, 448, 50, 64, 1e11),
+    "H100": _gpu(80, 3350, 989, 450, 50, 64, 3.1e11),
+    "H200": _gpu(141, 4800, 989, 450, 50, 64, 3.1e11),
+    "B200": _gpu(180, 8000, 2250, 900, 50, 64, 3.1e11),
+    "A100-40": _gpu(40, 1555, 312, 300, 25, 32, 1.5e11),
+    "A100-80": _gpu(80, 2039, 312, 300, 25, 32, 1.5e11),
+    "L40S": _gpu(48, 864, 362, 32, 3.1, 32, 1.5e11),
+    "L4": _gpu(24, 300, 121, 32, 3.1, 32, 6e10),
+    "A10": _gpu(24, 600, 125, 32, 3.1, 32, 6e10),
+    "4090": _gpu(24, 1008, 165, 32, 3.1, 32, 1.5e11),
+    "3090": _gpu(24, 936, 71, 32, 3.1, 32, 6e10),
+    "MI300X": _gpu(192, 5300, 1307, 448, 50, 64, 3.1e11),
 }
 
 
