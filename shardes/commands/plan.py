@@ -191,8 +191,8 @@ def _device(options: argparse.Namespace, config: Config) -> tuple[Device, str]:
     )
     note = (
         f"rates: peaks of {source}: {device.bandwidth / 1e9:.4g} GB/s, "
-        f"{device.flops / 1e12:.4g} TFLOP/s, links {device.link / 1e9:.3g} GB/s. No GPU was "
-        "measured: read the times as “at least”"
+        f"{device.flops / 1e12:.4g} TFLOP/s, links {device.link / 1e9:.3g} GB/s. Not compared "
+        "with runs on GPUs: read the times as “at least”"
     )
     return with_rates(device, rates), note
 

@@ -1,7 +1,8 @@
 """The memory of a rank, computed before anything starts.
 
-Sizes are in bytes, of the largest rank. On GPUs the center is in host memory; on CPUs everything
-is. Tests compare the CPU's figures with measured runs. No GPU was measured.
+Sizes are in bytes, of the largest rank. With GPUs the center is counted in host memory, where
+`center.device=auto` leaves it if the GPU has no room; with CPUs everything is there. Tests compare
+the CPU's figures with measured runs. Those of GPUs were not compared.
 """
 
 from collections.abc import Sequence

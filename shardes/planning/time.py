@@ -1,7 +1,8 @@
 """The time of an iteration and its network traffic, computed from a device's rates.
 
-This is a model. No GPU was measured. Of GPUs it leaves out Python, kernel launches, and memory
-reads below the full rate, all of which make an iteration longer: its times are lower bounds.
+This is a model, which was not compared with iterations on GPUs. It leaves out Python, kernel
+launches, and memory reads below the full rate of a GPU, all of which make an iteration longer: its
+times are lower bounds.
 """
 
 from collections.abc import Sequence

@@ -180,7 +180,7 @@ def test_the_printed_table(config):
         "suggested",
         "key-value cache",
         "NO",
-        "No GPU was measured",
+        "Not compared with runs on GPUs",
     ):
         assert part in done.stdout
     pasted = "2 × 1 × 4: sharding.shard=1 sharding.tensor=4 sharding.gather=member"
