@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 
 from launch import ROOT, script
-from shardes.config.schema import SETTINGS, shown
+from shardes.config.schema import CENTER_SETTINGS, SETTINGS, shown
 from shardes.storage.sources import PROMPTS
 
 FOLDERS = ("docs", "benchmarks", "launchers", "examples", "results")
@@ -108,6 +108,17 @@ def test_tests_that_are_named_exist():
         assert name in {
             node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
         }, (file, name)
+
+
+def test_the_reliability_page_says_which_settings_can_change():
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (es|generation|task) \| .+ \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    for section, changeable in rows:
+        keys = {key for key in SETTINGS if key.startswith(f"{section}.")}
+        assert {f"{section}.{name}" for name in re.findall(r"`(\w+)`", changeable)} == (
+            keys - set(CENTER_SETTINGS)
+        )
 
 
 def test_every_page_is_in_the_sites_contents():
