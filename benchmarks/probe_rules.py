@@ -73,8 +73,8 @@ def row(pairs: int) -> str:
 
 def main() -> int:
     print(
-        "| pairs | none suggested | share of the best gain | the best σ | it or a neighbour "
-        "| without signal: suggested | and called certain |\n" + "|" + " --- |" * 7
+        "| pairs | no σ suggested | gain, as a share of the best | the best σ | it or a neighbor "
+        "| without signal: a σ suggested | and called certain |\n" + "|" + " --- |" * 7
     )
     for pairs in (5, 15, 30):
         print(row(pairs), flush=True)
