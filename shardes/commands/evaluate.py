@@ -90,7 +90,7 @@ class PieceResult:
 
 def parser() -> LaunchParser:
     summary = __doc__.splitlines()[0]
-    parser = LaunchParser("evaluate", "[--gpus N] --model DIR [options]", summary, EXAMPLES)
+    parser = LaunchParser("evaluate", "[--gpus N] [--model DIR] [options]", summary, EXAMPLES)
     add = parser.add_argument
     help = "the model to evaluate; default: model.path itself"
     add("--model", metavar="DIR", type=expanduser, help=help)
