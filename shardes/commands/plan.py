@@ -105,7 +105,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--nodes", type=int, default=1, help="nodes (default 1)")
     card = (
         f"the card: {', '.join(GPUS)}; its memory and peak rates are from vendors' data sheets "
-        "(normals per second and latency are assumptions). cpu: this machine's, measured"
+        "(normals per second, except the H100's, and latency are assumptions). cpu: this "
+        "machine's, measured"
     )
     add("--gpu", metavar="NAME", help=card)
     gpu_memory = (
