@@ -19,6 +19,7 @@ from benchmarks.replicas import Setting
 from benchmarks.scaling import ROOT, TIMES, iterations_for
 from benchmarks.simulate import simulate
 from shardes.config.schema import Config, ESConfig, ModelConfig, Noise, RunConfig, TaskConfig
+from shardes.es.tuning import plain
 from shardes.planning.devices import GPUS
 from shardes.planning.layouts import Machine
 from shardes.planning.planner import Planner
@@ -132,7 +133,7 @@ def update_table(rows: Sequence[dict]) -> str:
             each["noise"],
             f"{core:.3g} s",
             f"{1e3 * each['update_each']:.0f} ms ({nodes * gpus})",
-            f"{each['evaluation'] / each['group']:.3g} s",
+            f"{plain(each['evaluation'] / each['group'], 3)} s",
             f"{each['limit']:,.0f}",
             f"{EACH * each['limit']:,.0f}",
             f"{each['prefill']:.2g} s",
