@@ -227,7 +227,8 @@ def _without_suggestion(report: Mapping[str, Any]) -> str:
     largest = rows[-1]["sigma"] if rows else 0
     if rows and not any(row["changed"] for row in rows):
         return f"no answer changed: σ is too small up to {largest:g}; try larger --sigmas"
-    if rows and all(row["broken"] > 0.9 for row in rows):
+    center_whole = report["center"]["broken"] <= 0.9  # or σ is not what breaks answers
+    if rows and center_whole and all(row["broken"] > 0.9 for row in rows):
         return (
             "nearly all answers are broken at every σ: try smaller --sigmas, or a larger "
             "generation.max_new_tokens if they are cut off"

@@ -65,6 +65,13 @@ def test_without_a_suggestion_the_reason_is_given(reward, counts, reason):
     assert reason in line
 
 
+def test_answers_that_are_cut_off_without_noise_too_do_not_hide_the_reason():
+    center = replace(CENTER, answered=replace(CENTER.answered, unended=2))
+    found = results(lambda sigma, pair: 1.0, unended=2)
+    (line,) = conclusion(probe_report(CONFIG, PLAN, center, found, RMS))
+    assert "the reward needs to be finer" in line
+
+
 def test_a_sigma_with_which_training_would_end_is_not_suggested():
     found = results(slope)
     ended = next(n for n, m in enumerate(PLAN.iteration.members) if m.sigma == 0.01)
