@@ -106,6 +106,10 @@ def _suggestion(es: ESConfig, chosen: Figures, rms: Mapping[str, float]) -> dict
         f"es.sigma={found.sigma:g} es.alpha={found.alpha:g} "
         f"es.population_size={found.population_size}"
     )
+    if es.sigma_final is not None:
+        overrides += f" es.sigma_final={es.sigma_final / es.sigma * found.sigma:.3g}"
+    if es.alpha_final is not None and es.alpha:
+        overrides += f" es.alpha_final={es.alpha_final / es.alpha * found.alpha:.3g}"
     return asdict(found) | {"overrides": overrides, "parameters": relative}
 
 

@@ -49,6 +49,15 @@ def test_a_linear_reward_gets_a_suggestion_with_steps_in_units_of_weights():
     assert not notes(report)
 
 
+def test_a_schedule_keeps_its_ratios():
+    es = replace(CONFIG.es, sigma_final=CONFIG.es.sigma / 10, alpha_final=0.0)
+    report = probe_report(replace(CONFIG, es=es), PLAN, CENTER, results(slope), RMS)
+    found = report["suggestion"]
+    values = dict(pair.split("=") for pair in found["overrides"].split())
+    assert float(values["es.sigma_final"]) == pytest.approx(found["sigma"] / 10, rel=0.01)
+    assert float(values["es.alpha_final"]) == 0
+
+
 @pytest.mark.parametrize(
     "reward, counts, reason",
     [
