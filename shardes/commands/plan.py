@@ -12,6 +12,7 @@ Exit codes: 0 the configured settings fit (with --model: any do), 1 they do not,
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -135,7 +136,7 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
     """The planner, and notes on what it assumes."""
     for flag in ("gpus", "nodes", "prompts", "prompt_tokens", "response_tokens", *RATES):
         value, least = getattr(options, flag), 0 if flag in RATES else 1
-        if value is not None and (value < least or not value):
+        if value is not None and not (value and least <= value < math.inf):
             demand = "positive" if flag in RATES else "at least 1"
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {demand}")
     config, notes = _config(options)

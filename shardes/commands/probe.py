@@ -184,11 +184,11 @@ def _report(
     """Write and print what the members say that were evaluated."""
     report = probe_report(prepared.config, plan, center, results, rms)
     file = Path(prepared.config.run.dir) / FILE
+    print_report(report, prepared.command)  # whatever becomes of the file
     try:
         write_whole(file, json_lines.to_json(report, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"{file}: cannot be written: {error}") from error
-    print_report(report, prepared.command)
     print(f"all figures: {file}", flush=True)
 
 

@@ -9,6 +9,7 @@ from shardes.config import loading as settings
 from shardes.config.schema import Config, Gather, Offload
 from shardes.engines import check_model
 from shardes.errors import ConfigError
+from shardes.inference.decode_graph import check_static_decoding
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def configured_layout(config: Config, module: PreTrainedModel, machine: Machine)
     except ConfigError as error:
         raise ConfigError(str(error).replace("ranks that were started", "GPUs")) from None
     check_model(config, module)
+    check_static_decoding(config, module)
     sharding = config.sharding
     return Layout(replicas, sharding.shard, sharding.tensor, sharding.gather, sharding.offload)
 
@@ -78,31 +80,27 @@ def possible_layouts(
     """
     layouts = []
     for tensor in _divisors(machine.per_node):
-        if not _is_possible(config, module, tensor=tensor):
+        if not _is_possible(config, module, Layout(1, 1, tensor, Gather.member)):
             continue
         for shard in _divisors(machine.ranks // tensor):
             for gather in Gather if shard > 1 else [Gather.member]:
-                layouts.append(Layout(machine.ranks // (tensor * shard), shard, tensor, gather))
+                layout = Layout(machine.ranks // (tensor * shard), shard, tensor, gather)
+                if _is_possible(config, module, layout):
+                    layouts.append(layout)
     for layout in sorted(layouts, key=lambda layout: layout.preference):
         # Without a shard axis, only gather=layer leaves the GPU less than the whole slice.
         gather = layout.gather if layout.shard > 1 else Gather.layer
         offloaded = replace(layout, gather=gather, offload=Offload.cpu)
-        possible = machine.gpu_memory is not None and _is_possible(
-            config, module, layout.tensor, layout.shard, Offload.cpu
-        )
+        possible = machine.gpu_memory is not None and _is_possible(config, module, offloaded)
         yield [layout, offloaded] if possible else [layout]
 
 
-def _is_possible(
-    config: Config,
-    module: PreTrainedModel,
-    tensor: int,
-    shard: int = 1,
-    offload: Offload = Offload.none,
-) -> bool:
-    sharding = replace(config.sharding, shard=shard, tensor=tensor, offload=offload)
+def _is_possible(config: Config, module: PreTrainedModel, layout: Layout) -> bool:
+    degrees = {key: getattr(layout, key) for key in ("shard", "tensor", "gather", "offload")}
+    config = replace(config, sharding=replace(config.sharding, **degrees))
     try:
-        check_model(replace(config, sharding=sharding), module)
+        check_model(config, module)
+        check_static_decoding(config, module)
     except ConfigError:
         return False
     return True

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 from shardes.config.schema import Config, EngineName, Noise
 from shardes.errors import ConfigError
 from shardes.es.matrix_layers import matrix_layers
+from shardes.es.population import check_rank
 from shardes.es.side_by_side import members_together
 from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine, configured_layout, possible_layouts
 from shardes.planning.memory import Memory, rank_memory
 from shardes.planning.run import whole_run
-from shardes.planning.shapes import ModelShapes, read_shapes
+from shardes.planning.shapes import ModelShapes, read_shapes, splits_experts
 from shardes.planning.time import Estimate
 from shardes.planning.workload import Workload
 
@@ -81,14 +82,22 @@ class Planner:
         """The plan in the settings.
 
         Raises:
-            ConfigError: its layout is not possible on the machine, or members of this model cannot
-                answer side by side.
+            ConfigError: training would refuse them: the layout is not possible on the machine,
+                es.rank is too large, or members of this model cannot answer side by side.
         """
         engine, generation = self.config.engine, self.config.generation
-        layout = configured_layout(self.config, self._read(engine)[1], self.machine)
+        model, module = self._read(engine)
+        check_rank(self.config.es, ((p.name, p.shape) for p in model.parameters))
+        layout = configured_layout(self.config, module, self.machine)
         members = members_together(self.config, self.workload.train, layout.replicas)
         if members > 1:
             self._check_sharing()
+            if splits_experts(model, layout.tensor):
+                raise ConfigError(
+                    f"es.members_per_batch={members}: low-rank members cannot share experts that "
+                    f"sharding.tensor={layout.tensor} splits; set es.members_per_batch=1, or "
+                    "sharding.tensor=1"
+                )
         return Plan(engine, layout, generation.batch_tokens, members)
 
     def assess(self, plan: Plan) -> dict[str, Any]:
@@ -191,6 +200,8 @@ class Planner:
         holds, or one.
         """
         if self.config.es.noise is Noise.full or not self._can_share:
+            return [1]
+        if splits_experts(self._read(engine)[0], layout.tensor):
             return [1]
         share = -(-self.config.es.population_size // layout.replicas)
 

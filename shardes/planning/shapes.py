@@ -137,6 +137,13 @@ def factor_elements(
     return tuple(counts)
 
 
+def splits_experts(model: ModelShapes, tensor: int) -> bool:
+    """Whether tensor parallelism splits experts' matrices."""
+    return tensor > 1 and any(
+        parameter.dim is not None for parameter in model.parameters if ".experts." in parameter.name
+    )
+
+
 def config_file(path: str) -> Path:
     """config.json of a model directory, or of a hub id, of which only that file is downloaded.
 

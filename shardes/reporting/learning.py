@@ -44,8 +44,7 @@ class LearningWatch:
         self._warned.add(advice)
         what = "all members gave the same answers, so what is learned from their rewards is chance"
         if alike:
-            rewards = record.rewards
-            what = f"all {len(rewards)} rewards are {rewards[0]}, so nothing is learned"
+            what = f"{_alike(record.rewards)}, so nothing is learned"
         return f"warning: iteration {record.iteration}: {what}; {advice} (said once)"
 
     def _advice(self, record: Record, alike: bool, same: bool, kinds: Counter[str]) -> str:
@@ -69,3 +68,10 @@ class LearningWatch:
                 f"es.sigma={sigma:g} too large for this model; {PROBE}"
             )
         return "the answers differ, but the reward does not tell them apart: make it finer"
+
+
+def _alike(rewards: Sequence[float]) -> str:
+    """How rewards have a fitness from which no update follows."""
+    if max(rewards) == min(rewards):
+        return f"all {len(rewards)} rewards are {rewards[0]}"
+    return f"{len(rewards)} rewards cancel out, as those of pairs do where both members' are equal"

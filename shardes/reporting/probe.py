@@ -106,6 +106,10 @@ def _suggestion(es: ESConfig, chosen: Figures, rms: Mapping[str, float]) -> dict
         f"es.sigma={found.sigma:g} es.alpha={found.alpha:g} "
         f"es.population_size={found.population_size}"
     )
+    if es.sigma_final is not None:
+        overrides += f" es.sigma_final={es.sigma_final / es.sigma * found.sigma:.3g}"
+    if es.alpha_final is not None and es.alpha:
+        overrides += f" es.alpha_final={es.alpha_final / es.alpha * found.alpha:.3g}"
     return asdict(found) | {"overrides": overrides, "parameters": relative}
 
 
@@ -227,7 +231,8 @@ def _without_suggestion(report: Mapping[str, Any]) -> str:
     largest = rows[-1]["sigma"] if rows else 0
     if rows and not any(row["changed"] for row in rows):
         return f"no answer changed: σ is too small up to {largest:g}; try larger --sigmas"
-    if rows and all(row["broken"] > 0.9 for row in rows):
+    center_whole = report["center"]["broken"] <= 0.9  # or σ is not what breaks answers
+    if rows and center_whole and all(row["broken"] > 0.9 for row in rows):
         return (
             "nearly all answers are broken at every σ: try smaller --sigmas, or a larger "
             "generation.max_new_tokens if they are cut off"

@@ -119,6 +119,15 @@ def test_a_stopped_probe_reports_what_it_has(zygote, configure, folder, ranks):
     assert "Traceback" not in run.text()
 
 
+def test_a_file_that_cannot_be_written_does_not_cost_the_table(zygote, configure, folder):
+    config, directory = configure("unwritable")
+    (directory / "probe" / "probe.json").mkdir(parents=True)
+    run = zygote.start(config, *OPTIONS, log=folder / "unwritable.log", tool="probe")
+    assert run.wait(60) == [1], run.text()
+    assert "gain per α" in run.text() and "probe.json: cannot be written" in run.text()
+    assert "Traceback" not in run.text()
+
+
 def test_mistakes_are_one_line(configure, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

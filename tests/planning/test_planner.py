@@ -215,6 +215,8 @@ def test_error_messages(config, tmp_path):
         ([fine, "--gpu", "H1000"], "--gpu H1000: not known; one of H100, H200"),
         ([fine, "--gpu-memory", "60GB"], "no known card has that memory"),
         ([fine, *overrides, "--bandwidth", "0"], "--bandwidth 0.0: must be positive"),
+        ([fine, *overrides, "--latency", "nan"], "--latency nan: must be positive"),
+        ([fine, *overrides, "--flops", "inf"], "--flops inf: must be positive"),
         ([fine, "--gpu-memory", "80 gigs"], "--gpu-memory 80 gigs: must be a size such as 80GB"),
         ([fine, "--gpus", 0, "--gpu-memory", "80GB"], "--gpus 0: must be at least 1"),
         ([fine, *overrides, "sharding.tensor=3"], "does not divide the 8 GPUs"),

@@ -83,6 +83,46 @@ def test_plans_of_low_rank_noise_fit_and_use_more_memory_for_larger_batches():
     assert sizes == sorted(set(sizes)) and sizes[-1] == 30 * 8 * 356
 
 
+def test_no_plan_is_suggested_that_training_refuses(config):
+    """Graphs need weights at fixed addresses; members share experts only on a whole tensor axis."""
+    machine = ["--gpus", 4, "--gpu", "H100"]
+    for engine in ("deepspeed", "fsdp"):
+        keys = ["generation.decode=graph", f"engine={engine}"]
+        for plan in report(config(DATA / "qwen2.5-7b"), *keys, *machine)["best"]:
+            layout = plan["layout"]
+            assert layout["shard"] == 1 or (layout["engine"], layout["gather"]) == (
+                "deepspeed",
+                "member",
+            )
+            assert layout["offload"] == "none" or layout["gather"] == "member"
+    few = ["--prompts", 2, "--prompt-tokens", 100, *machine]
+    keys = ["es.noise=low_rank", "engine=fsdp", "generation.max_new_tokens=16"]
+    for plan in report(config(DATA / "qwen3-30b-a3b"), *keys, *few)["best"]:
+        assert plan["layout"]["tensor"] == 1 or plan["members_per_batch"] == 1
+
+
+@pytest.mark.parametrize(
+    "model, keys, message",
+    [
+        (
+            "qwen2.5-7b",
+            ["generation.decode=graph", "sharding.shard=2", "sharding.gather=layer"],
+            "error: generation.decode=graph: with sharding.gather=layer",
+        ),
+        ("qwen2.5-7b", ["es.noise=low_rank", "es.rank=100000"], "error: es.rank=100000: "),
+        (
+            "qwen3-30b-a3b",
+            ["es.noise=low_rank", "engine=fsdp", "sharding.tensor=2", "es.members_per_batch=4"],
+            "error: es.members_per_batch=4: low-rank members cannot share experts",
+        ),
+    ],
+)
+def test_settings_that_training_refuses_are_refused(config, model, keys, message):
+    done = call(main, config(DATA / model), *keys, "--gpus", 4, "--gpu", "H100")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_the_largest_number_with_room():
     calls = []
 

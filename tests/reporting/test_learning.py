@@ -51,3 +51,13 @@ def test_each_cause_is_named_once():
 
 def test_a_run_that_does_not_learn_on_purpose_is_not_warned_of():
     assert LearningWatch(Config()).finish(record([1.0, 1.0], alpha=0.0)) is None
+
+
+def test_rewards_that_cancel_out_are_not_called_equal():
+    """Antithetic pairs whose members have equal rewards."""
+    watch, rewards = LearningWatch(Config()), [1.0, 1.0, 2.0, 2.0]
+    for texts in (SAME, SAME, OTHER, OTHER):
+        watch.answered(texts, WHOLE)
+    warning = watch.finish(Record(0, [1, 2], rewards, [0.0, 0.0], 0.01, 0.1, "0" * 16))
+    assert warning is not None
+    assert "4 rewards cancel out" in warning and "rewards are 1.0" not in warning

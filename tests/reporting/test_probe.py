@@ -49,6 +49,15 @@ def test_a_linear_reward_gets_a_suggestion_with_steps_in_units_of_weights():
     assert not notes(report)
 
 
+def test_a_schedule_keeps_its_ratios():
+    es = replace(CONFIG.es, sigma_final=CONFIG.es.sigma / 10, alpha_final=0.0)
+    report = probe_report(replace(CONFIG, es=es), PLAN, CENTER, results(slope), RMS)
+    found = report["suggestion"]
+    values = dict(pair.split("=") for pair in found["overrides"].split())
+    assert float(values["es.sigma_final"]) == pytest.approx(found["sigma"] / 10, rel=0.01)
+    assert float(values["es.alpha_final"]) == 0
+
+
 @pytest.mark.parametrize(
     "reward, counts, reason",
     [
@@ -63,6 +72,13 @@ def test_without_a_suggestion_the_reason_is_given(reward, counts, reason):
     assert report["suggestion"] is None
     (line,) = conclusion(report)
     assert reason in line
+
+
+def test_answers_that_are_cut_off_without_noise_too_do_not_hide_the_reason():
+    center = replace(CENTER, answered=replace(CENTER.answered, unended=2))
+    found = results(lambda sigma, pair: 1.0, unended=2)
+    (line,) = conclusion(probe_report(CONFIG, PLAN, center, found, RMS))
+    assert "the reward needs to be finer" in line
 
 
 def test_a_sigma_with_which_training_would_end_is_not_suggested():
