@@ -1,12 +1,16 @@
 """Durable writes, checksums, and the fingerprint of a model directory."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shardes.sharding.weight_files import WeightFiles
+if TYPE_CHECKING:  # it imports torch
+    from shardes.sharding.weight_files import WeightFiles
 
 
 def sync(path: Path) -> None:
