@@ -17,7 +17,7 @@ from shardes.reporting import json_lines
 from shardes.reporting.attempts import Attempt
 from shardes.reporting.learning import LearningWatch
 from shardes.reporting.loggers import Loggers
-from shardes.reporting.progress import Terminal
+from shardes.reporting.progress import Terminal, held_out_text, significant
 from shardes.storage.journal import Record
 from shardes.storage.resume import ResumePoint
 
@@ -212,10 +212,16 @@ class RunReporter(Reporter):
         except OSError as error:  # not worth ending the run: starting it again writes the file
             self.say(f"warning: no summary.json: {error}")
         self._loggers.log(last, len(reward_means))
+        members, center = (
+            f"{significant(before)} → {significant(after)}"
+            for before, after in (
+                (reward_means[0], reward_means[-1]),
+                (first["center_reward"], last["center_reward"]),
+            )
+        )
         self.say(
-            f"done: member reward {reward_means[0]:.2f} → {reward_means[-1]:.2f}, "
-            f"center's {first['center_reward']:.2f} → {last['center_reward']:.2f}, "
-            f"held-out {first['held_out_reward']:.2f} → {last['held_out_reward']:.2f}; "
+            f"done: member reward {members}, center's {center}, "
+            f"held-out {held_out_text(first)} → {held_out_text(last)}; "
             f"{seconds:.0f} s, center {digest}"
         )
 

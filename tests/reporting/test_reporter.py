@@ -219,9 +219,9 @@ def test_the_bar_on_a_terminal(tmp_path):
     os.close(reader)
     text = output.decode()
     assert "iteration 1 of 4" in text and "2/3" in text and "members" in text
-    for part in ("tokens/s", "reward 1.00", "held-out 0.25", "best held-out 0.25", "left"):
+    for part in ("tokens/s", "reward 1.000", "held-out 0.2500", "best held-out 0.2500", "left"):
         assert part in text, text
-    assert "iteration 0  reward 1.00 ± 0.50  best 2.00  held-out 0.25" in text
+    assert "iteration 0  reward 1.000 ± 0.5000  best 2.000  held-out 0.2500" in text
 
 
 def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
@@ -230,8 +230,34 @@ def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
     reporter.log_iteration(METRICS)
     reporter.close()
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("iteration 0  reward 1.00 ± 0.50  best 2.00  2.0 s  50 tokens/s")
+    assert line.startswith("iteration 0  reward 1.000 ± 0.5000  best 2.000  2.0 s  50 tokens/s")
     assert (tmp_path / "logs" / "attempt_1" / "output.log").read_text() == line + "\n"
+
+
+def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    held_out = {"held_out_reward": 0.00051234, "held_out_accuracy": 0.334}
+    metrics = METRICS | {"reward_mean": -144.72, "reward_std": 0.0038, "reward_max": 0}
+    reporter.log_iteration(metrics | held_out)
+    evaluations = {0: held_out | {"center_reward": 12345.6}, 1: held_out | {"center_reward": 1e20}}
+    reporter.summary([1234.5, 9999.96], evaluations, "digest", 1.0)
+    reporter.close()
+    line, done = capsys.readouterr().out.splitlines()
+    assert "reward -144.7 ± 0.003800  best 0.000  held-out 0.0005123 (accuracy 33.4 %)" in line
+    assert "member reward 1234 → 10000, center's 12346 → 1.000e+20, held-out 0.0005123 (acc" in done
+
+
+def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    reporter.member_finished(600)
+    reporter.progress(0, 1)
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 11)
+    for done in (1, 2):
+        reporter.progress(0, done)
+    reporter.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("members: 1 of 3 of iteration 0  ") and line.endswith(" left")
 
 
 def test_extremes_are_the_first_best_and_worst_and_are_trimmed_on_resume(tmp_path):
