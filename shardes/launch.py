@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardes.answers import Answers, InPlace, OneBatch
 from shardes.clock import Clock
 from shardes.config import loading
-from shardes.config.schema import Config, ESConfig, TaskConfig
+from shardes.config.schema import Config, EngineName, ESConfig, TaskConfig
 from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
 from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
@@ -40,12 +40,19 @@ from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
 from shardes.reporting import loggers
+from shardes.reporting.progress import slow_step
 from shardes.sharding.model_directory import model_directory, open_tokenizer
 from shardes.sharding.weight_files import WeightFiles
 from shardes.tasks import Task, configured_task, prompts_of
 
 # In the names of classes whose modules text does not use
 MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
+CHECKING = "checking the settings, the prompts and the SHA-256s of the model's files"
+BUILDING = {  # what is waited for, while the engine is built
+    EngineName.deepspeed: "building the model with DeepSpeed, which compiles its operators at its "
+    "first start on a host",
+    EngineName.fsdp: "building the model with FSDP",
+}
 RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 
 
@@ -219,7 +226,8 @@ def build_replica(
     sharding, timeout = prepared.config.sharding, prepared.config.run.timeout
     number, replicas = joined or (None, prepared.replicas)
     world = form_replica(job, replicas, sharding.shard, sharding.tensor, timeout, number)
-    engine = build(prepared.config, prepared.module, world)
+    with slow_step(BUILDING[prepared.config.engine], job.rank == 0):
+        engine = build(prepared.config, prepared.module, world)
     return world, engine, Sampler(world, engine, prepared.decoder, prepared.tokenizer, clock)
 
 
@@ -242,17 +250,19 @@ def open_replica(
         if answer_side_by_side(es)
         else None
     )
-    center = open_center(
-        es.restore,
-        engine.shards,
-        world,
-        source(),
-        prepared.files,
-        es.evolve,
-        clock,
-        noise_rank(es),
-        center_device(config, world, engine.shards, prepared.module.config),
-    )
+    files = source()
+    with slow_step(f"loading the weights of {files.directory}", job.rank == 0):
+        center = open_center(
+            es.restore,
+            engine.shards,
+            world,
+            files,
+            prepared.files,
+            es.evolve,
+            clock,
+            noise_rank(es),
+            center_device(config, world, engine.shards, prepared.module.config),
+        )
     answers: Answers = (
         OneBatch(config, world, center, sampler, side_by_side, clock)
         if side_by_side
@@ -278,14 +288,15 @@ def launch(
             parser.print_help()
         return 0
     try:
-        job = join_job(RENDEZVOUS)
+        with slow_step("waiting for all ranks to start", os.environ.get("RANK", "0") == "0"):
+            job = join_job(RENDEZVOUS)
     except (ConfigError, RunError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a host have the same error
             complain(str(error))
         return _exit_code(error)
     prepared, problem, code = None, None, 2
     try:
-        with unusable_files():
+        with unusable_files(), slow_step(CHECKING, job.rank == 0):
             prepared = prepare(argv, job)
     except (ConfigError, RunError) as error:
         problem, code = str(error), _exit_code(error)
@@ -293,7 +304,9 @@ def launch(
             job.keys.set_date(now())  # for ranks that wait for it and have no problem
     settings = loading.to_yaml(prepared.config) if prepared else ""
     sources = prepared.sources if prepared else {}
-    if not agree(job, problem, settings, complain, sources) or prepared is None:
+    with slow_step("waiting for the other ranks' checks", job.rank == 0):
+        agreed = agree(job, problem, settings, complain, sources)
+    if not agreed or prepared is None:
         if prepared:
             prepared.abandon()
         return code

@@ -1,14 +1,18 @@
-"""Progress on the terminal: a bar for the iteration's members, and a line per iteration."""
+"""Progress on the terminal: what takes long, a bar for the members, and a line per iteration."""
 
 import math
+import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 MEMBER_LINES = 10.0  # least seconds between two lines about members, where no bar is shown
+FIRST_WAIT, NEXT_WAIT = 10.0, 60.0  # seconds until a step is said to take long, and said again
 
 
 class _ProgressBar(Progress):
@@ -110,6 +114,36 @@ class Terminal:
 
     def close(self) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def slow_step(what: str, shown: bool = True) -> Iterator[None]:
+    """A context of a step that may take minutes, before any bar is shown.
+
+    If it takes FIRST_WAIT seconds, a line on standard error says what is waited for.
+
+    Args:
+        what: the step, as the line names it.
+        shown: whether this rank prints.
+    """
+    started, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        pause = FIRST_WAIT
+        while not done.wait(pause):
+            passed = duration(time.monotonic() - started)
+            print(f"{what}: {passed} so far", file=sys.stderr, flush=True)
+            pause = NEXT_WAIT
+
+    thread = threading.Thread(target=report, daemon=True)
+    if shown:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if shown:
+            thread.join()
 
 
 def significant(value: float) -> str:

@@ -96,14 +96,23 @@ class RunReporter(Reporter):
     Args:
         resume: where this start begins.
         layout: how the ranks are laid out.
+        printed: the lines that this start has printed already; they go to output.log.
     """
 
-    def __init__(self, config: Config, resume: ResumePoint, layout: dict | None = None):
+    def __init__(
+        self,
+        config: Config,
+        resume: ResumePoint,
+        layout: dict | None = None,
+        printed: Sequence[str] = (),
+    ):
         self._directory = directory = Path(config.run.dir)
         warnings: list[str] = []
         self._recorded = _trim_files(directory, resume, warnings.append)
         best = {} if resume.best is None else resume.evaluations[resume.best]
         self._attempt = Attempt(directory, config, layout or {})
+        for line in printed:
+            self._attempt.log_line(line)
         self._metrics, self._samples, self._extremes = (
             open(directory / name, "a", encoding="utf-8") for name in (METRICS, SAMPLES, EXTREMES)
         )
