@@ -56,7 +56,7 @@ class PreparedTraining(PreparedRun):
 
     def abandon(self) -> None:
         if isinstance(self.run, RunDirectory):
-            self.run.close()
+            self.run.abandon()
 
 
 def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> list[str]:

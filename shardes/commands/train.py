@@ -124,8 +124,19 @@ def _memory(config: Config, layout: Layout, workload: Workload) -> str:
 
 
 def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:
-    """The token ids of both splits' prompts."""
-    return {split: launch.encode_split(prepared, split, date) for split in ("train", "test")}
+    """The token ids of both splits' prompts.
+
+    Raises:
+        ConfigError: they cannot be encoded, or are fewer than an iteration is to have.
+    """
+    prompts = {split: launch.encode_split(prepared, split, date) for split in ("train", "test")}
+    size, count = prepared.config.task.prompts_per_iteration, len(prompts["train"])
+    if size is not None and size > count:
+        raise ConfigError(
+            f"task.prompts_per_iteration={size}: the task has {count} training prompts; use at "
+            "most so many, or null for all"
+        )
+    return prompts
 
 
 def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None:

@@ -22,12 +22,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def make_directory(path: Path) -> None:
-    """Create a directory and its parents where missing; their names are on disk on return."""
+def make_directory(path: Path) -> list[Path]:
+    """Create a directory and its parents where missing; their names are on disk on return.
+
+    Returns those that were missing, innermost first.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync(folder.parent)
+    return missing
 
 
 def write_whole(path: Path, text: str, mode: int = 0o644) -> None:

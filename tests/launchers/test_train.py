@@ -211,6 +211,14 @@ def cut_short(directory):
 
 
 MISTAKES = {
+    "more prompts than there are": (
+        [
+            ("task", "path", None),
+            ("task", "name", "countdown"),
+            ("task", "prompts_per_iteration", 201),
+        ],
+        ["task.prompts_per_iteration=201", "200 training prompts"],
+    ),
     "unknown key": ([("es", "sigam", 1)], ["es.sigam", "es.sigma"]),
     "sigma": ([("es", "sigma", 0)], ["es.sigma=0"]),
     "population": ([("es", "population_size", 1)], ["es.population_size=1"]),
@@ -230,10 +238,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found_before_heavy_work(config, mistake):
+def test_mistakes_are_found_before_heavy_work(config, mistake, tmp_path):
     changes, expected = MISTAKES[mistake]
     with pytest.raises(ConfigError) as error:
         train.prepare([config(*changes)], Job(0, 4, dist.HashStore()))
+    assert not (tmp_path / "run").exists()
     assert "\n" not in str(error.value)
     for part in expected:
         assert part in str(error.value)
