@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardes.answers import Answers, InPlace, OneBatch
 from shardes.clock import Clock
 from shardes.config import loading
-from shardes.config.schema import Config, EngineName, ESConfig, TaskConfig
+from shardes.config.schema import Config, EngineName, ESConfig
 from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
 from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
@@ -95,7 +95,7 @@ def check(config: Config, job: Job) -> PreparedRun:
     check_launcher()
     replicas = loading.check_layout(config, job.size)
     task = configured_task(config.task)
-    _check_score_takes_numbers(config.task, task)
+    _check_task_takes_numbers(config, task)
     loggers.check(config.tracking.loggers)
     directory = model_directory(config.model.path)
     trusted = config.model.trust_remote_code
@@ -165,16 +165,23 @@ def _check_evolve(config: Config, module: PreTrainedModel) -> None:
         )
 
 
-def _check_score_takes_numbers(settings: TaskConfig, task: Task) -> None:
-    if settings.prompts_per_iteration is None or not hasattr(task, "score"):
-        return
-    try:
-        signature(task.score).bind("train", [], [])
-    except TypeError:
-        raise ConfigError(
-            "task.prompts_per_iteration: the task's score must take the numbers of the prompts as "
-            "a third argument: score(split, responses, which=None); see shardes.tasks.Task"
-        ) from None
+def _check_task_takes_numbers(config: Config, task: Task) -> None:
+    """Raise ConfigError if the task must be told which prompts were asked, and cannot be."""
+    asked: dict[str, tuple[int | None, tuple[str, ...]]] = {
+        "task.prompts_per_iteration": (config.task.prompts_per_iteration, ("score",)),
+        "eval.prompts": (config.eval.prompts, ("score", "correct")),
+    }
+    for key, (value, methods) in asked.items():
+        for name in methods:
+            if value is None or not hasattr(task, name):
+                continue
+            try:
+                signature(getattr(task, name)).bind("train", [], [])
+            except TypeError:
+                raise ConfigError(
+                    f"{key}: the task's {name} must take the numbers of the prompts as a third "
+                    f"argument: {name}(split, responses, which=None); see shardes.tasks.Task"
+                ) from None
 
 
 def encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list[int]]:

@@ -28,6 +28,7 @@ from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
 from shardes.errors import ConfigError, RunError, one_line, unusable_files
+from shardes.es.population import held_out_numbers, select
 from shardes.es.side_by_side import members_together
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
@@ -124,7 +125,7 @@ def _memory(config: Config, layout: Layout, workload: Workload) -> str:
 
 
 def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:
-    """The token ids of both splits' prompts.
+    """The token ids of both splits' prompts; of the held-out ones, those that evaluations ask.
 
     Raises:
         ConfigError: they cannot be encoded, or are fewer than an iteration is to have.
@@ -136,7 +137,8 @@ def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list
             f"task.prompts_per_iteration={size}: the task has {count} training prompts; use at "
             "most so many, or null for all"
         )
-    return prompts
+    asked = held_out_numbers(prepared.config.eval.prompts, len(prompts["test"]))
+    return prompts | {"test": select(prompts["test"], asked)}
 
 
 def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None:
