@@ -15,7 +15,7 @@ from shardes.config.schema import Config
 from shardes.distributed.world import NOTHING, World
 from shardes.errors import ConfigError
 from shardes.es.center import Center
-from shardes.es.population import Iteration, select
+from shardes.es.population import Iteration, held_out_numbers, select
 from shardes.es.statistics import mean
 from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.replicas.coordinator import Coordinator
@@ -46,7 +46,7 @@ class Evaluator:
     """Generates the center's responses. The primary rank's subclass also scores them.
 
     Args:
-        prompts: the token ids of each split's prompts.
+        prompts: the token ids of each split's prompts; of the held-out ones, those that are asked.
         distance: returns metrics of the center's distance from the base model; called by every rank
             of a replica.
         poll: called between decode steps.
@@ -181,7 +181,7 @@ class PrimaryEvaluator(Evaluator):
         iteration, metrics = pending.iteration, {}
         all_rewards: dict[str, list[float]] = {}
         for split, name in SPLITS.items():
-            numbers = iteration.prompt_numbers if split == "train" else None
+            numbers = self._numbers(iteration, split)
             tokens: list[list[int]] = [[] for _ in self._split_prompts(iteration, split)]
             for (piece_split, part), responses in zip(pending.pieces, results, strict=True):
                 if piece_split == split:
@@ -189,7 +189,7 @@ class PrimaryEvaluator(Evaluator):
             texts = self._sampler.texts(tokens)
             rewards = self._scorer(split, texts, numbers, self._failures(pending, tokens))
             metrics[name], all_rewards[split] = mean(rewards), rewards
-            correct = self._scorer.correct(split, texts) if split == "test" else None
+            correct = self._scorer.correct(split, texts, numbers) if split == "test" else None
             if correct is not None:
                 metrics["held_out_accuracy"] = mean(correct)
             prompts = select(prompts_of(self._task, split), numbers)
@@ -198,3 +198,9 @@ class PrimaryEvaluator(Evaluator):
         failed = {f"evaluation_{name}": count for name, count in failures}
         metrics |= failed | pending.distance
         return Evaluation(iteration.index, iteration.digest, metrics, all_rewards)
+
+    def _numbers(self, iteration: Iteration, split: Split) -> list[int] | None:
+        """The numbers of the prompts that the evaluation asks; None for all of the split."""
+        if split == "train":
+            return iteration.prompt_numbers
+        return held_out_numbers(self._config.eval.prompts, len(prompts_of(self._task, split)))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardes.answers import Answers, InPlace, OneBatch
 from shardes.clock import Clock
 from shardes.config import loading
-from shardes.config.schema import Config, ESConfig, TaskConfig
+from shardes.config.schema import Config, EngineName, ESConfig
 from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
 from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
@@ -40,12 +40,19 @@ from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
 from shardes.reporting import loggers
+from shardes.reporting.progress import slow_step
 from shardes.sharding.model_directory import model_directory, open_tokenizer
 from shardes.sharding.weight_files import WeightFiles
 from shardes.tasks import Task, configured_task, prompts_of
 
 # In the names of classes whose modules text does not use
 MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
+CHECKING = "checking the settings, the prompts and the SHA-256s of the model's files"
+BUILDING = {  # what is waited for, while the engine is built
+    EngineName.deepspeed: "building the model with DeepSpeed, which compiles its operators at its "
+    "first start on a host",
+    EngineName.fsdp: "building the model with FSDP",
+}
 RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 
 
@@ -88,7 +95,7 @@ def check(config: Config, job: Job) -> PreparedRun:
     check_launcher()
     replicas = loading.check_layout(config, job.size)
     task = configured_task(config.task)
-    _check_score_takes_numbers(config.task, task)
+    _check_task_takes_numbers(config, task)
     loggers.check(config.tracking.loggers)
     directory = model_directory(config.model.path)
     trusted = config.model.trust_remote_code
@@ -158,16 +165,23 @@ def _check_evolve(config: Config, module: PreTrainedModel) -> None:
         )
 
 
-def _check_score_takes_numbers(settings: TaskConfig, task: Task) -> None:
-    if settings.prompts_per_iteration is None or not hasattr(task, "score"):
-        return
-    try:
-        signature(task.score).bind("train", [], [])
-    except TypeError:
-        raise ConfigError(
-            "task.prompts_per_iteration: the task's score must take the numbers of the prompts as "
-            "a third argument: score(split, responses, which=None); see shardes.tasks.Task"
-        ) from None
+def _check_task_takes_numbers(config: Config, task: Task) -> None:
+    """Raise ConfigError if the task must be told which prompts were asked, and cannot be."""
+    asked: dict[str, tuple[int | None, tuple[str, ...]]] = {
+        "task.prompts_per_iteration": (config.task.prompts_per_iteration, ("score",)),
+        "eval.prompts": (config.eval.prompts, ("score", "correct")),
+    }
+    for key, (value, methods) in asked.items():
+        for name in methods:
+            if value is None or not hasattr(task, name):
+                continue
+            try:
+                signature(getattr(task, name)).bind("train", [], [])
+            except TypeError:
+                raise ConfigError(
+                    f"{key}: the task's {name} must take the numbers of the prompts as a third "
+                    f"argument: {name}(split, responses, which=None); see shardes.tasks.Task"
+                ) from None
 
 
 def encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list[int]]:
@@ -219,7 +233,8 @@ def build_replica(
     sharding, timeout = prepared.config.sharding, prepared.config.run.timeout
     number, replicas = joined or (None, prepared.replicas)
     world = form_replica(job, replicas, sharding.shard, sharding.tensor, timeout, number)
-    engine = build(prepared.config, prepared.module, world)
+    with slow_step(BUILDING[prepared.config.engine], job.rank == 0):
+        engine = build(prepared.config, prepared.module, world)
     return world, engine, Sampler(world, engine, prepared.decoder, prepared.tokenizer, clock)
 
 
@@ -242,17 +257,19 @@ def open_replica(
         if answer_side_by_side(es)
         else None
     )
-    center = open_center(
-        es.restore,
-        engine.shards,
-        world,
-        source(),
-        prepared.files,
-        es.evolve,
-        clock,
-        noise_rank(es),
-        center_device(config, world, engine.shards, prepared.module.config),
-    )
+    files = source()
+    with slow_step(f"loading the weights of {files.directory}", job.rank == 0):
+        center = open_center(
+            es.restore,
+            engine.shards,
+            world,
+            files,
+            prepared.files,
+            es.evolve,
+            clock,
+            noise_rank(es),
+            center_device(config, world, engine.shards, prepared.module.config),
+        )
     answers: Answers = (
         OneBatch(config, world, center, sampler, side_by_side, clock)
         if side_by_side
@@ -278,14 +295,15 @@ def launch(
             parser.print_help()
         return 0
     try:
-        job = join_job(RENDEZVOUS)
+        with slow_step("waiting for all ranks to start", os.environ.get("RANK", "0") == "0"):
+            job = join_job(RENDEZVOUS)
     except (ConfigError, RunError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a host have the same error
             complain(str(error))
         return _exit_code(error)
     prepared, problem, code = None, None, 2
     try:
-        with unusable_files():
+        with unusable_files(), slow_step(CHECKING, job.rank == 0):
             prepared = prepare(argv, job)
     except (ConfigError, RunError) as error:
         problem, code = str(error), _exit_code(error)
@@ -293,7 +311,9 @@ def launch(
             job.keys.set_date(now())  # for ranks that wait for it and have no problem
     settings = loading.to_yaml(prepared.config) if prepared else ""
     sources = prepared.sources if prepared else {}
-    if not agree(job, problem, settings, complain, sources) or prepared is None:
+    with slow_step("waiting for the other ranks' checks", job.rank == 0):
+        agreed = agree(job, problem, settings, complain, sources)
+    if not agreed or prepared is None:
         if prepared:
             prepared.abandon()
         return code

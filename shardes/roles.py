@@ -14,7 +14,8 @@ from typing import Any
 
 from shardes import launch
 from shardes.clock import Clock
-from shardes.config.schema import Restore
+from shardes.config.schema import Noise, Restore
+from shardes.distributed.device import choose_device, device_name
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
@@ -55,7 +56,29 @@ class PreparedTraining(PreparedRun):
 
     def abandon(self) -> None:
         if isinstance(self.run, RunDirectory):
-            self.run.close()
+            self.run.abandon()
+
+
+def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> list[str]:
+    """What a start prints first: what is trained, on what, where, and from where it goes on."""
+    config, model = prepared.config, prepared.config.model
+    es, sharding = config.es, config.sharding
+    numel = sum(param.numel() for param in prepared.module.parameters())
+    noise = "full noise" if es.noise is Noise.full else f"noise of rank {es.rank}"
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in prepared.prompts.items())
+    if config.task.prompts_per_iteration is not None:
+        counts += f"; {config.task.prompts_per_iteration} per iteration"
+    state = f"resumed at iteration {run.resume.iteration}" if run.resume.iteration else "a new run"
+    rows = {
+        "model": f"{model.path}, {numel:,} parameters in {model.dtype.value}",
+        "layout": f"{ranks} ranks: {prepared.replicas} replicas × shard {sharding.shard} × tensor "
+        f"{sharding.tensor}, {config.engine.value}",
+        "device": device_name(choose_device()),
+        "members": f"{es.population_size} of σ = {es.sigma:g}, α = {es.alpha:g}, {noise}",
+        "prompts": f"{counts}; up to {config.generation.max_new_tokens} new tokens",
+        "run": f"{config.run.dir}, {state}; {es.iterations} iterations in all",
+    }
+    return [*(f"{name:<8} {value}" for name, value in rows.items()), *run.notes]
 
 
 class JobRoles(ABC):
@@ -208,6 +231,8 @@ class PrimaryJob(JobRoles):
             stack.callback(prepared.run.close)
             prepared.run.begin()
             add_recorded_evaluations(Path(prepared.config.run.dir), prepared.run.resume)
+            self.head = head_lines(prepared, job.size, prepared.run)
+            print("\n".join(self.head), flush=True)
         super().__init__(job, prepared, watcher, stack)
 
     def joined(self) -> None:
@@ -219,7 +244,7 @@ class PrimaryJob(JobRoles):
     def reporter(self) -> Reporter:
         if not self.world.is_primary:
             return Reporter()
-        return RunReporter(self.config, self.resume, self.world.layout)
+        return RunReporter(self.config, self.resume, self.world.layout, self.head)
 
     def coordinator(self, reporter: Reporter) -> Coordinator:
         world, store, run = self.world, self.store, self.prepared.run
@@ -261,8 +286,6 @@ class PrimaryJob(JobRoles):
                 "warning: es.restore=subtract: each replica's center drifts by itself; "
                 "only copy is exact"
             )
-        for note in run.notes:
-            reporter.say(note)
         if placement := self.center.placement:
             reporter.say(placement)
         if applied := self.prepared.decoder.applied:

@@ -89,9 +89,17 @@ def test_the_wheel_is_the_package_and_its_data(released):
     (wheel,) = released.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(
-        ["git", "ls-files", "shardes"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "shardes", "configs", "examples"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert held == set(tracked.stdout.split())
+    assert held == {
+        name if name.startswith("shardes/") else f"shardes/{name}"
+        for name in tracked.stdout.split()
+        if not name.endswith("README.md")
+    }
 
 
 def test_the_wheel_trains_without_the_checkout(python, tied_llama, tmp_path):
@@ -103,6 +111,9 @@ def test_the_wheel_trains_without_the_checkout(python, tied_llama, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2
+    shardes_command = str(Path(python).with_name("shardes"))
+    done = run([shardes_command, "init", "mine"], cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0 and (tmp_path / "mine" / "reward.py").is_file(), done.stderr
     code = (
         "from shardes import tasks; "
         "print(tasks.__file__, len(tasks.load_task('countdown', None).prompts('test')))"

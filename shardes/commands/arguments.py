@@ -67,7 +67,7 @@ class LaunchParser(CommandParser):
             "[key=value ...]",
             epilog=f"{examples}\nkeys, with their defaults:\n{help_text()}",
         )
-        self.add_argument("config", metavar="CONFIG.yaml", help="settings; see configs/")
+        self.add_argument("config", metavar="CONFIG.yaml", help="settings; see shardes configs")
         self.add_argument(
             "overrides", metavar="key=value", nargs="*", help="settings that override the file's"
         )

@@ -23,6 +23,8 @@ COMMANDS = {
     "export": "write a run's center as a Hugging Face checkpoint",
     "plan": "estimate whether a run fits in memory, and its time",
     "report": "write a run's report, one HTML page",
+    "configs": "list the configs that come with shardes",
+    "init": "copy one of them, with its data and reward function, to start from",
     "journal": "show, verify or compare journals",
     "env": "print versions, devices and settings for a bug report",
 }
@@ -34,6 +36,7 @@ HELP = f"""usage: shardes COMMAND [arguments]
 examples:
   shardes train configs/quickstart.yaml --gpus 2       start two ranks on this host
   shardes train configs/quickstart.yaml --dry-run      check and print the settings, start nothing
+  shardes init mine                                    copy an example task to start from
   shardes report runs/quickstart                       write runs/quickstart/report.html
   shardes export runs/quickstart exported              write the newest center
 

@@ -28,6 +28,7 @@ from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job
 from shardes.errors import ConfigError, RunError, one_line, unusable_files
+from shardes.es.population import held_out_numbers, select
 from shardes.es.side_by_side import members_together
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
@@ -124,8 +125,20 @@ def _memory(config: Config, layout: Layout, workload: Workload) -> str:
 
 
 def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:
-    """The token ids of both splits' prompts."""
-    return {split: launch.encode_split(prepared, split, date) for split in ("train", "test")}
+    """The token ids of both splits' prompts; of the held-out ones, those that evaluations ask.
+
+    Raises:
+        ConfigError: they cannot be encoded, or are fewer than an iteration is to have.
+    """
+    prompts = {split: launch.encode_split(prepared, split, date) for split in ("train", "test")}
+    size, count = prepared.config.task.prompts_per_iteration, len(prompts["train"])
+    if size is not None and size > count:
+        raise ConfigError(
+            f"task.prompts_per_iteration={size}: the task has {count} training prompts; use at "
+            "most so many, or null for all"
+        )
+    asked = held_out_numbers(prepared.config.eval.prompts, len(prompts["test"]))
+    return prompts | {"test": select(prompts["test"], asked)}
 
 
 def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None:

@@ -412,6 +412,12 @@ class EvalConfig:
         limit=at_least(0),
         same_in_replicas=True,
     )
+    prompts: int | None = _setting(
+        None,
+        "held-out prompts that an evaluation during training asks, always the same; null: all",
+        limit=at_least(1),
+        same_in_replicas=True,
+    )
 
 
 @dataclass

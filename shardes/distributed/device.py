@@ -29,6 +29,13 @@ def choose_device() -> torch.device:
     return torch.device(accelerator.type, index)
 
 
+def device_name(device: torch.device) -> str:
+    """The name that a device's vendor gives it, or cpu."""
+    if device.type == "cpu":
+        return "cpu"
+    return torch.get_device_module(device).get_device_name(device)
+
+
 def choose_backend(
     device: torch.device, keys: JobStore, rank: int, replica: range
 ) -> tuple[str, int]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardes.distributed.device import choose_backend, choose_device
+from shardes.distributed.device import choose_backend, choose_device, device_name
 from shardes.distributed.job_store import CheckResult, JobStore, keys_of_this_start
 from shardes.distributed.rendezvous import wait_for_ranks, wait_for_store
 from shardes.errors import ConfigError, RunError
@@ -76,11 +76,9 @@ class World:
 
     @property
     def layout(self) -> dict[str, int | str]:
-        """The job's ranks, replicas, shard and tensor degrees, and the kind of device."""
+        """The job's ranks, replicas, shard and tensor degrees, and the name of the device."""
         shard, tensor = self.mesh.shape
-        device = self.device.type
-        if device != "cpu":
-            device = torch.get_device_module(self.device).get_device_name(self.device)
+        device = device_name(self.device)
         return dict(
             ranks=self.job.size, replicas=self.replicas, shard=shard, tensor=tensor, device=device
         )

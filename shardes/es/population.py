@@ -124,6 +124,18 @@ def prompt_batch(run_seed: int, iteration: int, size: int | None, count: int) ->
     return orders[begin : begin + size]
 
 
+def held_out_numbers(limit: int | None, count: int) -> list[int] | None:
+    """The numbers of the held-out prompts, of `count`, that evaluations ask; None for all.
+
+    They are a function of `limit` and `count` alone, so runs with other seeds are compared on the
+    same prompts.
+    """
+    if limit is None or limit >= count:
+        return None
+    keys = np.random.SeedSequence([count, 2]).generate_state(count, np.uint64)
+    return sorted(np.argsort(keys, kind="stable")[:limit].tolist())
+
+
 def select(prompts: Sequence[P], numbers: Sequence[int] | None) -> list[P]:
     """The prompts of these numbers; None for all."""
     return list(prompts) if numbers is None else [prompts[number] for number in numbers]

@@ -1,15 +1,21 @@
 """The update of the center in one iteration."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from shardes.noise import LowRank, add_noise
-from shardes.sharding.regions import Region
-from shardes.sharding.weight_files import WeightFiles
+
+if TYPE_CHECKING:  # journals are read without torch
+    import torch
+
+    from shardes.sharding.regions import Region
+    from shardes.sharding.weight_files import WeightFiles
 
 
 @dataclass
@@ -52,6 +58,8 @@ class Update:
         """
         if not evolves(self.evolve, self.rank, name, shape):
             return
+        import torch
+
         out = theta if out is None else out
         if self.weight_decay:
             theta = theta.float() if theta.dtype != torch.float32 else theta

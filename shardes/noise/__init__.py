@@ -4,15 +4,19 @@
 `cpu` and `cuda` compute the same bits faster. `low_rank` has the address of low-rank noise.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from shardes.noise import cpu, reference
 from shardes.noise.low_rank import COLS, ROWS, LowRank
+
+if TYPE_CHECKING:  # commands that compute no noise start without torch
+    import torch
 
 __all__ = ["LowRank", "add_noise", "factors", "gaussian"]
 
@@ -31,6 +35,8 @@ def gaussian(seed: int, name: str, start: int, count: int) -> torch.Tensor:
     _check([seed], [1.0])
     if start < 0 or count < 0:
         raise ValueError(f"start={start}, count={count}: must not be negative")
+    from shardes.noise import cpu
+
     return cpu.gaussian(seed, name, start, count)
 
 
@@ -48,6 +54,8 @@ def factors(
         a, of the shape (..., rows, r), and b, (..., cols, r), where the box has the shape
         (..., rows, cols).
     """
+    import torch
+
     assert low_rank.is_matrix, f"{name} of shape {low_rank.shape} has no noise of low rank"
     rank, (m, n) = low_rank.rank, low_rank.matrix
     box = [slice(None)] * len(low_rank.shape) if box is None else box
@@ -122,11 +130,15 @@ def add_noise(
 def _kernel(device: torch.device) -> ModuleType:
     """The module that computes the noise on a device."""
     if device.type == "cpu":
+        from shardes.noise import cpu
+
         return cpu
     if device.type == "cuda" and find_spec("triton"):
         from shardes.noise import cuda
 
         return cuda
+    from shardes.noise import reference
+
     return reference
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardes.config.schema import Config
+from shardes.es.population import held_out_numbers, select
 from shardes.inference.generation import batches
 from shardes.inference.prompts import Prompt, encode
 from shardes.planning.layouts import Layout
@@ -81,9 +82,10 @@ def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None
     size = config.task.prompts_per_iteration
     if size is not None:
         lengths["train"] = sorted(lengths["train"])[-size:]  # the longest that may be drawn
+    asked = held_out_numbers(config.eval.prompts, len(lengths["test"]))
     return Workload(
         tuple(lengths["train"]),
-        tuple(lengths["test"]),
+        tuple(select(lengths["test"], asked)),
         config.generation.max_new_tokens,
         config.generation.batch_tokens,
     )

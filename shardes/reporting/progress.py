@@ -1,12 +1,18 @@
-"""Progress on the terminal: a bar for the iteration's members, and a line per iteration."""
+"""Progress on the terminal: what takes long, a bar for the members, and a line per iteration."""
 
 import math
+import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
+
+MEMBER_LINES = 10.0  # least seconds between two lines about members, where no bar is shown
+FIRST_WAIT, NEXT_WAIT = 10.0, 60.0  # seconds until a step is said to take long, and said again
 
 
 class _ProgressBar(Progress):
@@ -43,25 +49,34 @@ class Terminal:
         )
         self._task = self._bar.add_task("", total=population_size, left="")
         self._bar.start()
-        self._started = self._iteration_started = time.monotonic()
+        self._started = self._iteration_started = self._printed = time.monotonic()
 
     def say(self, line: str) -> None:
+        self._printed = time.monotonic()
         self._console.print(line, markup=False)
 
     def progress(self, iteration: int, done: int, tokens: int) -> None:
-        """Show the number of members evaluated in an iteration, and the tokens they generated."""
-        elapsed = time.monotonic() - self._iteration_started
+        """Show the number of members evaluated in an iteration, and the tokens they generated.
+
+        Without a bar: as a line, if nothing was printed for MEMBER_LINES seconds.
+        """
+        now = time.monotonic()
+        elapsed = now - self._iteration_started
         self._figures["tokens/s"] = tokens / elapsed
         if iteration > self._start:
             per_iteration = (self._iteration_started - self._started) / (iteration - self._start)
         else:
             per_iteration = elapsed * self._population_size / done if done else math.nan
         left = max(per_iteration * (self._iterations - iteration) - elapsed, 0)
+        time_left = f"{duration(left)} left" if math.isfinite(left) else ""
+        if not self._console.is_terminal and now - self._printed >= MEMBER_LINES:
+            members = f"members: {done} of {self._population_size} of iteration {iteration}"
+            self.say(f"{members}  {self._figures['tokens/s']:.0f} tokens/s  {time_left}".rstrip())
         self._bar.update(
             self._task,
             description=f"iteration {iteration} of {self._iterations}",
             completed=done,
-            left=f"{duration(left)} left" if math.isfinite(left) else "",
+            left=time_left,
         )
         self._bar.status = self._status()
 
@@ -71,15 +86,14 @@ class Terminal:
         rate = metrics["generated_tokens"] / metrics["seconds"]
         per_iteration = (now - self._started) / (iteration + 1 - self._start)
         left = per_iteration * (self._iterations - iteration - 1)
-        held_out = (
-            f"  held-out {metrics['held_out_reward']:.2f}" if "held_out_reward" in metrics else ""
-        )
+        held_out = f"  held-out {held_out_text(metrics)}" if "held_out_reward" in metrics else ""
         failed = (
             f"  {metrics['scoring_failures']} not scored" if metrics.get("scoring_failures") else ""
         )
         line = (
-            f"iteration {iteration}  reward {metrics['reward_mean']:.2f} ± "
-            f"{metrics['reward_std']:.2f}  best {metrics['reward_max']:.2f}{held_out}{failed}  "
+            f"iteration {iteration}  reward {significant(metrics['reward_mean'])} ± "
+            f"{significant(metrics['reward_std'])}  best {significant(metrics['reward_max'])}"
+            f"{held_out}{failed}  "
             f"{metrics['seconds']:.1f} s  {rate:.0f} tokens/s  {duration(left)} left"
         )
         self.say(line)
@@ -94,11 +108,55 @@ class Terminal:
 
     def _status(self) -> str:
         names = ("reward", "held-out", "best held-out")
-        rewards = [f"{name} {self._figures[name]:.2f}" for name in names if name in self._figures]
-        return "  ".join([f"{self._figures['tokens/s']:.0f} tokens/s", *rewards])
+        figures = self._figures
+        rewards = [f"{name} {significant(figures[name])}" for name in names if name in figures]
+        return "  ".join([f"{figures['tokens/s']:.0f} tokens/s", *rewards])
 
     def close(self) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def slow_step(what: str, shown: bool = True) -> Iterator[None]:
+    """A context of a step that may take minutes, before any bar is shown.
+
+    If it takes FIRST_WAIT seconds, a line on standard error says what is waited for.
+
+    Args:
+        what: the step, as the line names it.
+        shown: whether this rank prints.
+    """
+    started, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        pause = FIRST_WAIT
+        while not done.wait(pause):
+            passed = duration(time.monotonic() - started)
+            print(f"{what}: {passed} so far", file=sys.stderr, flush=True)
+            pause = NEXT_WAIT
+
+    thread = threading.Thread(target=report, daemon=True)
+    if shown:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if shown:
+            thread.join()
+
+
+def significant(value: float) -> str:
+    """A reward with four significant digits; with an exponent only where others are unreadable."""
+    if 9999.5 <= abs(value) < 1e7:
+        return f"{value:.0f}"
+    return f"{value:#.4g}".removesuffix(".")
+
+
+def held_out_text(metrics: Mapping[str, float]) -> str:
+    """The held-out reward of an evaluation, and the accuracy if the task has one."""
+    reward, accuracy = significant(metrics["held_out_reward"]), metrics.get("held_out_accuracy")
+    return reward if accuracy is None else f"{reward} (accuracy {100 * accuracy:.1f} %)"
 
 
 def duration(seconds: float) -> str:

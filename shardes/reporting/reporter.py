@@ -17,7 +17,7 @@ from shardes.reporting import json_lines
 from shardes.reporting.attempts import Attempt
 from shardes.reporting.learning import LearningWatch
 from shardes.reporting.loggers import Loggers
-from shardes.reporting.progress import Terminal
+from shardes.reporting.progress import Terminal, held_out_text, significant
 from shardes.storage.journal import Record
 from shardes.storage.resume import ResumePoint
 
@@ -96,14 +96,23 @@ class RunReporter(Reporter):
     Args:
         resume: where this start begins.
         layout: how the ranks are laid out.
+        printed: the lines that this start has printed already; they go to output.log.
     """
 
-    def __init__(self, config: Config, resume: ResumePoint, layout: dict | None = None):
+    def __init__(
+        self,
+        config: Config,
+        resume: ResumePoint,
+        layout: dict | None = None,
+        printed: Sequence[str] = (),
+    ):
         self._directory = directory = Path(config.run.dir)
         warnings: list[str] = []
         self._recorded = _trim_files(directory, resume, warnings.append)
         best = {} if resume.best is None else resume.evaluations[resume.best]
         self._attempt = Attempt(directory, config, layout or {})
+        for line in printed:
+            self._attempt.log_line(line)
         self._metrics, self._samples, self._extremes = (
             open(directory / name, "a", encoding="utf-8") for name in (METRICS, SAMPLES, EXTREMES)
         )
@@ -212,10 +221,16 @@ class RunReporter(Reporter):
         except OSError as error:  # not worth ending the run: starting it again writes the file
             self.say(f"warning: no summary.json: {error}")
         self._loggers.log(last, len(reward_means))
+        members, center = (
+            f"{significant(before)} → {significant(after)}"
+            for before, after in (
+                (reward_means[0], reward_means[-1]),
+                (first["center_reward"], last["center_reward"]),
+            )
+        )
         self.say(
-            f"done: member reward {reward_means[0]:.2f} → {reward_means[-1]:.2f}, "
-            f"center's {first['center_reward']:.2f} → {last['center_reward']:.2f}, "
-            f"held-out {first['held_out_reward']:.2f} → {last['held_out_reward']:.2f}; "
+            f"done: member reward {members}, center's {center}, "
+            f"held-out {held_out_text(first)} → {held_out_text(last)}; "
             f"{seconds:.0f} s, center {digest}"
         )
 

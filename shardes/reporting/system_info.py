@@ -7,8 +7,6 @@ import socket
 from importlib import metadata
 from typing import Any
 
-import torch
-
 from shardes import __version__
 
 PACKAGES = [
@@ -25,6 +23,8 @@ SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASS|CREDENTIAL|AUTH|JWT")
 
 def system_info() -> dict[str, Any]:
     """The facts that a bug report needs, ready for JSON."""
+    import torch
+
     return {
         "versions": {"shardes": __version__, "python": platform.python_version(), **_versions()},
         "cuda": torch.version.cuda,
@@ -39,6 +39,8 @@ def system_info() -> dict[str, Any]:
 
 def _devices() -> list[str]:
     """The names of the accelerators that this process sees."""
+    import torch
+
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type == "mps":
         return []

@@ -141,8 +141,13 @@ class Scorer:
             rewards[i] = float(self._settings.on_error)
         return rewards
 
-    def correct(self, split: str, responses: list[str]) -> list[bool] | None:
+    def correct(
+        self, split: str, responses: list[str], which: Sequence[int] | None = None
+    ) -> list[bool] | None:
         """Whether each response of a split is right; None if the task does not say.
+
+        Args:
+            which: the numbers of the prompts that were answered; None: all of the split.
 
         Raises:
             ConfigError: the task raised an exception, or did not return a bool for each response.
@@ -151,7 +156,9 @@ class Scorer:
         if correct is None:
             return None
         try:
-            values = self._call(lambda: _bools(correct(split, responses)))
+            # Without `which` for a task that does not take it.
+            arguments = (split, responses) if which is None else (split, responses, which)
+            values = self._call(lambda: _bools(correct(*arguments)))
         except TaskError as error:
             problem = f"task: correct({split!r}, ...) raised {described(error.cause)}"
             raise ConfigError(problem) from error.cause

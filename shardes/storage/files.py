@@ -1,12 +1,16 @@
 """Durable writes, checksums, and the fingerprint of a model directory."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shardes.sharding.weight_files import WeightFiles
+if TYPE_CHECKING:  # it imports torch
+    from shardes.sharding.weight_files import WeightFiles
 
 
 def sync(path: Path) -> None:
@@ -18,12 +22,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def make_directory(path: Path) -> None:
-    """Create a directory and its parents where missing; their names are on disk on return."""
+def make_directory(path: Path) -> list[Path]:
+    """Create a directory and its parents where missing; their names are on disk on return.
+
+    Returns those that were missing, innermost first.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync(folder.parent)
+    return missing
 
 
 def write_whole(path: Path, text: str, mode: int = 0o644) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,13 @@ class RunDirectory:
         self.journal.close()
         self.lock.release()
 
+    def abandon(self) -> None:
+        """Close without having begun: what opening has created is removed."""
+        self.journal.close()
+        if isinstance(self.entry, Header):  # a new run's journal, still empty
+            self.journal.path.unlink(missing_ok=True)
+        self.lock.undo()
+
 
 def noise_name(config: Config) -> str:
     """The definition of the noise that a run with these settings has, for its header."""
@@ -166,8 +174,8 @@ def open_run_directory(
     """
     sources = sources or {}
     directory = Path(config.run.dir)
+    lock = None
     try:
-        make_directory(directory)
         lock = Lock(directory)
         history, runs = read_history(config, directory)
         notes: list[str] = []
@@ -185,7 +193,11 @@ def open_run_directory(
         else:
             resume, notes, entry = _resume(config, history, header, runs)
         run_journal = Journal(directory / JOURNAL, history)
-    except OSError as error:
+    except Exception as error:
+        if lock:
+            lock.undo()
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(
             f"run.dir={directory}: cannot be written: {error}; choose another directory"
         ) from error
@@ -345,21 +357,31 @@ def _resume_point(
 class Lock:
     """A run directory's lock. The operating system releases it when the process ends.
 
+    The directory is created if it is missing.
+
     Raises:
         ConfigError: another process holds it; names the process and its host.
+        OSError: the directory or the lock cannot be written.
     """
 
     def __init__(self, directory: Path):
-        self._file = open(directory / "lock", "a+", encoding="utf-8")
+        self._made = make_directory(directory)
+        self._path = directory / "lock"
+        self._is_new = not self._path.exists()
+        self._file = open(self._path, "a+", encoding="utf-8")
         self._file.seek(0)
         holder = self._file.read().strip()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            ours = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:  # locked, or removed by a start that was refused in the meantime
+            self._file.close()
             raise ConfigError(
                 f"run.dir={directory}: in use by {holder or 'another process'}; "
                 "wait for it to end, or choose another directory"
-            ) from None
+            )
         self.note = f"taking over the lock that {holder} left behind" if holder else ""
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -368,3 +390,12 @@ class Lock:
     def release(self) -> None:
         self._file.truncate(0)
         self._file.close()
+
+    def undo(self) -> None:
+        """Release, and remove what was created for the lock, unless it is used since."""
+        if self._is_new:
+            self._path.unlink(missing_ok=True)  # before the release: no one else can hold it
+        self.release()
+        for folder in self._made:
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()

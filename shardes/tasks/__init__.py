@@ -23,8 +23,8 @@ class Task(Protocol):
     the same prompts in the same order. A task has one of two ways to score. `score` takes all
     responses at once, in the run's own process. `reward` takes one response, in a worker process
     with limits of time and memory (see `shardes.rewards.scoring`). A task may also have
-    `correct(split, responses) -> list[bool]`: whether each response of a split is right, for the
-    accuracy.
+    `correct(split, responses, which=None) -> list[bool]`: whether each response of a split is
+    right, for the accuracy.
     """
 
     def prompts(self, split: Split) -> Sequence[str | list[Message]]:
@@ -49,7 +49,8 @@ class ScoringTask(Task, Protocol):
 
         Args:
             which: the numbers of the prompts that were answered; None: all of the split. It is only
-                passed with task.prompts_per_iteration; without that, a task need not take it.
+                passed with task.prompts_per_iteration and eval.prompts; without these, a task need
+                not take it.
         """
         ...
 

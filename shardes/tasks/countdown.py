@@ -240,17 +240,21 @@ class Countdown:
     def score(
         self, split: str, responses: list[str], which: Sequence[int] | None = None
     ) -> list[float]:
-        problems = self._problems[split]
-        if which is not None:
-            problems = [problems[number] for number in which]
+        problems = self._chosen(split, which)
         return [
             reward(response, problem.numbers, problem.target)
             for problem, response in zip(problems, responses, strict=True)
         ]
 
-    def correct(self, split: str, responses: list[str]) -> list[bool]:
+    def correct(
+        self, split: str, responses: list[str], which: Sequence[int] | None = None
+    ) -> list[bool]:
         """Whether each response's answer is right; the mean over a split is the accuracy."""
         return [
             answer_score("<think>" + response, problem.numbers, problem.target) == 1
-            for problem, response in zip(self._problems[split], responses, strict=True)
+            for problem, response in zip(self._chosen(split, which), responses, strict=True)
         ]
+
+    def _chosen(self, split: str, which: Sequence[int] | None) -> list[Problem]:
+        problems = self._problems[split]
+        return problems if which is None else [problems[number] for number in which]

@@ -251,6 +251,8 @@ class Math:
             for problem, response in zip(problems, responses, strict=True)
         ]
 
-    def correct(self, split: str, responses: list[str]) -> list[bool]:
+    def correct(
+        self, split: str, responses: list[str], which: Sequence[int] | None = None
+    ) -> list[bool]:
         """Whether each response's answer is right; the mean over a split is pass@1."""
-        return [score == 1 for score in self.score(split, responses)]
+        return [score == 1 for score in self.score(split, responses, which)]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -151,3 +152,16 @@ def test_the_console_script_is_there():
         "scripts"
     ]["shardes"].partition(":")
     assert getattr(importlib.import_module(module), function) is cli.command
+
+
+@pytest.mark.parametrize("command", ["--help", "report"])
+def test_commands_that_need_no_model_start_without_torch(command, tmp_path):
+    record = ROOT / "tests" / "storage" / "format_1" / "run"
+    directory = shutil.copytree(record, tmp_path / "run")
+    arguments = [command, *([str(directory)] if command == "report" else [])]
+    code = (
+        "import sys; from shardes.commands import cli; code = cli.main(sys.argv[1:]); "
+        "print(code, *{'torch', 'transformers', 'deepspeed', 'numba'} & sys.modules.keys())"
+    )
+    done = run([sys.executable, "-c", code, *arguments], seconds=60)
+    assert done.stdout.splitlines()[-1] == "0", done.stdout + done.stderr

@@ -78,5 +78,5 @@ def test_iterations_decide_the_center_of_a_run_with_a_schedule(name):
 
 
 def test_settings_that_all_replicas_share():
-    expected = {*DECIDE_THE_CENTER, "es.iterations", "eval.every", "task.test"}
+    expected = {*DECIDE_THE_CENTER, "es.iterations", "eval.every", "eval.prompts", "task.test"}
     assert set(replica_settings(Config())) == expected

@@ -195,6 +195,33 @@ def test_equal_rewards_teach_nothing_and_say_so(zygote, config, tmp_path):
     assert record["digest"] == json.loads((tmp_path / "run" / "summary.json").read_text())["digest"]
 
 
+def test_an_evaluation_asks_a_fixed_part_of_the_held_out_prompts(zygote, config, tmp_path):
+    path = config(("eval", "prompts", 2), ("es", "population_size", 2))
+    (tmp_path / "task.py").write_text("""
+class Letters:
+    def prompts(self, split):
+        return [f"{split} {number}" for number in range(5)]
+    def score(self, split, responses, which=None):
+        return [float(n) + 0.01 * len(text) for n, text in zip(which or range(5), responses)]
+    def correct(self, split, responses, which=None):
+        return [number > 0 for number in which]
+""")
+    asked = []
+    for limit, iterations in ((2, 2), (2, 3), (3, 4)):
+        keys = [f"eval.prompts={limit}", f"es.iterations={iterations}"]
+        run = zygote.start(path, *keys, ranks=2, log=tmp_path / f"log{iterations}")
+        assert run.wait() == [0, 0], run.text()
+        assert ("held-out rewards before and after are not" in run.text()) == (limit == 3)
+        rows = lines(tmp_path / "run" / "samples.jsonl")
+        last = max(row["iteration"] for row in rows)
+        asked.append([r for r in rows if r["split"] == "test" and r["iteration"] == last])
+    assert [len(rows) for rows in asked] == [2, 2, 3]
+    prompts = [[row["prompt"] for row in rows] for rows in asked]
+    assert prompts[0] == prompts[1] and set(prompts[1]) < set(prompts[2])
+    for row in asked[2]:  # scored as the prompt that it is
+        assert row["reward"] == float(row["prompt"][-1]) + 0.01 * len(row["response"])
+
+
 def spoiled(tmp_path, model, spoil) -> str:
     directory = shutil.copytree(model, tmp_path / "spoiled")
     spoil(directory)
@@ -211,6 +238,18 @@ def cut_short(directory):
 
 
 MISTAKES = {
+    "a task that is not told which": (
+        [("eval", "prompts", 2)],
+        ["eval.prompts: the task's score must take the numbers", "which=None"],
+    ),
+    "more prompts than there are": (
+        [
+            ("task", "path", None),
+            ("task", "name", "countdown"),
+            ("task", "prompts_per_iteration", 201),
+        ],
+        ["task.prompts_per_iteration=201", "200 training prompts"],
+    ),
     "unknown key": ([("es", "sigam", 1)], ["es.sigam", "es.sigma"]),
     "sigma": ([("es", "sigma", 0)], ["es.sigma=0"]),
     "population": ([("es", "population_size", 1)], ["es.population_size=1"]),
@@ -230,10 +269,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found_before_heavy_work(config, mistake):
+def test_mistakes_are_found_before_heavy_work(config, mistake, tmp_path):
     changes, expected = MISTAKES[mistake]
     with pytest.raises(ConfigError) as error:
         train.prepare([config(*changes)], Job(0, 4, dist.HashStore()))
+    assert not (tmp_path / "run").exists()
     assert "\n" not in str(error.value)
     for part in expected:
         assert part in str(error.value)

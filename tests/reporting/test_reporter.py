@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shardes.config.schema import Config, ModelConfig, RunConfig
 from shardes.errors import ConfigError, RunError
-from shardes.reporting import loggers
+from shardes.reporting import loggers, progress
 from shardes.reporting.attempts import Attempt, record_failure
 from shardes.reporting.loggers import Loggers
 from shardes.reporting.reporter import RunReporter
@@ -46,6 +47,14 @@ class Fails:
         raise OSError(f"no such server at step {step}")
     def close(self):
         raise AssertionError("not after it has failed")
+"""
+
+HEAD = r"""model    {model}, [0-9,]+ parameters in float32
+layout   1 ranks: 1 replicas × shard 1 × tensor 1, deepspeed
+device   cpu
+members  4 of σ = 0\.05, α = 0\.05, full noise
+prompts  3 train, 2 test; up to 8 new tokens
+run      {run}, .*; \d iterations in all
 """
 
 METRICS = dict(
@@ -103,6 +112,9 @@ def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
             )
             for text in (run.text(), (logs / "output.log").read_text())
         )
+        for text in (run.text(), (logs / "output.log").read_text()):
+            assert re.search(HEAD.format(model=uneven_llama, run=directory), text), text
+        assert ("a new run; 2" if attempt == 1 else "resumed at iteration 2; 3") in run.text()
         assert printed == logged  # sorted, because a logger's thread may warn at any time
         assert yaml.safe_load((logs / "config.yaml").read_text())["es"]["iterations"] == iterations
         environment = json.loads((logs / "environment.json").read_text())
@@ -219,9 +231,9 @@ def test_the_bar_on_a_terminal(tmp_path):
     os.close(reader)
     text = output.decode()
     assert "iteration 1 of 4" in text and "2/3" in text and "members" in text
-    for part in ("tokens/s", "reward 1.00", "held-out 0.25", "best held-out 0.25", "left"):
+    for part in ("tokens/s", "reward 1.000", "held-out 0.2500", "best held-out 0.2500", "left"):
         assert part in text, text
-    assert "iteration 0  reward 1.00 ± 0.50  best 2.00  held-out 0.25" in text
+    assert "iteration 0  reward 1.000 ± 0.5000  best 2.000  held-out 0.2500" in text
 
 
 def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
@@ -230,8 +242,46 @@ def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
     reporter.log_iteration(METRICS)
     reporter.close()
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("iteration 0  reward 1.00 ± 0.50  best 2.00  2.0 s  50 tokens/s")
+    assert line.startswith("iteration 0  reward 1.000 ± 0.5000  best 2.000  2.0 s  50 tokens/s")
     assert (tmp_path / "logs" / "attempt_1" / "output.log").read_text() == line + "\n"
+
+
+def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    held_out = {"held_out_reward": 0.00051234, "held_out_accuracy": 0.334}
+    metrics = METRICS | {"reward_mean": -144.72, "reward_std": 0.0038, "reward_max": 0}
+    reporter.log_iteration(metrics | held_out)
+    evaluations = {0: held_out | {"center_reward": 12345.6}, 1: held_out | {"center_reward": 1e20}}
+    reporter.summary([1234.5, 9999.96], evaluations, "digest", 1.0)
+    reporter.close()
+    line, done = capsys.readouterr().out.splitlines()
+    assert "reward -144.7 ± 0.003800  best 0.000  held-out 0.0005123 (accuracy 33.4 %)" in line
+    assert "member reward 1234 → 10000, center's 12346 → 1.000e+20, held-out 0.0005123 (acc" in done
+
+
+def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    reporter.member_finished(600)
+    reporter.progress(0, 1)
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 11)
+    for done in (1, 2):
+        reporter.progress(0, done)
+    reporter.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("members: 1 of 3 of iteration 0  ") and line.endswith(" left")
+
+
+def test_a_slow_step_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_WAIT", 0.1)
+    with contextlib.suppress(KeyError), progress.slow_step("loading the weights"):
+        time.sleep(0.5)
+        raise KeyError
+    with progress.slow_step("a quick step"):
+        pass
+    with progress.slow_step("another rank's", shown=False):
+        time.sleep(0.2)
+    assert re.fullmatch(r"loading the weights: 0:0\d so far\n", capsys.readouterr().err)
 
 
 def test_extremes_are_the_first_best_and_worst_and_are_trimmed_on_resume(tmp_path):

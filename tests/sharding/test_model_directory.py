@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
+from sentencepiece import SentencePieceTrainer
 from transformers import AutoTokenizer
 
 from shardes.engines import open_model
@@ -22,7 +23,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 def sentencepiece(directory: Path, name: str, kind: str) -> None:
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    trainer = SentencePieceTrainer
     generator, model = random.Random(0), BytesIO()
     sentences = ["".join(generator.choices(LETTERS + " ", k=30)) for _ in range(400)]
     trainer.train(

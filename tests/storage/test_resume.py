@@ -190,6 +190,34 @@ def test_another_directory_begins_from_a_runs_journal(begun, base, tmp_path):
         open_run_directory(begun, base)
 
 
+@pytest.mark.parametrize("parents", ["", "a/b"])
+def test_a_refused_start_leaves_nothing(config, base, tmp_path, parents):
+    config.run.dir = str(tmp_path / parents / "run")
+    before = sorted(tmp_path.rglob("*"))
+    open_without_recording(config, base).abandon()  # another rank cannot start
+    assert sorted(tmp_path.rglob("*")) == before
+    config.resume.source = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="neither"):
+        open_without_recording(config, base)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refused_start_leaves_a_run_as_it_was(begun, base, tmp_path):
+    def contents():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = contents()
+    begun.es.alpha = 0.5
+    with pytest.raises(ConfigError, match=r"es\.alpha=0\.5: the run in"):
+        open_without_recording(begun, base)
+    assert contents() == before
+    begun.es.alpha = Config().es.alpha
+    run = open_without_recording(begun, base)
+    assert not any("lock" in note for note in run.notes)
+    run.abandon()
+    assert contents() == before
+
+
 def hold(directory, ready, done):
     lock = Lock(directory)
     ready.set()
