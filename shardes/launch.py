@@ -34,6 +34,7 @@ from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.es.staging import center_device
 from shardes.es.update import evolves
 from shardes.inference.decode_graph import check_static_decoding
+from shardes.inference.engine_generation import ModuleGeneration
 from shardes.inference.generation import Decoder, decoder
 from shardes.inference.limits import beyond_context, check_decoding, check_prompts
 from shardes.inference.processors import checkpoint_generation_config
@@ -220,7 +221,8 @@ def build_replica(
     number, replicas = joined or (None, prepared.replicas)
     world = form_replica(job, replicas, sharding.shard, sharding.tensor, timeout, number)
     engine = build(prepared.config, prepared.module, world)
-    return world, engine, Sampler(world, engine, prepared.decoder, prepared.tokenizer, clock)
+    generation = ModuleGeneration(world, engine, prepared.decoder, clock)
+    return world, engine, Sampler(world, generation, prepared.tokenizer, clock)
 
 
 def open_replica(
