@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from shardes.clock import Clock
 from shardes.distributed.store import no_poll
 from shardes.distributed.world import World
-from shardes.engines import Engine
+from shardes.engines import ModuleEngine
 from shardes.inference.generation import Decoder, ignore_members, ignore_response
 from shardes.inference.log_probs import log_probs
 
@@ -64,7 +64,9 @@ class ModuleGeneration(Generation):
         clock: its parts "gather" and "generate" are timed.
     """
 
-    def __init__(self, world: World, engine: Engine, decoder: Decoder, clock: Clock | None = None):
+    def __init__(
+        self, world: World, engine: ModuleEngine, decoder: Decoder, clock: Clock | None = None
+    ):
         self._engine, self._decoder, self._clock = engine, decoder, clock or Clock()
         self._group = world.mesh.get_group("shard")
         self.max_new_tokens = decoder.max_new_tokens
