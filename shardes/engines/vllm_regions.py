@@ -81,7 +81,7 @@ def find_pieces(model: Any, shapes: Mapping[str, Sequence[int]], dtype: torch.dt
         NoPlace: the loader computes with weights, or fills what is no parameter.
     """
     tensors = {
-        name: torch.empty(*shape, dtype=dtype, device="meta") for name, shape in shapes.items()
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
     }
     recorder = CopyRecorder({t.untyped_storage()._cdata: name for name, t in tensors.items()})
     with torch.no_grad(), recorder:

@@ -14,7 +14,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from launch import ROOT, call, run
 from models import SIZES, save_model
@@ -28,6 +37,8 @@ from shardes.sharding.regions import Region
 HEADS_OF_32 = SIZES | dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**HEADS_OF_32, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**HEADS_OF_32, head_dim=32)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**HEADS_OF_32, pad_token_id=0)),  # fused
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS_OF_32, tie_word_embeddings=False)),
 }
 
@@ -122,14 +133,18 @@ def config(*overrides):
     return load(None, ["engine=vllm", "model.path=m", "run.dir=r", *overrides])
 
 
+def saved(name, directory):
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    for key, param in model.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(param, std=0.3)
+    return save_model(directory, model)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def directory(request, tmp_path_factory):
-    torch.manual_seed(1)
-    model = MODELS[request.param]()
-    for name, param in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(param, std=0.3)
-    return save_model(tmp_path_factory.mktemp(request.param), model)
+    return saved(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +192,9 @@ def test_seeds_stops_and_invalid_logits(results):
 
 
 @pytest.mark.vllm
-def test_a_killed_run_goes_on_with_another_engine(directory, tmp_path):
+def test_a_killed_run_goes_on_with_another_engine(tmp_path):
     pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
+    directory = saved("llama", tmp_path / "model")
     (tmp_path / "empty.yaml").write_text("{}\n")
     settings = [
         f"model.path={directory}",
