@@ -26,6 +26,7 @@ from shardes.distributed.signals import ShutdownWatcher, Stopped
 from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
 from shardes.engines import Engine, build, check_model, open_model
 from shardes.engines.attention import check_attention
+from shardes.engines.vllm import VLLMEngine, check_context, check_processors, check_vllm
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
 from shardes.es.center import Center, open_center
 from shardes.es.matrix_layers import matrix_layers
@@ -34,11 +35,13 @@ from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.es.staging import center_device
 from shardes.es.update import evolves
 from shardes.inference.decode_graph import check_static_decoding
+from shardes.inference.engine_generation import Generation, ModuleGeneration
 from shardes.inference.generation import Decoder, decoder
 from shardes.inference.limits import beyond_context, check_decoding, check_prompts
 from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
+from shardes.inference.vllm_generation import VLLMGeneration
 from shardes.reporting import loggers
 from shardes.reporting.progress import slow_step
 from shardes.sharding.model_directory import model_directory, open_tokenizer
@@ -52,6 +55,8 @@ BUILDING = {  # what is waited for, while the engine is built
     EngineName.deepspeed: "building the model with DeepSpeed, which compiles its operators at its "
     "first start on a host",
     EngineName.fsdp: "building the model with FSDP",
+    EngineName.vllm: "building the model with vLLM, which compiles it unless vllm.enforce_eager is "
+    "true",
 }
 RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 
@@ -93,6 +98,8 @@ def check(config: Config, job: Job) -> PreparedRun:
         ConfigError: the run cannot start.
     """
     check_launcher()
+    if config.engine is EngineName.vllm:
+        check_vllm(config, answer_side_by_side(config.es))
     replicas = loading.check_layout(config, job.size)
     task = configured_task(config.task)
     _check_task_takes_numbers(config, task)
@@ -137,6 +144,8 @@ def check(config: Config, job: Job) -> PreparedRun:
             logits_processors=settings.logits_processors,
             decode=settings.decode,
         )
+    if config.engine is EngineName.vllm:
+        check_processors(decode.applied)
     return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
 
 
@@ -194,6 +203,8 @@ def encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list
     prompts = encode(prepared.tokenizer, prompts_of(prepared.task, split), date)
     with mistakes_in(f"model.path={model}"):
         check_prompts(model, prepared.module, split, prompts, new_tokens)
+        if prepared.config.engine is EngineName.vllm:
+            check_context(prepared.config, prepared.module, split, prompts)
         warning = beyond_context(model, prepared.module, split, prompts, new_tokens)
     if warning and os.environ.get("RANK", "0") == "0":  # the other ranks have the same prompts
         warn(warning)
@@ -234,8 +245,20 @@ def build_replica(
     number, replicas = joined or (None, prepared.replicas)
     world = form_replica(job, replicas, sharding.shard, sharding.tensor, timeout, number)
     with slow_step(BUILDING[prepared.config.engine], job.rank == 0):
-        engine = build(prepared.config, prepared.module, world)
-    return world, engine, Sampler(world, engine, prepared.decoder, prepared.tokenizer, clock)
+        engine, generation = _engine(prepared, world, clock)
+    return world, engine, Sampler(world, generation, prepared.tokenizer, clock)
+
+
+def _engine(prepared: PreparedRun, world: World, clock: Clock | None) -> tuple[Engine, Generation]:
+    """The configured engine, its weights not yet loaded, and its generation."""
+    config, module = prepared.config, prepared.module
+    if config.engine is EngineName.vllm:
+        vllm = VLLMEngine(config, module, prepared.files, world)
+        generation = VLLMGeneration(vllm, prepared.decoder, clock)
+        generation.check_writes()
+        return vllm, generation
+    engine = build(config, module, world)
+    return engine, ModuleGeneration(world, engine, prepared.decoder, clock)
 
 
 def open_replica(

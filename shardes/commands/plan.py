@@ -33,7 +33,7 @@ from shardes.config.schema import Config
 from shardes.errors import ConfigError, unusable_files
 from shardes.planning.devices import GPUS, Device, gpu, measured_cpu, slowest_gpu, with_rates
 from shardes.planning.layouts import Machine
-from shardes.planning.planner import Planner
+from shardes.planning.planner import ESTIMATED, Planner
 from shardes.planning.shapes import config_file
 from shardes.planning.workload import CHARACTERS_PER_TOKEN, read_workload
 
@@ -140,6 +140,11 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
             demand = "positive" if flag in RATES else "at least 1"
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {demand}")
     config, notes = _config(options)
+    if config.engine not in ESTIMATED:
+        raise ConfigError(
+            f"engine={config.engine.value}: shardes plan estimates the project's own decoder; plan "
+            "with engine=deepspeed or engine=fsdp"
+        )
     config_file(config.model.path)  # a wrong path is reported before the task is loaded
     device, note = _device(options, config)
     notes.append(note)

@@ -26,6 +26,7 @@ from shardes.config.limits import (
 class EngineName(Enum):
     deepspeed = "deepspeed"
     fsdp = "fsdp"
+    vllm = "vllm"
 
 
 class DType(Enum):
@@ -321,6 +322,22 @@ class GenerationConfig:
 
 
 @dataclass
+class VLLMConfig:
+    cache_size: float = _setting(
+        4.0, "engine=vllm: gigabytes of a rank's key-value cache", limit=POSITIVE
+    )
+    max_model_len: int | None = _setting(
+        None,
+        "engine=vllm: more tokens than the longest prompt and its response have; null: the model's "
+        "context",
+        limit=at_least(2),
+    )
+    enforce_eager: bool = _setting(
+        False, "engine=vllm: true: start fast, without compiled code and CUDA graphs"
+    )
+
+
+@dataclass
 class TaskConfig:
     name: str | None = _setting(
         None,
@@ -511,14 +528,15 @@ class TrackingConfig:
 class Config:
     engine: EngineName = _setting(
         EngineName.deepspeed,
-        "engine that holds the model: deepspeed (ZeRO-3 × AutoTP) or "
-        "fsdp (FSDP2 × transformers' tensor parallel)",
+        "engine that holds the model: deepspeed (ZeRO-3 × AutoTP), "
+        "fsdp (FSDP2 × transformers' tensor parallel) or vllm (vLLM, one rank per replica)",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     es: ESConfig = field(default_factory=ESConfig)
     center: CenterConfig = field(default_factory=CenterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

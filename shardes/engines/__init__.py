@@ -27,16 +27,24 @@ class Engine(Protocol):
 
     Attributes:
         shards: this rank's shard of every parameter, in the order of the unsharded model's
-            `named_parameters()`. The next `gathered()` module computes with what is written to
-            them.
-        device: where the module computes.
+            `named_parameters()`. What is written to them is what the next prompts are answered
+            with.
+        device: where the model computes.
+    """
+
+    shards: list[ParameterShard]
+    device: torch.device
+
+
+class ModuleEngine(Engine, Protocol):
+    """An engine that computes with the module of transformers.
+
+    Attributes:
         sync_forwards: whether every forward pass is collective over the shard axis, so that its
             ranks must make the same number of passes.
         vocabulary: the slice of the vocabulary that this rank's logits cover; None: they cover all.
     """
 
-    shards: list[ParameterShard]
-    device: torch.device
     sync_forwards: bool
     vocabulary: VocabularySlice | None
 
@@ -45,7 +53,7 @@ class Engine(Protocol):
         ...
 
 
-def build(config: Config, module: PreTrainedModel, world: World) -> Engine:
+def build(config: Config, module: PreTrainedModel, world: World) -> ModuleEngine:
     """The configured engine, around an `empty_model`. The values of its shards are not set."""
     if config.engine is EngineName.fsdp:
         from shardes.engines.fsdp import FSDPEngine

@@ -17,8 +17,11 @@ def generation_bytes(
 
     That is the key-value cache of `generation.batch_tokens`, the states of as many tokens in one
     layer, logits, and the gathered weights, except for those that engine=deepspeed has already
-    allocated. What a config does not tell is taken from its largest size.
+    allocated; engine=vllm has allocated all but the logits. What a config does not tell is taken
+    from its largest size.
     """
+    if config.engine is EngineName.vllm:
+        return LOGITS
     text, tensor = model.get_text_config(), config.sharding.tensor
     itemsize = shards[0].tensor.element_size()
     hidden = _size(text, "hidden_size") or 8192

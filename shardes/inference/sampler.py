@@ -1,18 +1,16 @@
 """Generation and log-probabilities with one replica's model."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shardes.clock import Clock
 from shardes.config.schema import DType
 from shardes.distributed.store import no_poll
 from shardes.distributed.world import World, all_gather
-from shardes.engines import Engine
-from shardes.inference.generation import Decoder, ignore_members, ignore_response
-from shardes.inference.log_probs import log_probs
+from shardes.inference.engine_generation import Generation
+from shardes.inference.generation import ignore_members, ignore_response
 
 
 class Sampler:
@@ -23,18 +21,17 @@ class Sampler:
     prompts r, r + R, r + 2R, ...
 
     Args:
-        clock: its parts "gather", "generate" and "exchange" are timed.
+        clock: its part "exchange" is timed.
     """
 
     def __init__(
         self,
         world: World,
-        engine: Engine,
-        decoder: Decoder,
+        generation: Generation,
         tokenizer: PreTrainedTokenizerBase,
         clock: Clock | None = None,
     ):
-        self._engine, self._decoder, self._tokenizer = engine, decoder, tokenizer
+        self._generation, self._tokenizer = generation, tokenizer
         self._clock = clock or Clock()
         self._device = world.device
         self._group = world.mesh.get_group("shard")
@@ -55,18 +52,16 @@ class Sampler:
         It is empty where the logits were NaN or infinite, on every rank of the replica. With a
         shard axis, `ended` is told all responses at the end: until then, each rank knows its own.
         """
-        with self._gathered() as (module, parallelism):
-            tokens = self._decoder(
-                module,
-                prompts[self._share],
-                seeds=None if seeds is None else seeds[self._share],
-                members=None if members is None else members[self._share],
-                set_members=set_members,
-                poll=poll,
-                ended=ended if self._ranks == 1 else ignore_response,
-                **parallelism,
-            )
-        responses = self._exchange(tokens, len(prompts), self._decoder.max_new_tokens, torch.long)
+        tokens = self._generation.responses(
+            prompts[self._share],
+            None if seeds is None else seeds[self._share],
+            poll=poll,
+            members=None if members is None else members[self._share],
+            set_members=set_members,
+            ended=ended if self._ranks == 1 else ignore_response,
+        )
+        width = self._generation.max_new_tokens
+        responses = self._exchange(tokens, len(prompts), width, torch.long)
         for number, response in enumerate(responses if self._ranks > 1 else ()):
             ended(number, response)
         return responses
@@ -78,10 +73,8 @@ class Sampler:
         poll: Callable[[], None] = no_poll,
     ) -> list[list[float]]:
         """The log-probability of each token of each response; see `inference.log_probs`."""
-        with self._gathered() as (module, parallelism):
-            values = log_probs(
-                module, prompts[self._share], responses[self._share], poll=poll, **parallelism
-            )
+        share = self._share
+        values = self._generation.log_probs(prompts[share], responses[share], poll=poll)
         longest = max(map(len, responses), default=0)
         return self._exchange(values, len(prompts), longest, torch.float64)
 
@@ -100,25 +93,10 @@ class Sampler:
             "empty"
             if not text.strip()
             else "whole"
-            if self._decoder.is_complete(response)
+            if self._generation.is_complete(response)
             else "unended"
             for response, text in zip(tokens, texts, strict=True)
         ]
-
-    @contextmanager
-    def _gathered(self) -> Iterator[tuple[PreTrainedModel, dict]]:
-        """The module, ready to compute, and the arguments that say how its ranks work together."""
-        sync_forwards = self._group if self._engine.sync_forwards else None
-        parallelism = dict(
-            vocabulary=self._engine.vocabulary,
-            sync_forwards=sync_forwards,
-            device=self._engine.device,
-        )
-        with ExitStack() as stack:
-            with self._clock("gather"):
-                module = stack.enter_context(self._engine.gathered())
-            with self._clock("generate"):
-                yield module, parallelism
 
     def _exchange(
         self, share: Sequence[list], count: int, width: int, dtype: torch.dtype

@@ -20,6 +20,7 @@ from shardes.planning.shapes import ModelShapes, read_shapes, splits_experts
 from shardes.planning.time import Estimate
 from shardes.planning.workload import Workload
 
+ESTIMATED = (EngineName.deepspeed, EngineName.fsdp)
 NEAR = 1.1  # plans that take at most this times the shortest time count as equally fast
 STEPS = 8  # of the search for the largest batch
 
@@ -170,7 +171,7 @@ class Planner:
 
     def _fitting(self) -> Iterator[Plan]:
         """The plans that fit, each with the largest batches that fit."""
-        for engine in sorted(EngineName, key=lambda engine: engine is not self.config.engine):
+        for engine in sorted(ESTIMATED, key=lambda engine: engine is not self.config.engine):
             config = replace(self.config, engine=engine)
             for layouts in possible_layouts(config, self._read(engine)[1], self.machine):
                 for layout in layouts:  # offloads only if it does not fit otherwise

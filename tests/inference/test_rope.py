@@ -46,7 +46,7 @@ def model(request):
 
 
 def alone(model, prompt: list[int]) -> list[int]:
-    rope.reset(model)  # as if no longer prompt had come before
+    rope.reset(model, model.device)  # as if no longer prompt had come before
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)

@@ -21,6 +21,7 @@ from shardes.errors import ConfigError
 from shardes.es.center import Center, open_center
 from shardes.es.population import Member, member_seeds
 from shardes.es.update import Update
+from shardes.inference.engine_generation import ModuleGeneration
 from shardes.inference.generation import decoder
 from shardes.inference.limits import check_decoding
 from shardes.inference.sampler import Sampler
@@ -77,7 +78,7 @@ def examine(config: Config, world: World, export: Path) -> dict:
     decode = decoder(
         tokenizer, GenerationConfig.from_pretrained(directory), max_new_tokens=NEW_TOKENS
     )
-    sampler = Sampler(world, engine, decode, tokenizer)
+    sampler = Sampler(world, ModuleGeneration(world, engine, decode), tokenizer)
     center.load_into_model()
     result = {
         "base": center.digest(),

@@ -22,6 +22,7 @@ from shardes.es.center import open_center
 from shardes.es.population import Member
 from shardes.es.side_by_side import SideBySide
 from shardes.es.update import Update
+from shardes.inference.engine_generation import ModuleGeneration
 from shardes.inference.generation import decoder
 from shardes.inference.sampler import Sampler
 from shardes.noise import LowRank, reference
@@ -84,7 +85,7 @@ def walk_generation(engine, module, world: World, directory: Path) -> None:
     for eos, keys in (([1], {}), ([255], {}), ([1], PROCESSORS)):
         generation = GenerationConfig(eos_token_id=eos, **keys)
         decode = decoder(tokenizer, generation, max_new_tokens=3)
-        sampler = Sampler(world, engine, decode, tokenizer)
+        sampler = Sampler(world, ModuleGeneration(world, engine, decode), tokenizer)
         assert len(sampler.generate(PROMPTS)) == len(PROMPTS)
     sampler.log_probs(PROMPTS, RESPONSES)
     side_by_side = SideBySide(module, engine.shards, engine.device, RANK)

@@ -21,6 +21,7 @@ from shardes.es.center import open_center
 from shardes.es.population import Member, member_seeds
 from shardes.es.side_by_side import SideBySide
 from shardes.es.update import Update
+from shardes.inference.engine_generation import ModuleGeneration
 from shardes.inference.generation import decoder
 from shardes.inference.sampler import Sampler
 from shardes.sharding.digest import digest, format_digest
@@ -72,17 +73,17 @@ def examine(kind, directory: Path, dtype: torch.dtype, sharding: ShardingConfig,
     center = open_center(Restore.copy, engine.shards, world, files)
     generation = GenerationConfig(eos_token_id=ENDS)
     decode = decoder(AutoTokenizer.from_pretrained(directory), generation, max_new_tokens=24)
-    sampler = Sampler(world, engine, decode, decode.tokenizer)
+    sampler = Sampler(world, ModuleGeneration(world, engine, decode), decode.tokenizer)
     generation = GenerationConfig(eos_token_id=ENDS, **PROCESSORS)
     decode = decoder(decode.tokenizer, generation, max_new_tokens=24)
-    processed = Sampler(world, engine, decode, decode.tokenizer)
+    processed = Sampler(world, ModuleGeneration(world, engine, decode), decode.tokenizer)
     generation = GenerationConfig(eos_token_id=ENDS)
     # A GPU captures neither hooks that gather nor the collectives of gloo.
     on_cpu, tensors = world.device.type == "cpu", world.mesh.shape[1]
     is_static = not engine.sync_forwards and (on_cpu or tensors == 1)
     mode = Decode.graph if is_static else Decode.eager
     decode = decoder(decode.tokenizer, generation, max_new_tokens=24, decode=mode)
-    static = Sampler(world, engine, decode, decode.tokenizer)
+    static = Sampler(world, ModuleGeneration(world, engine, decode), decode.tokenizer)
     center.load_into_model()
     results = {
         "base": center.digest(),

