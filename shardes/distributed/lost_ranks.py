@@ -47,12 +47,17 @@ def lost_ranks_named(job: Job, ranks: range, timeout: float) -> Iterator[None]:
             raise
         missing = _missing_ranks(job, ranks)
         present = [rank for rank in ranks if rank not in missing]
-        message = f"ranks {ranks[0]} to {ranks[-1]}: a collective failed: {one_line(error)}"
+        message = (
+            f"ranks {ranks[0]} to {ranks[-1]}: a collective failed, and no rank is missing: one of "
+            f"them was busy for longer than run.timeout={timeout:.0f} seconds, or a connection "
+            f"broke. Start the same command again to go on ({one_line(error)})"
+        )
         if missing:
             message = (
                 f"{', '.join(missing.values())}: did not take part in a collective within "
-                f"run.timeout={timeout:.0f} seconds, or has ended. The journal is complete: "
-                "start the same command again to go on"
+                f"run.timeout={timeout:.0f} seconds, or has ended. If it was busy, for example "
+                "with a slow reward function, raise run.timeout. The journal is complete: start "
+                "the same command again to go on"
             )
         store_answers = STORE_LOST not in missing.values()
         raise LostRank(message, job.rank == present[0], store_answers) from error

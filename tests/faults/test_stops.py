@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from outcome import finish, killed_often, outcome, rows, stopped_run
+from outcome import TASK, finish, killed_often, outcome, rows, stopped_run
 from shardes.noise.definition import LOW_RANK_NOISE
 from shardes.storage import journal, snapshots
 from shardes.storage.checkpoint import verify
@@ -314,3 +314,17 @@ def test_a_rank_that_does_not_answer_is_named(zygote, configure, tmp_path, layou
         named = r"rank 0, whose store does not answer|the store of rank 0 is gone"
     assert re.search(named, run.text()), run.text()
     assert run.text().count("error: ") == 1 and "Traceback" not in run.text()
+
+
+@pytest.mark.slow
+def test_a_score_longer_than_the_time_limit_is_named(zygote, configure, tmp_path):
+    config, task = configure(tmp_path / "run"), tmp_path / "slow.py"
+    task.write_text(
+        TASK.replace("    def score", "    def _score") + "    def score(self, *arguments):\n"
+        "        import time; time.sleep(6); return self._score(*arguments)\n"
+    )
+    keys = [f"task.path={task}:Letters", "run.timeout=3", "engine=fsdp", "sharding.tensor=2"]
+    run = zygote.start(config, *keys, ranks=2, log=tmp_path / "log")
+    assert run.wait(60) == [1, 1], run.text()
+    assert "rank 0 on" in run.text() and "slow reward function" in run.text()
+    assert "Traceback" not in run.text()
