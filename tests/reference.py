@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from shardes.inference.generation import gumbel
+from shardes.inference.choosing import gumbel
 from shardes.noise import gaussian
 from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.regions import Region

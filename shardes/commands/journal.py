@@ -20,7 +20,6 @@ from shardes.errors import ConfigError, unusable_files
 from shardes.es.statistics import mean, std
 from shardes.storage import snapshots
 from shardes.storage.journal import JOURNAL, History, read
-from shardes.storage.resume import change_note
 from shardes.storage.verify import differences, replayed_digests, snapshot_problems
 
 
@@ -39,11 +38,8 @@ def show(directory: Path, console: Console) -> None:
     )
     console.print(f"base model {history.header.model}\nsettings {settings}", soft_wrap=True)
     for resumption in history.resumptions:
-        for key, (old, new) in resumption.changes.items():
-            console.print(
-                f"before iteration {resumption.iteration}: {change_note(key, old, new)}",
-                soft_wrap=True,
-            )
+        for note in resumption.change_notes():
+            console.print(f"before iteration {resumption.iteration}: {note}", soft_wrap=True)
     saved = snapshots.by_iteration(directory)
     console.print(iteration_table(history, saved))
     newest = len(history.records)

@@ -33,6 +33,7 @@ from shardes.inference import rope
 from shardes.inference.batch import Batch
 from shardes.inference.buckets import largest_bucket, padded_length
 from shardes.inference.cache import BatchCache, is_recurrent, make_cache
+from shardes.inference.choosing import choose_token, largest
 from shardes.inference.decode_graph import DecodeGraphs
 from shardes.inference.forward_sync import announce_forward, join_forwards
 from shardes.inference.processors import RowProcessors, active_keys
@@ -167,11 +168,11 @@ class Decoder:
     ) -> Iterator[list[int]]:
         """Decode a batch; yields, after each step, the batch's prompts whose responses ended."""
         processors = self._processors(module, batch)
-        choose = partial(_choose, module, batch, processors=processors, vocabulary=vocabulary)
+        choose = partial(choose_token, module, batch, processors=processors, vocabulary=vocabulary)
         name = _cache_parameter(module)
         if graphs := self._graphs:
             is_greedy = processors is None and batch.seeds is None
-            output = partial(_largest, vocabulary=vocabulary) if is_greedy else _alone
+            output = partial(largest, vocabulary=vocabulary) if is_greedy else _alone
             graphs.begin(module, name, batch, output, kind=is_greedy)
         cache = graphs.cache if graphs else self._empty_cache(module, batch.ids.shape[1])
         first = 0  # of the tokens that the next forward pass computes
@@ -347,71 +348,10 @@ def rows_of_batch(tokens: int, batch_tokens: int, decode: Decode) -> int:
     return batch_tokens // tokens
 
 
-def _choose(
-    module: PreTrainedModel,
-    batch: Batch,
-    step: int,
-    logits: torch.Tensor,
-    processors: RowProcessors | None,
-    vocabulary: VocabularySlice | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's next token, and whether the largest of its logits is finite: one NaN makes it NaN.
-
-    Args:
-        logits: shape (rows, vocabulary or this rank's slice of it).
-    """
-    vocab_size = module.config.get_text_config().vocab_size
-    if processors is not None:
-        if vocabulary is not None:
-            logits = vocabulary.complete(logits, vocab_size)
-        width = batch.width
-        scores = processors(batch.ids[:, :width], batch.mask[:, :width], batch.rows, logits)
-        return scores.argmax(-1), logits.amax(-1).isfinite()
-    if batch.seeds is not None:
-        seeds = [batch.seeds[row] for row in batch.rows]
-        logits = _add_noise(logits, gumbel(seeds, step, vocab_size, batch.device), vocabulary)
-    return _largest(logits, vocabulary)
-
-
-def _largest(
-    logits: torch.Tensor, vocabulary: VocabularySlice | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_choose`, of logits as they are."""
-    if vocabulary is not None:
-        maxima, tokens = vocabulary.max(logits)
-    else:
-        tokens = logits.argmax(-1)
-        maxima = logits.gather(-1, tokens[:, None])[:, 0]
-    return tokens, maxima.isfinite()
-
-
 def _alone(logits: torch.Tensor) -> tuple[torch.Tensor]:
     return (logits,)
-
-
-def gumbel(seeds: Sequence[int], step: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Gumbel noise, float32, (rows, vocab_size): argmax(logits + noise) is a sample of the softmax.
-
-    A row's noise is a function of its seed, the step and the type of the device: CPUs and GPUs have
-    different generators.
-    """
-    generator = torch.Generator(device)
-    noise = torch.empty(len(seeds), vocab_size, device=device)
-    for row, seed in zip(noise, seeds, strict=True):
-        # The factor keeps a row's later seeds apart from the seeds of other rows.
-        generator.manual_seed((seed + step * 0x9E3779B97F4A7C15) % 2**64)
-        row.exponential_(generator=generator)
-    return -noise.log()
 
 
 def _cache_parameter(module: PreTrainedModel) -> str:
     """The name of the cache's parameter, which depends on the version of transformers."""
     return "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
-
-
-def _add_noise(
-    logits: torch.Tensor, noise: torch.Tensor, vocabulary: VocabularySlice | None
-) -> torch.Tensor:
-    """The sum in float32, where logits may cover a slice of the vocabulary and noise covers all."""
-    first = 0 if vocabulary is None else vocabulary.first
-    return logits.float() + noise[:, first : first + logits.shape[1]]

@@ -8,7 +8,7 @@ detected. A line is on disk before the run acts on it.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from shardes.errors import ConfigError, RunError
 from shardes.es.update import Update
 from shardes.noise.definition import LOW_RANK_NOISE, NOISE
-from shardes.storage.files import checksum, sync
+from shardes.storage.files import checksum, differing, sync
 
 JOURNAL = "journal.jsonl"
 FORMAT = 2
@@ -129,6 +129,14 @@ class Resumption:
     changes: dict[str, list]
     sources: dict[str, str] = field(default_factory=dict)
     date: str = ""
+
+    def change_notes(self) -> Iterator[str]:
+        """What changed in each setting; of the model's files, which."""
+        for key, (old, new) in self.changes.items():
+            if isinstance(old, dict) and isinstance(new, dict):
+                yield f"{key}: changed in {', '.join(differing(old, new))}"
+            else:
+                yield f"{key}: changed from {old} to {new}"
 
 
 @dataclass

@@ -222,15 +222,8 @@ def _resume(
     snapshots.remove_partial(Path(config.run.dir))
     resume, notes = _resume_point(config, history, runs)
     notes += source_notes
-    notes += [change_note(key, old, new) for key, (old, new) in changes.items()]
-    return resume, notes, Resumption(resume.iteration, changes, sources, date)
-
-
-def change_note(key: str, old: object, new: object) -> str:
-    """What changed in a setting; of the model's files, which."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return f"{key}: changed in {', '.join(differing(old, new))}"
-    return f"{key}: changed from {old} to {new}"
+    resumption = Resumption(resume.iteration, changes, sources, date)
+    return resume, [*notes, *resumption.change_notes()], resumption
 
 
 def describe_run_directory(config: Config, sources: dict[str, str]) -> str:

@@ -17,7 +17,8 @@ from transformers import (
 from models import SIZES, byte_tokenizer
 from shardes.errors import ConfigError
 from shardes.inference.batch import _compact
-from shardes.inference.generation import Decoder, decoder, gumbel
+from shardes.inference.choosing import gumbel
+from shardes.inference.generation import Decoder, decoder
 from shardes.inference.prompts import encode
 
 TEXTS = ["a", "a longer prompt, of many letters", "b" * 17, "xyz", "?"]

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardes.inference import log_probs as log_probs_module
-from shardes.inference.generation import gumbel
+from shardes.inference.choosing import gumbel
 from shardes.inference.log_probs import k3, log_probs
 
 
