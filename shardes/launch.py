@@ -29,7 +29,7 @@ from shardes.engines.attention import check_attention
 from shardes.engines.vllm import VLLMEngine, check_context, check_processors, check_vllm
 from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
 from shardes.es.center import Center, open_center
-from shardes.es.matrix_layers import matrix_layers
+from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank, noise_rank
 from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.es.staging import center_device
@@ -117,17 +117,12 @@ def check(config: Config, job: Job) -> PreparedRun:
     for warning in files.warnings if job.rank == 0 else ():
         warn(warning)
     _check_evolve(config, module)
-    if (unused := unused_by_text(module, config.es)) and job.rank == 0:
-        warn(
-            f"model.path={config.model.path}: text prompts do not use {unused[0]} and "
-            f"{len(unused) - 1} other parameters for images or audio, and members change these "
-            "too; es.evolve can leave them out"
-        )
+    if job.rank == 0:
+        _warn_of_unused(config, module)
     settings = config.generation
     check_rank(config.es, ((name, tuple(p.shape)) for name, p in module.named_parameters()))
     if answer_side_by_side(config.es):
-        shapes = {name: param.shape for name, param in module.named_parameters()}
-        matrix_layers(module, shapes, config.es.rank, config.es.evolve)
+        check_members_can_share(module, config.es)
     with mistakes_in(f"model.path={directory}"):
         check_model(config, module)
         tokenizer = open_tokenizer(directory, trusted)
@@ -162,6 +157,15 @@ def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:
         if name.startswith(tuple(parts))
         and evolves(es.evolve, noise_rank(es), name, tuple(param.shape))
     ]
+
+
+def _warn_of_unused(config: Config, module: PreTrainedModel) -> None:
+    if unused := unused_by_text(module, config.es):
+        warn(
+            f"model.path={config.model.path}: text prompts do not use {unused[0]} and "
+            f"{len(unused) - 1} other parameters for images or audio, and members change these "
+            "too; es.evolve can leave them out"
+        )
 
 
 def _check_evolve(config: Config, module: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shardes.config.schema import ESConfig
 from shardes.engines.linear import DOWN, GATE_UP, UP, are_experts
 from shardes.errors import ConfigError
 from shardes.es.update import evolves
@@ -47,6 +48,14 @@ def matrix_layers(
                 raise unsupported(name, type(layer).__name__)
             layers.append((layer, key, name))
     return layers
+
+
+def check_members_can_share(module: PreTrainedModel, es: ESConfig) -> None:
+    """Raise ConfigError if members of the unsharded model cannot answer side by side; see
+    `matrix_layers`.
+    """
+    shapes = {name: param.shape for name, param in module.named_parameters()}
+    matrix_layers(module, shapes, es.rank, es.evolve)
 
 
 def unsupported(name: str, layer: str) -> ConfigError:

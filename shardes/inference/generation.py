@@ -155,6 +155,10 @@ class Decoder:
             return False
         if len(response) < self.max_new_tokens or response[-1] in self.eos:
             return True
+        return self.has_stop_string(response)
+
+    def has_stop_string(self, response: Sequence[int]) -> bool:
+        """Whether a response ends with a stop string."""
         return self._stop_strings is not None and self._stop_strings.end([list(response)])[0]
 
     def _batches(

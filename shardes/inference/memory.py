@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedConfig
 
 from shardes.config.schema import Config, EngineName, Gather
+from shardes.inference.log_probs import MAX_LOGITS
 from shardes.sharding.regions import ParameterShard
 
-LOGITS = 4 << 27  # bytes: a pass that computes log-probabilities has up to 2**27 in float32
+LOGITS = 4 * MAX_LOGITS  # bytes: they are float32
 
 
 def generation_bytes(

@@ -11,7 +11,6 @@ from shardes.engines.vllm import VLLMEngine
 from shardes.errors import ConfigError, RunError, described
 from shardes.inference.engine_generation import Generation
 from shardes.inference.generation import Decoder, ignore_members, ignore_response
-from shardes.inference.stop_strings import StopStrings
 
 PROBE = [1, 2, 3, 4, 5, 6]  # token ids with which `check_writes` asks
 
@@ -29,7 +28,6 @@ class VLLMGeneration(Generation):
     def __init__(self, engine: VLLMEngine, decoder: Decoder, clock: Clock | None = None):
         self._engine, self._llm, self._decoder = engine, engine.llm, decoder
         self._clock = clock or Clock()
-        self._stops = StopStrings(decoder.tokenizer, decoder.stop) if decoder.stop else None
         self.max_new_tokens = decoder.max_new_tokens
 
     def check_writes(self) -> None:
@@ -100,14 +98,11 @@ class VLLMGeneration(Generation):
                 cut.append(number)
             elif output.finished:
                 finished.append(number)
-            elif self._is_stopped(responses[number]):
+            elif self._decoder.has_stop_string(responses[number]):
                 cut.append(number)
         if cut:
             self._llm.abort_request(list(map(str, cut)))
         return finished + cut
-
-    def _is_stopped(self, response: list[int]) -> bool:
-        return self._stops is not None and self._stops.end([response])[0]
 
     def log_probs(
         self,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shardes.config.schema import Config, EngineName, Noise
 from shardes.errors import ConfigError
-from shardes.es.matrix_layers import matrix_layers
+from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank
 from shardes.es.side_by_side import members_together
 from shardes.planning.devices import Device
@@ -224,9 +224,7 @@ class Planner:
         return True
 
     def _check_sharing(self) -> None:
-        module, es = self._read(self.config.engine)[1], self.config.es
-        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        matrix_layers(module, shapes, es.rank, es.evolve)
+        check_members_can_share(self._read(self.config.engine)[1], self.config.es)
 
     def _room(self, plan: Plan) -> float:
         return self.memory(plan).room(self.machine)
