@@ -29,11 +29,11 @@ from rich.console import Console
 from shardes.commands.arguments import CommandParser, reports_errors
 from shardes.commands.plan_table import print_plans
 from shardes.config import loading as settings
-from shardes.config.schema import Config
+from shardes.config.schema import Config, EngineName
 from shardes.errors import ConfigError, unusable_files
 from shardes.planning.devices import GPUS, Device, gpu, measured_cpu, slowest_gpu, with_rates
 from shardes.planning.layouts import Machine
-from shardes.planning.planner import ESTIMATED, Planner
+from shardes.planning.planner import Planner
 from shardes.planning.shapes import config_file
 from shardes.planning.workload import CHARACTERS_PER_TOKEN, read_workload
 
@@ -61,6 +61,10 @@ WITHOUT_CONFIG = (
     "without a config: the defaults of shardes train with task.name=countdown; key=value changes "
     "them: N = {es.population_size}, {es.iterations} iterations, "
     "{generation.max_new_tokens} new tokens, {model.dtype.value}"
+)
+VLLM = (
+    "engine=vllm: the times are those of the project's own decoder with batches of "
+    "generation.batch_tokens. Memory does not count compiled code and CUDA graphs"
 )
 
 
@@ -140,14 +144,11 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
             demand = "positive" if flag in RATES else "at least 1"
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {demand}")
     config, notes = _config(options)
-    if config.engine not in ESTIMATED:
-        raise ConfigError(
-            f"engine={config.engine.value}: shardes plan estimates the project's own decoder; plan "
-            "with engine=deepspeed or engine=fsdp"
-        )
     config_file(config.model.path)  # a wrong path is reported before the task is loaded
     device, note = _device(options, config)
     notes.append(note)
+    if config.engine is EngineName.vllm:
+        notes.append(VLLM)
     on_cpu = not device.capacity
     host_memory = _size(options.host_memory or HOST_MEMORY, "--host-memory")
     if on_cpu and not options.host_memory:

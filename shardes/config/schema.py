@@ -529,7 +529,7 @@ class Config:
     engine: EngineName = _setting(
         EngineName.deepspeed,
         "engine that holds the model: deepspeed (ZeRO-3 × AutoTP), "
-        "fsdp (FSDP2 × transformers' tensor parallel) or vllm (vLLM, one rank per replica)",
+        "fsdp (FSDP2 × transformers' tensor parallel) or vllm (vLLM and its tensor parallelism)",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)

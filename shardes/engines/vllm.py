@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardes.config.schema import Config, Decode, Gather, Offload, Restore
+from shardes.config.schema import Config, Decode, Gather, Offload, Restore, ShardingConfig
 from shardes.distributed.world import World
-from shardes.engines.vllm_regions import NoPlace, Piece, find_pieces, find_shards
-from shardes.errors import ConfigError, described
+from shardes.engines.vllm_regions import NoPlace, Piece, count_once, find_pieces, find_shards
+from shardes.errors import ConfigError, RunError, described
+from shardes.noise import add_noise
 from shardes.sharding.regions import ParameterShard
 from shardes.sharding.weight_files import WeightFiles
 
@@ -35,20 +36,7 @@ def check_vllm(config: Config, side_by_side: bool) -> None:
     Args:
         side_by_side: whether members would answer side by side.
     """
-    sharding = config.sharding
-    for key, value, holds, demand in (
-        ("sharding.shard", sharding.shard, sharding.shard == 1, "has no shard axis"),
-        ("sharding.tensor", sharding.tensor, sharding.tensor == 1, "has one rank per replica"),
-        ("sharding.gather", "layer", sharding.gather is Gather.member, "gathers nothing"),
-        (
-            "sharding.offload",
-            "cpu",
-            sharding.offload is Offload.none,
-            "keeps weights on the device",
-        ),
-    ):
-        if not holds:
-            raise ConfigError(f"{key}={value}: engine=vllm {demand}; use another engine")
+    check_sharding(config.sharding)
     if config.es.restore is Restore.subtract:
         raise ConfigError("es.restore=subtract: engine=vllm needs the exact center; use copy")
     if side_by_side:
@@ -69,6 +57,17 @@ def check_vllm(config: Config, side_by_side: bool) -> None:
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(f"engine=vllm: vLLM is {found}; it must be at least {oldest}")
+
+
+def check_sharding(sharding: ShardingConfig) -> None:
+    """Raise ConfigError for ways of sharding that engine=vllm does not have."""
+    for key, value, holds, demand in (
+        ("shard", sharding.shard, sharding.shard == 1, "has no shard axis"),
+        ("gather", "layer", sharding.gather is Gather.member, "gathers nothing"),
+        ("offload", "cpu", sharding.offload is Offload.none, "keeps weights on the device"),
+    ):
+        if not holds:
+            raise ConfigError(f"sharding.{key}={value}: engine=vllm {demand}; use another engine")
 
 
 def check_processors(names: str) -> None:
@@ -125,11 +124,14 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import LLM
 
-        if world.device.type == "cpu":
-            from shardes.engines.vllm_cpu import compute_in_place
-
-            compute_in_place()
         self._config, self.device = config, world.device
+        self._derive: Callable[[Any], None] = lambda model: None
+        if world.device.type == "cpu":
+            from shardes.engines import vllm_cpu
+
+            vllm_cpu.compute_in_place()
+            vllm_cpu.name_shared_memory(world)
+            self._derive = vllm_cpu.pack_experts
         self._model: Any = None  # set by the loader
         self._pieces: list[Piece] = []
         _register_loader(self._load(module.dtype, files))
@@ -144,6 +146,7 @@ class VLLMEngine:
                 seed=0,
                 load_format=LOAD_FORMAT,
                 distributed_executor_backend="external_launcher",
+                tensor_parallel_size=config.sharding.tensor,
                 async_scheduling=False,
                 generation_config="vllm",
                 enforce_eager=config.vllm.enforce_eager,
@@ -154,6 +157,8 @@ class VLLMEngine:
             self.context = self.llm.model_config.max_model_len
             self._check_storage()
             found = find_shards(self._model, self._pieces, module, files)
+            self.shards = [shard for _, shard in found.values()]
+            count_once(self.shards, self.device)
         except NoPlace as error:
             raise ConfigError(
                 f"model.path={config.model.path}: {error}; use another engine"
@@ -162,7 +167,6 @@ class VLLMEngine:
             raise ConfigError(
                 f"engine=vllm: vLLM cannot run {config.model.path}: {described(error)}"
             ) from error
-        self.shards = [shard for _, shard in found.values()]
         self._kinds = _kinds(found)
 
     def _load(self, dtype: torch.dtype, files: WeightFiles) -> Callable[[Any], None]:
@@ -186,6 +190,16 @@ class VLLMEngine:
             if param is None or (param.data_ptr(), param.shape) != storage:
                 raise NoPlace(f"vLLM packs {name} after loading, and computes with a copy")
 
+    def take_weights(self) -> None:
+        """Let vLLM compute with the values that the shards have now, where it keeps copies.
+
+        Raises:
+            RunError: its prefix cache, which other weights filled, is still there.
+        """
+        self._derive(self._model)
+        if not self.llm.reset_prefix_cache():
+            raise RunError("engine=vllm: vLLM keeps its prefix cache, which other weights filled")
+
     def check_writes(self, log_probs: Callable[[], list[float]]) -> None:
         """See that vLLM computes with what is written to the shards. Their values end as zero.
 
@@ -198,14 +212,13 @@ class VLLMEngine:
         Raises:
             ConfigError: it does not; the message says of which parameter.
         """
-        generator = torch.Generator(self.device).manual_seed(0)
         for shard in self.shards:
-            _randomize(shard, generator)
+            _randomize(shard, 0)
         first = log_probs()
         for name, shards in self._kinds.items():
             kept = [shard.values.clone() for shard in shards]
             for shard in shards:
-                _randomize(shard, generator)
+                _randomize(shard, 1)
             changed = log_probs()
             for shard, values in zip(shards, kept, strict=True):
                 shard.values.copy_(values)
@@ -250,7 +263,7 @@ def _kinds(found: dict[str, tuple[str, ParameterShard]]) -> dict[str, list[Param
     return {owner: by_param[owner] for owner in first.values()}
 
 
-def _randomize(shard: ParameterShard, generator: torch.Generator) -> None:
+def _randomize(shard: ParameterShard, seed: int) -> None:
     """Values such as a model has before training, about 1 in vectors."""
-    mean = float(len(shard.shape) == 1)
-    shard.values.normal_(mean, 0.02, generator=generator)
+    shard.values.fill_(float(len(shard.shape) == 1))
+    add_noise(shard.values, shard.name, shard.regions, [seed], [0.02])

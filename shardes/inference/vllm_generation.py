@@ -8,7 +8,7 @@ from typing import Any
 from shardes.clock import Clock
 from shardes.distributed.store import no_poll
 from shardes.engines.vllm import VLLMEngine
-from shardes.errors import ConfigError, RunError, described
+from shardes.errors import ConfigError, described
 from shardes.inference.engine_generation import Generation
 from shardes.inference.generation import Decoder, ignore_members, ignore_response
 
@@ -136,9 +136,7 @@ class VLLMGeneration(Generation):
     @contextmanager
     def _requests(self) -> Iterator[Callable[[int, Sequence[int], Any], None]]:
         """A context for requests, of which none is left on exit; yields what adds one."""
-        # It holds what other weights computed.
-        if not self._llm.reset_prefix_cache():
-            raise RunError("engine=vllm: vLLM keeps its prefix cache, which other weights filled")
+        self._engine.take_weights()
         added: list[str] = []
 
         def add(number: int, prompt: Sequence[int], params: Any) -> None:

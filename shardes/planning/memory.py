@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shardes.config.schema import EngineName, ESConfig, Gather, Offload, Restore
+from shardes.config.schema import EngineName, ESConfig, Gather, Offload, Restore, VLLMConfig
 from shardes.es.center import SAMPLE
 from shardes.planning.layouts import Layout, Machine
 from shardes.planning.shapes import (
@@ -28,6 +28,10 @@ MALLOC_HOLES, MALLOC_MAPPED = 48 << 20, 7 * 32 << 20
 SHARED_SUMS = 32 << 20
 # Measured on a CPU: Python, torch, deepspeed, compiled kernels and a tiny model
 LIBRARIES = 720_000_000
+# Measured on a CPU: what vLLM's libraries take on top of those
+VLLM_LIBRARIES = 0
+# The tokens and the sequences of a step of vLLM at most, where it has the largest GPUs
+STEP_TOKENS, STEP_ROWS = 16384, 1024
 # Of a GPU's memory: CUDA's context, NCCL's buffers, fragmentation. Assumed, not measured
 RESERVE = 0.1
 PREFETCH = 50_000_000  # elements that ZeRO-3 gathers ahead: DeepSpeed's default
@@ -101,6 +105,30 @@ def rank_memory(
         ({} if offload else live) | ({} if copies else center) | computing | reserve,
         {"libraries": LIBRARIES} | (live if offload else {}) | (center if copies else {}),
     )
+
+
+def vllm_memory(
+    model: ModelShapes, layout: Layout, vllm: VLLMConfig, gpu_memory: float | None
+) -> Memory:
+    """The peak memory of a rank with engine=vllm; `gpu_memory` is None on CPUs.
+
+    vLLM allocates the key-value cache at the start. Compiled code and graphs come on top.
+    """
+    held = held_elements(model, layout.tensor, 1)
+    logits = 3 * 4 * STEP_ROWS * model.vocab_size  # float32, and what choosing a token makes
+    step = temporaries(model, layout.tensor, STEP_ROWS, STEP_TOKENS // STEP_ROWS)
+    live = {"live shard": held * model.itemsize}
+    center = {"center": held * 4}
+    computing = {
+        "key-value cache": int(vllm.cache_size * 1e9),
+        "largest temporaries": max(step, logits),
+    }
+    libraries = {"libraries": LIBRARIES + VLLM_LIBRARIES}
+    if gpu_memory is None:
+        packed = {"packed experts": model.experts_numel // layout.tensor * model.itemsize}
+        return Memory({}, live | center | computing | packed | libraries)
+    reserve = {"reserve": int(RESERVE * gpu_memory)}
+    return Memory(live | computing | reserve, center | libraries)
 
 
 def _only_on_cpu(

@@ -14,13 +14,13 @@ from shardes.es.population import check_rank
 from shardes.es.side_by_side import members_together
 from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine, configured_layout, possible_layouts
-from shardes.planning.memory import Memory, rank_memory
+from shardes.planning.memory import Memory, rank_memory, vllm_memory
 from shardes.planning.run import whole_run
 from shardes.planning.shapes import ModelShapes, read_shapes, splits_experts
 from shardes.planning.time import Estimate
 from shardes.planning.workload import Workload
 
-ESTIMATED = (EngineName.deepspeed, EngineName.fsdp)
+DECODING = (EngineName.deepspeed, EngineName.fsdp)  # engines with the project's decoder
 NEAR = 1.1  # plans that take at most this times the shortest time count as equally fast
 STEPS = 8  # of the search for the largest batch
 
@@ -52,6 +52,8 @@ class Plan:
             "sharding.offload": layout.offload.value,
             "generation.batch_tokens": self.batch_tokens,
         }
+        if self.engine is EngineName.vllm:  # which refuses the others' keys, or ignores them
+            values = {"sharding.tensor": layout.tensor}
         if config.es.noise is Noise.low_rank:
             values["es.members_per_batch"] = self.members
         if self.engine is not config.engine:
@@ -125,6 +127,8 @@ class Planner:
 
     def memory(self, plan: Plan) -> Memory:
         model, workload = self._read(plan.engine)[0], self._work(plan)
+        if plan.engine is EngineName.vllm:
+            return vllm_memory(model, plan.layout, self.config.vllm, self.machine.gpu_memory)
         return rank_memory(model, plan.layout, workload, self.config.es, self.machine.gpu_memory)
 
     def estimate(self, plan: Plan) -> Estimate:
@@ -171,7 +175,9 @@ class Planner:
 
     def _fitting(self) -> Iterator[Plan]:
         """The plans that fit, each with the largest batches that fit."""
-        for engine in sorted(ESTIMATED, key=lambda engine: engine is not self.config.engine):
+        own = self.config.engine
+        engines = sorted(DECODING, key=lambda engine: engine is not own)
+        for engine in engines if own in DECODING else [own]:
             config = replace(self.config, engine=engine)
             for layouts in possible_layouts(config, self._read(engine)[1], self.machine):
                 for layout in layouts:  # offloads only if it does not fit otherwise
@@ -181,6 +187,11 @@ class Planner:
                         break
 
     def _filled(self, engine: EngineName, layout: Layout) -> Iterator[Plan]:
+        if engine is EngineName.vllm:  # it forms its batches itself
+            only = Plan(engine, layout, self.config.generation.batch_tokens)
+            if self.memory(only).fits(self.machine):
+                yield only
+            return
         for members in self._member_counts(engine, layout):
 
             def plan(batch_tokens: int, members: int = members) -> Plan:

@@ -4,7 +4,6 @@ Those marked `vllm` need it, in an environment that tools/vllm_environment.sh ma
 `pytest -m vllm tests/engines/test_vllm.py`.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,31 +14,50 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-from launch import ROOT, call, run
+from launch import ROOT, run, torchrun
 from models import SIZES, save_model
-from shardes.commands import plan
 from shardes.config.loading import load
+from shardes.engines import check_model
 from shardes.engines.vllm import check_context, check_processors, check_vllm
-from shardes.engines.vllm_regions import NoPlace, Piece, find_pieces
+from shardes.engines.vllm_regions import NoPlace, Piece, _is_partition, find_pieces
 from shardes.errors import ConfigError
 from shardes.sharding.regions import Region
 
+LAYER = "model.layers.0.mlp.down_proj"
 HEADS_OF_32 = SIZES | dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
-MODELS = {
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+GPT2 = dict(vocab_size=263, n_embd=128, n_head=4, n_layer=2, n_inner=50, n_positions=512)
+MODELS = {  # vLLM makes groups for experts with the first model of a process, or never
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**HEADS_OF_32, **EXPERTS, head_dim=32)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**HEADS_OF_32, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**HEADS_OF_32, head_dim=32)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**HEADS_OF_32, pad_token_id=0)),  # fused
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS_OF_32, tie_word_embeddings=False)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**HEADS_OF_32, head_dim=32)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**HEADS_OF_32, head_dim=32, query_pre_attn_scalar=32)
+    ),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**HEADS_OF_32, head_dim=32, sliding_window=None)
+    ),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**HEADS_OF_32, pad_token_id=0)),  # fused
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, initializer_range=0.3)),  # transposed
 }
 
 
@@ -85,6 +103,15 @@ def test_a_loader_that_computes_is_refused():
         find_pieces(Computing(), {"first": (2, 3)}, torch.float32)
 
 
+def test_ranks_count_an_element_once():
+    whole = (Region.contiguous(0, 12),)
+    halves = [(Region(start, 4, 2, 4),) for start in (0, 2)]  # of a 4 × 4 tensor
+    assert _is_partition([tuple(vars(r).values()) for half in halves for r in half], 16)
+    assert _is_partition([], 0) and not _is_partition([], 1)
+    for regions in (whole, [*whole, Region.contiguous(10, 6)], [*whole, Region.contiguous(13, 3)]):
+        assert not _is_partition([tuple(vars(r).values()) for r in regions], 16)
+
+
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is there")
 def test_vllm_that_is_not_there():
     with pytest.raises(ConfigError, match=r"^engine=vllm: vLLM is not installed; pip install"):
@@ -95,7 +122,6 @@ def test_vllm_that_is_not_there():
     "override, message",
     [
         ("sharding.shard=2", "sharding.shard=2: engine=vllm has no shard axis"),
-        ("sharding.tensor=2", "sharding.tensor=2: engine=vllm has one rank"),
         ("sharding.gather=layer", "sharding.gather=layer: engine=vllm gathers nothing"),
         ("sharding.offload=cpu", "sharding.offload=cpu: engine=vllm keeps"),
         ("es.restore=subtract", "es.restore=subtract: engine=vllm needs the exact center"),
@@ -114,10 +140,14 @@ def test_members_side_by_side_and_processors_are_refused():
         check_processors("repetition_penalty=1.1")
 
 
-def test_the_planner_does_not_know_it():
-    planned = call(plan.main, "--model", "m", "engine=vllm")
-    assert planned.returncode == 2
-    assert planned.stderr.startswith("error: engine=vllm: shardes plan estimates")
+@pytest.mark.parametrize("tensor, heads", [(3, "4 attention"), (4, ""), (8, "4 attention")])
+def test_heads_that_a_tensor_degree_does_not_split(tensor, heads):
+    settings = config(f"sharding.tensor={tensor}")
+    if not heads:  # two ranks hold each key-value head
+        check_model(settings, MODELS["llama"]())
+        return
+    with pytest.raises(ConfigError, match=rf"^sharding.tensor={tensor}: .* the {heads} heads of m"):
+        check_model(settings, MODELS["llama"]())
 
 
 def test_a_prompt_must_fit_the_context():
@@ -139,56 +169,91 @@ def saved(name, directory):
     for key, param in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(param, std=0.3)
+        elif key.endswith("embed_tokens.weight") and name == "gemma2":
+            nn.init.normal_(param, std=0.02)  # a large one would make it repeat the prompt
     return save_model(directory, model)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def directory(request, tmp_path_factory):
-    return saved(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    return [saved(name, tmp_path_factory.mktemp("models") / name) for name in MODELS]
+
+
+def started(directories, replicas, tensor) -> list[dict]:
+    """What each rank reports of the models."""
+    pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
+    worker = ("vllm_engine.py", str(replicas), str(tensor))
+    return torchrun(replicas * tensor, *worker, *map(str, directories), seconds=900)
 
 
 @pytest.fixture(scope="module")
-def results(directory):
-    pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
-    out = directory / "results.json"
-    worker = ROOT / "tests" / "workers" / "vllm_engine.py"
-    paths = f"{ROOT}:{ROOT / 'tests'}"
-    done = run([sys.executable, str(worker), str(directory), str(out)], PYTHONPATH=paths)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+def alone(directories):
+    return started(directories, 1, 1)[0]
+
+
+SAME = ["base", "names", "tokens", "member tokens", "updated", "updated tokens", "stopped"]
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(
-    "key", ["base", "names", "tokens", "member tokens", "updated", "updated tokens", "stopped"]
-)
-def test_what_the_other_engines_give(results, key):
+@pytest.mark.parametrize("key", [*SAME, "numel"])
+@pytest.mark.parametrize("model", MODELS)
+def test_what_the_other_engines_give(alone, model, key):
+    results = alone[model]
     assert results["vllm"][key] == results["fsdp"][key]
 
 
 @pytest.mark.vllm
-def test_members_leave_nothing_behind(results):
-    mine = results["vllm"]
+@pytest.mark.parametrize("model", MODELS)
+def test_members_leave_nothing_behind(alone, model):
+    mine = alone[model]["vllm"]
     assert mine["restored"] and mine["tokens again"] == mine["tokens"] != mine["member tokens"]
 
 
 @pytest.mark.vllm
-def test_log_probabilities(results):
-    mine, theirs = (results[name]["log_probs"] for name in ("vllm", "fsdp"))
+@pytest.mark.parametrize("model", MODELS)
+def test_log_probabilities(alone, model):
+    mine, theirs = (alone[model][name]["log_probs"] for name in ("vllm", "fsdp"))
     assert [len(row) for row in mine] == [len(row) for row in theirs]
     for row, expected in zip(mine, theirs, strict=True):
         assert row == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.vllm
-def test_a_layer_that_computes_with_a_copy_is_named(results):
-    assert "what is written to model.layers.0.mlp.down_proj.weight" in results["blind"]
+def test_a_layer_that_computes_with_a_copy_is_named(alone):
+    assert f"what is written to {LAYER}.weight" in alone["llama"]["blind"]
 
 
 @pytest.mark.vllm
-def test_seeds_stops_and_invalid_logits(results):
-    assert results["sampled alike"] and results["halted"]
+@pytest.mark.parametrize("model", MODELS)
+def test_seeds_stops_and_invalid_logits(alone, model):
+    results = alone[model]
+    assert results["sampled"] == results["sampled again"] and results["halted"]
+    if model == "llama":
+        assert results["sampled"] != results["vllm"]["updated tokens"]
     assert results["invalid"] == [[]] * 4
+
+
+@pytest.fixture(
+    scope="module", params=[(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)], ids=str
+)
+def split(request, directories):
+    """The results of ranks that hold slices: replicas, tensor."""
+    return started(directories, *request.param)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("model", MODELS)
+def test_tensor_parallel_ranks_give_the_same(alone, split, model):
+    one_rank, one = alone[model], alone[model]["vllm"]
+    for rank in split:
+        results = rank[model]
+        assert {key: results["vllm"][key] for key in SAME} == {key: one[key] for key in SAME}
+        assert results["sampled"] == one_rank["sampled"]
+        assert results["vllm"]["restored"] and results["halted"]
+        for row, expected in zip(results["vllm"]["log_probs"], one["log_probs"], strict=True):
+            assert row == pytest.approx(expected, abs=1e-4)
+    first = split[:2]
+    assert sum(rank[model]["vllm"]["numel"] for rank in first) == one["numel"]
 
 
 @pytest.mark.vllm
