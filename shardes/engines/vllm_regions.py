@@ -140,7 +140,7 @@ def find_shards(
     by_tensor = defaultdict(list)
     for piece in pieces:
         by_tensor[piece.tensor].append(piece)
-    storage = dict(model.named_parameters())
+    storage = parameters(model)
     shards = {}
     for name, param in module.named_parameters():
         found, offset = [], 0
@@ -169,6 +169,11 @@ def find_shards(
         if name not in used:
             raise NoPlace(f"vLLM's parameter {name} is none of transformers'")
     return shards
+
+
+def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a model of vLLM, by the names that they have without adapters."""
+    return {name.replace(".base_layer.", "."): param for name, param in model.named_parameters()}
 
 
 def _stretch(name: str, pieces: Sequence[Piece]) -> tuple[str, int, int]:

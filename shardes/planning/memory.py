@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardes.config.schema import EngineName, ESConfig, Gather, Offload, Restore, VLLMConfig
+from shardes.engines.vllm_adapters import Slots
 from shardes.es.center import SAMPLE
 from shardes.planning.layouts import Layout, Machine
 from shardes.planning.shapes import (
@@ -108,7 +109,12 @@ def rank_memory(
 
 
 def vllm_memory(
-    model: ModelShapes, layout: Layout, vllm: VLLMConfig, gpu_memory: float | None
+    model: ModelShapes,
+    layout: Layout,
+    workload: Workload,
+    es: ESConfig,
+    vllm: VLLMConfig,
+    gpu_memory: float | None,
 ) -> Memory:
     """The peak memory of a rank with engine=vllm; `gpu_memory` is None on CPUs.
 
@@ -123,6 +129,10 @@ def vllm_memory(
         "key-value cache": int(vllm.cache_size * 1e9),
         "largest temporaries": max(step, logits),
     }
+    if workload.members > 1:  # each has a slot for its adapter, of a rank that vLLM has
+        slots = Slots(workload.members, es.rank).arguments()
+        factors = sum(factor_elements(model, 1, slots["max_lora_rank"], es.evolve))
+        computing["low-rank factors"] = slots["max_loras"] * factors * model.itemsize
     libraries = {"libraries": LIBRARIES + VLLM_LIBRARIES}
     if gpu_memory is None:
         packed = {"packed experts": model.experts_numel // layout.tensor * model.itemsize}

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from shardes.config.schema import Config, EngineName, Noise
 from shardes.errors import ConfigError
+from shardes.es.adapted_members import check_adapters
 from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank
-from shardes.es.side_by_side import members_together
+from shardes.es.side_by_side import answer_side_by_side, members_together
 from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine, configured_layout, possible_layouts
 from shardes.planning.memory import Memory, rank_memory, vllm_memory
@@ -126,10 +127,11 @@ class Planner:
         }
 
     def memory(self, plan: Plan) -> Memory:
-        model, workload = self._read(plan.engine)[0], self._work(plan)
+        model, workload, es = self._read(plan.engine)[0], self._work(plan), self.config.es
         if plan.engine is EngineName.vllm:
-            return vllm_memory(model, plan.layout, self.config.vllm, self.machine.gpu_memory)
-        return rank_memory(model, plan.layout, workload, self.config.es, self.machine.gpu_memory)
+            vllm = self.config.vllm
+            return vllm_memory(model, plan.layout, workload, es, vllm, self.machine.gpu_memory)
+        return rank_memory(model, plan.layout, workload, es, self.machine.gpu_memory)
 
     def estimate(self, plan: Plan) -> Estimate:
         return Estimate(
@@ -187,8 +189,8 @@ class Planner:
                         break
 
     def _filled(self, engine: EngineName, layout: Layout) -> Iterator[Plan]:
-        if engine is EngineName.vllm:  # it forms its batches itself
-            only = Plan(engine, layout, self.config.generation.batch_tokens)
+        if engine is EngineName.vllm:
+            only = self._with_vllm(layout)
             if self.memory(only).fits(self.machine):
                 yield only
             return
@@ -206,6 +208,13 @@ class Planner:
                 tokens = max(tokens - tokens % 10 ** max(len(str(tokens)) - 3, 0), row)
             if self.memory(plan(tokens)).fits(self.machine):
                 yield plan(tokens)
+
+    def _with_vllm(self, layout: Layout) -> Plan:
+        """The plan of a layout with vLLM, which forms its batches itself."""
+        config, members = self.config, 1
+        if answer_side_by_side(config.es) and self._can_share:
+            members = members_together(config, self.workload.train, layout.replicas)
+        return Plan(config.engine, layout, config.generation.batch_tokens, members)
 
     def _member_counts(self, engine: EngineName, layout: Layout) -> list[int]:
         """How many members may answer side by side: all of a replica's, or as many as one batch
@@ -235,7 +244,10 @@ class Planner:
         return True
 
     def _check_sharing(self) -> None:
-        check_members_can_share(self._read(self.config.engine)[1], self.config.es)
+        module, es = self._read(self.config.engine)[1], self.config.es
+        check_members_can_share(module, es)
+        if self.config.engine is EngineName.vllm:
+            check_adapters(module, es)
 
     def _room(self, plan: Plan) -> float:
         return self.memory(plan).room(self.machine)

@@ -256,3 +256,6 @@ def test_vllm_is_planned_with_its_cache_and_its_layouts():
     assert {8, 4, 2, 1} == {best["layout"]["tensor"] for best in plan["best"]}
     code, plan = planned("vllm.cache_size=79")
     assert code == 1 and plan["best"] == []
+    code, plan = planned("es.noise=low_rank", "sharding.tensor=1")
+    assert {best["members_per_batch"] for best in plan["best"]} == {16, 8, 4, 2}  # half a share
+    assert all(best["gpu"]["low-rank factors"] for best in plan["best"])
