@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -37,6 +38,7 @@ from shardes.sharding.weight_files import WeightFiles
 OLDEST = (0, 32)
 LOAD_FORMAT = "shardes"
 REMEDIES = {  # by what is in a message of vLLM
+    "cache blocks": "raise vllm.cache_size: ",
     "KV cache": "raise vllm.cache_size or lower vllm.max_model_len: ",
     "LoRA": "set es.members_per_batch=1: ",
 }
@@ -154,11 +156,12 @@ class VLLMEngine:
         check_platform(world.device)
         self._config, self.device = config, world.device
         self._derive: Callable[[Any], None] = lambda model: None
+        opened: AbstractContextManager[None] = nullcontext()
         if world.device.type == "cpu":
             from shardes.engines import vllm_cpu
 
             vllm_cpu.compute_in_place()
-            vllm_cpu.name_shared_memory(world)
+            opened = vllm_cpu.own_shared_memory(world)
             self._derive = vllm_cpu.pack_experts
         self._model: Any = None  # set by the loader
         self._pieces: list[Piece] = []
@@ -166,22 +169,24 @@ class VLLMEngine:
         # On a CPU vLLM looks at all that modules have, also at what torch deprecates.
         warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is", FutureWarning)
         try:
-            llm = LLM(
-                str(files.directory),
-                skip_tokenizer_init=True,
-                trust_remote_code=config.model.trust_remote_code,
-                dtype=config.model.dtype.value,
-                seed=0,
-                load_format=LOAD_FORMAT,
-                distributed_executor_backend="external_launcher",
-                tensor_parallel_size=config.sharding.tensor,
-                async_scheduling=False,
-                generation_config="vllm",
-                enforce_eager=config.vllm.enforce_eager,
-                max_model_len=config.vllm.max_model_len,
-                kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
-                **(slots.arguments() if slots else {}),
-            )
+            with opened:
+                llm = LLM(
+                    str(files.directory),
+                    skip_tokenizer_init=True,
+                    trust_remote_code=config.model.trust_remote_code,
+                    dtype=config.model.dtype.value,
+                    seed=0,
+                    load_format=LOAD_FORMAT,
+                    distributed_executor_backend="external_launcher",
+                    tensor_parallel_size=config.sharding.tensor,
+                    async_scheduling=False,
+                    generation_config="vllm",
+                    enforce_eager=config.vllm.enforce_eager,
+                    max_model_len=config.vllm.max_model_len,
+                    kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
+                    **(slots.arguments() if slots else {}),
+                )
+            _release_queue()
             self.llm = llm.llm_engine
             self.context = self.llm.model_config.max_model_len
             self.adapters = Adapters(self.llm) if slots else None
@@ -266,6 +271,18 @@ class VLLMEngine:
         if self._config.vllm.enforce_eager:
             return f"engine=vllm: vLLM {_version()} {verdict}; use another engine"
         return f"vllm.enforce_eager=false: vLLM {_version()} {verdict}; set vllm.enforce_eager=true"
+
+
+def _release_queue() -> None:
+    """Take away the name of a queue in shared memory, which all ranks have open: a rank that ends
+    would leave it behind.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    queue = get_tp_group().mq_broadcaster
+    if queue and queue.buffer and queue.buffer.is_creator:
+        queue.buffer.shared_memory.unlink()
+        queue.buffer.is_creator = False
 
 
 def _register_loader(load: Callable[[Any], None]) -> None:

@@ -6,7 +6,10 @@ weights as they lie, and experts, whose kernel takes packed ones alone, are pack
 """
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -41,14 +44,22 @@ def compute_in_place() -> None:
     CPUUnquantizedExperts.apply = _apply
 
 
-def name_shared_memory(world: World) -> None:
-    """Let the replica's ranks meet in shared memory of their own, collectively. By itself its name
-    is the same for all replicas of a host, and for what a killed run has left there.
+@contextmanager
+def own_shared_memory(world: World) -> Iterator[None]:
+    """A context in which the replica's ranks, collectively, open shared memory of their own.
+
+    By itself its name is the same for all replicas of a host. On exit the name is gone, so that no
+    rank that ends leaves it behind.
     """
-    number = int(world.run_on_leader(lambda: float(secrets.randbits(52))))
+    name = f"shardes-{int(world.run_on_leader(lambda: float(secrets.randbits(52)))):x}"
     _CPUSHMDistributed.make_group_name = staticmethod(
-        lambda communicator: f"shardes-{number:x}-{communicator.unique_name}"
+        lambda communicator: f"{name}-{communicator.unique_name}"
     )
+    try:
+        yield
+    finally:
+        for file in Path("/dev/shm").glob(f"{name}-*"):
+            file.unlink(missing_ok=True)
 
 
 def pack_experts(model: Any) -> None:

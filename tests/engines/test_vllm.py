@@ -4,6 +4,7 @@ Those marked `vllm` need it, in an environment that tools/vllm_environment.sh ma
 `pytest -m vllm tests/engines/test_vllm.py`.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -204,8 +205,12 @@ def saved(name, directory):
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    return [saved(name, tmp_path_factory.mktemp("models") / name) for name in MODELS]
+def directories(request, tmp_path_factory):
+    """Of the models that are tested, in the order of `MODELS`."""
+    specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    tested = {spec.get("model") for spec in specs}
+    folder = tmp_path_factory.mktemp("models")
+    return [saved(name, folder / name) for name in MODELS if name in tested]
 
 
 def started(directories, replicas, tensor) -> list[dict]:
@@ -248,8 +253,9 @@ def test_log_probabilities(alone, model):
 
 
 @pytest.mark.vllm
-def test_a_layer_that_computes_with_a_copy_is_named(alone):
-    assert f"what is written to {LAYER}.weight" in alone["llama"]["blind"]
+@pytest.mark.parametrize("model", ["llama"])
+def test_a_layer_that_computes_with_a_copy_is_named(alone, model):
+    assert f"what is written to {LAYER}.weight" in alone[model]["blind"]
 
 
 @pytest.mark.vllm
@@ -260,6 +266,16 @@ def test_seeds_stops_and_invalid_logits(alone, model):
     if model == "llama":
         assert results["sampled"] != results["vllm"]["updated tokens"]
     assert results["invalid"] == [[]] * 4
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("model", ["llama"])
+def test_what_vllm_cannot_run_is_named(alone, model):
+    no_block, no_context, mamba, device = alone[model]["refused"]
+    assert "llama: raise vllm.cache_size: ValueError: " in no_block
+    assert "raise vllm.cache_size or lower vllm.max_model_len: ValueError: " in no_context
+    assert mamba.endswith("weights of backbone.layers.0.mixer.A; use another engine")
+    assert device.startswith("engine=vllm: vLLM 0") and "and the run on cuda; install" in device
 
 
 @pytest.fixture(
@@ -309,9 +325,10 @@ def test_members_answer_side_by_side_as_alone(together, alone, model):
 
 
 @pytest.mark.vllm
-def test_a_matrix_without_adapters_is_named(together):
+@pytest.mark.parametrize("model", ["gemma2"])
+def test_a_matrix_without_adapters_is_named(together, model):
     for rank in together:
-        assert "cannot share lm_head, for which vLLM has no adapter; set es.mem" in rank["gemma2"]
+        assert "cannot share lm_head, for which vLLM has no adapter; set es.mem" in rank[model]
 
 
 @pytest.fixture(scope="module")
@@ -371,19 +388,26 @@ def test_a_killed_run_goes_on_with_another_engine(tmp_path):
         "vllm.cache_size=0.05",
     ]
 
-    def command(folder: str, engine: str, iterations: int) -> list[str]:
-        shardes = "import sys; from shardes.commands.cli import command; sys.exit(command())"
+    config = str(tmp_path / "empty.yaml")
+
+    def shardes(*arguments: str) -> list[str]:
+        start = "import sys; from shardes.commands.cli import command; sys.exit(command())"
+        return [sys.executable, "-c", start, *arguments]
+
+    def training(folder: str, engine: str, iterations: int) -> list[str]:
         layout = [f"engine={engine}", f"es.iterations={iterations}", f"run.dir={tmp_path / folder}"]
-        config = str(tmp_path / "empty.yaml")
-        return [sys.executable, "-c", shardes, "train", config, *settings, *layout]
+        return shardes("train", config, *settings, *layout)
+
+    def finished(command: list[str]) -> str:
+        done = run(command, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
 
     def train(*arguments) -> str:
-        done = run(command(*arguments), PYTHONPATH=str(ROOT))
-        assert done.returncode == 0, done.stderr[-3000:]
-        return (done.stdout + done.stderr).split("center ")[-1].split()[0]
+        return finished(training(*arguments)).split("center ")[-1].split()[0]
 
     metrics, environ = tmp_path / "mixed" / "metrics.jsonl", {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command("mixed", "vllm", 1000), env=os.environ | environ) as killed:
+    with subprocess.Popen(training("mixed", "vllm", 1000), env=os.environ | environ) as killed:
         try:
             deadline = time.monotonic() + 120
             while not metrics.exists() or metrics.read_text().count("\n") < 3:
@@ -394,3 +418,20 @@ def test_a_killed_run_goes_on_with_another_engine(tmp_path):
     done = metrics.read_text().count("\n")
     train("mixed", "fsdp", done + 4)
     assert train("mixed", "vllm", done + 6) == train("plain", "fsdp", done + 6)
+
+    exported = str(tmp_path / "exported")
+    finished(shardes("export", str(tmp_path / "mixed"), exported))
+    evaluations = {}
+    for engine in ("vllm", "fsdp"):
+        out = tmp_path / f"{engine}.json"
+        model = ["--model", exported, "--samples", "1", "--out", str(out)]
+        layout = [f"engine={engine}", f"run.dir={tmp_path / 'mixed'}"]
+        finished(shardes("evaluate", config, *settings, *layout, *model))
+        evaluations[engine] = json.loads(out.read_text())["splits"]["test"]
+    mine, theirs = evaluations["vllm"], evaluations["fsdp"]
+    assert mine["greedy"] == theirs["greedy"] and mine["sampled"]["kl"] > 0
+    greedy = [
+        [row["response"] for row in rows["responses"] if not row["sample"]]
+        for rows in (mine, theirs)
+    ]
+    assert greedy[0] == greedy[1]

@@ -13,14 +13,15 @@ from shardes.distributed import environment
 environment.prepare()
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, MambaConfig, MambaForCausalLM
 
 from launch import report
+from models import save_model
 from shardes.config.schema import Attention, Config, DType, EngineName, ModelConfig, Restore
 from shardes.distributed.world import World, form_replica, join_job
 from shardes.engines import build, open_model
 from shardes.engines.linear import linear
-from shardes.engines.vllm import VLLMEngine
+from shardes.engines.vllm import VLLMEngine, check_platform
 from shardes.errors import ConfigError
 from shardes.es.center import open_center
 from shardes.es.population import Member, member_seeds
@@ -77,7 +78,34 @@ def results(directory: Path, world: World, tensor: int) -> dict:
     stopping = decoder(tokenizer, generation, max_new_tokens=NEW_TOKENS, stop=[stop])
     for name, _, answers in engines:
         found[name]["stopped"] = answers(stopping).responses(PROMPTS)
-    return found | of_vllm(vllm, asked)
+    found |= of_vllm(vllm, asked)
+    if directory.name == "llama" and world.job.size == 1:
+        found["refused"] = refused(directory, world, config)
+    return found
+
+
+def refused(directory: Path, world: World, config: Config) -> list[str]:
+    """What is said of caches that are too small, of another device, and of Mamba's weights."""
+    state_space = MambaForCausalLM(MambaConfig(vocab_size=263, hidden_size=32, num_hidden_layers=1))
+    other = save_model(directory.with_name("mamba"), state_space)
+    config.engine, messages = EngineName.vllm, []
+
+    def build(path: Path, cache_size: float) -> None:
+        config.vllm.cache_size = cache_size
+        files, module = open_model(path, torch.float32)
+        VLLMEngine(config, module, files, world)
+
+    for mistake in (
+        lambda: build(directory, 1e-6),
+        lambda: build(directory, 5e-4),
+        lambda: build(other, 0.05),
+        lambda: check_platform(torch.device("cuda")),
+    ):
+        try:
+            mistake()
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
 
 
 def examine(engine, answers, files, world) -> dict:
