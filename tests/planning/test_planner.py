@@ -12,6 +12,7 @@ from launch import ROOT, call, run
 from shardes.commands.plan import main
 from shardes.config.schema import (
     Config,
+    Decode,
     EngineName,
     ESConfig,
     Gather,
@@ -147,6 +148,23 @@ def test_times_follow_the_bounds(models):
     assert seconds(Layout(4, 1, 1, Gather.member)).decode == pytest.approx(2 * seconds().decode)
     member, layer = (seconds(Layout(4, 2, 1, gather)) for gather in Gather)
     assert layer.gather > 100 * member.gather > 0
+
+
+def test_rows_and_tokens_that_fill_fixed_shapes_take_time(models):
+    """65 rows are decoded as 96, each with 256 tokens; the prompts' pass has 65."""
+    model, layout = models("llama-3.1-8b"), Layout(8, 1, 1, Gather.member)
+    work = Workload((120,) * 65, (), 136, 10**6)
+    eager, graph, full = (
+        estimate(model, layout, response=136, workload=each).seconds()
+        for each in (
+            work,
+            replace(work, decode=Decode.graph),
+            replace(work, decode=Decode.graph, train=(120,) * 96),
+        )
+    )
+    step = 2 * (model.numel - 128256 * 4096) + 96 * 256 * 32 * 2 * 8 * 128 * 2
+    assert graph.decode == full.decode == pytest.approx(4 * 135 * step / 3.35e12)
+    assert eager.decode < graph.decode and eager.prefill == graph.prefill < full.prefill
 
 
 NODE_OF_8 = ["--gpus", 8, "--gpu", "H100"]
