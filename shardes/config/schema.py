@@ -370,13 +370,23 @@ class TaskConfig:
     template: str | None = _setting(
         None,
         "jsonl: the prompt; {field} inserts a field of the example, {{ and }} are braces; "
-        "null: the example's field prompt",
+        "null: the field task.prompt_field",
+        decides_center=True,
+    )
+    prompt_field: str | None = _setting(
+        None,
+        "jsonl: the example's field that is the prompt, a text or a list of chat messages; "
+        "null: prompt",
+        limit=Limit("must be the name of a field", bool),
         decides_center=True,
     )
     chat: bool = _setting(
         True,
         "jsonl: true: put the prompt as a user message into the chat template; false: raw text",
         decides_center=True,
+    )
+    system: str | None = _setting(
+        None, "jsonl: a system message before the user's; null: none", decides_center=True
     )
     reward: str | None = _setting(
         None,

@@ -74,6 +74,8 @@ USED_BY = {  # the built-in tasks that use a setting
     "tests": ["math", "jsonl"],
     "template": ["jsonl"],
     "chat": ["jsonl"],
+    "system": ["jsonl"],
+    "prompt_field": ["jsonl"],
     "reward": ["jsonl"],
 }
 
@@ -106,6 +108,8 @@ def configured_task(settings: TaskConfig) -> Task:
         settings.tests,
         template=settings.template,
         chat=settings.chat,
+        system=settings.system,
+        prompt_field=settings.prompt_field,
         reward=settings.reward,
     )
 
@@ -119,6 +123,8 @@ def load_task(
     *,
     template: str | None = None,
     chat: bool = True,
+    system: str | None = None,
+    prompt_field: str | None = None,
     reward: str | None = None,
 ) -> Task:
     """A built-in task by its name, or a user's own.
@@ -128,7 +134,7 @@ def load_task(
         path: the user's own, written file.py:Class.
         train, test, tests: the sources of problems, for countdown, math and jsonl; see
             `shardes.tasks.rows.load_rows`.
-        template, chat, reward: for jsonl.
+        template, chat, system, prompt_field, reward: for jsonl.
 
     Raises:
         ConfigError: both or neither of name and path are set, there is no such task, a setting is
@@ -140,7 +146,8 @@ def load_task(
             f"task.name, task.path: {problem}; give one: a built-in task's name, or file.py:Class"
         )
     values: dict[str, Any] = {"train": train, "test": test, "tests": dict(tests) or None}
-    values |= {"template": template, "chat": None if chat else False, "reward": reward}
+    values |= {"template": template, "chat": None if chat else False, "system": system}
+    values |= {"prompt_field": prompt_field, "reward": reward}
     for key, value in values.items():
         if value is not None and name not in USED_BY[key]:
             raise ConfigError(f"task.{key}={value}: only for task.name={' or '.join(USED_BY[key])}")
@@ -153,7 +160,7 @@ def load_task(
                 "my_reward.py:function"
             )
         load_reward_function(reward)
-        return Jsonl(train, test, tests, template, chat)
+        return Jsonl(train, test, tests, template, chat, system, prompt_field)
     assert name is not None
     if name not in TASKS:
         raise ConfigError(f"task.name={name}: no such task; {suggestion(name, [*TASKS, 'jsonl'])}")
