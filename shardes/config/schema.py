@@ -390,8 +390,9 @@ class TaskConfig:
     )
     reward: str | None = _setting(
         None,
-        "jsonl: my_module:function or my_reward.py:function; "
-        "called with (response, example), it returns a float",
+        "jsonl: my_module:function or my_reward.py:function; called with (response, example), it "
+        "returns a number, or a dict with 'reward'; it may be async; a function named score_batch "
+        "takes lists (responses, examples)",
         decides_center=True,
         is_path=True,
     )
@@ -401,9 +402,15 @@ class TaskConfig:
         limit=at_least(1),
         decides_center=False,
     )
+    concurrency: int = _setting(
+        8,
+        "calls of an async reward function that are in flight at once in each worker",
+        limit=at_least(1),
+        decides_center=False,
+    )
     timeout: float = _setting(
         10.0,
-        "seconds that a worker may take to score one response; then it is killed",
+        "seconds that one call of the reward function may take; then its worker is killed",
         limit=POSITIVE,
         decides_center=False,
     )

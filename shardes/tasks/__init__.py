@@ -42,8 +42,10 @@ class ScoringTask(Task, Protocol):
 
     def score(
         self, split: Split, responses: list[str], which: Sequence[int] | None = None
-    ) -> list[float]:
+    ) -> list[float] | list[dict[str, float]]:
         """One reward per response, higher is better; responses are in the order of the prompts.
+
+        A reward is a number, or a dict whose number "reward" decides. Its other numbers are logged.
 
         A stop of the run raises KeyboardInterrupt in it.
 
@@ -58,8 +60,11 @@ class ScoringTask(Task, Protocol):
 class RewardTask(Task, Protocol):
     """A task that scores one response at a time."""
 
-    def reward(self, split: Split, number: int, response: str) -> float:
-        """The reward of a response to prompt `number`; every worker has its own task object."""
+    def reward(self, split: Split, number: int, response: str) -> float | dict[str, float]:
+        """The reward of a response to prompt `number`; every worker has its own task object.
+
+        It may be `async`: then a worker makes several calls at once.
+        """
         ...
 
 
@@ -159,8 +164,8 @@ def load_task(
                 "task.reward: is required with task.name=jsonl: my_module:function or "
                 "my_reward.py:function"
             )
-        load_reward_function(reward)
-        return Jsonl(train, test, tests, template, chat, system, prompt_field)
+        function = load_reward_function(reward)
+        return Jsonl(train, test, tests, template, chat, system, prompt_field, function)
     assert name is not None
     if name not in TASKS:
         raise ConfigError(f"task.name={name}: no such task; {suggestion(name, [*TASKS, 'jsonl'])}")

@@ -1,7 +1,7 @@
 """The task for a user's own data: rows of a file, a template for prompts, and a reward function."""
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
@@ -57,6 +57,7 @@ class Jsonl:
         chat: whether a text is put as a user message. Messages are used as they are.
         system: a system message before the user's.
         prompt_field: None: PROMPT_FIELD.
+        function: the reward function.
 
     Raises:
         ConfigError: the settings contradict each other, a source cannot be read, or an example has
@@ -72,6 +73,7 @@ class Jsonl:
         chat: bool = True,
         system: str | None = None,
         prompt_field: str | None = None,
+        function: Callable[..., Any] | None = None,
     ):
         if train is None:
             raise ConfigError(
@@ -94,6 +96,7 @@ class Jsonl:
                 "task.system: is a message of a chat; with task.chat=false, begin task.template "
                 "with its text"
             )
+        self.function = function
         self._template = None if template is None else Template(template)
         self._chat, self._field = chat, prompt_field or PROMPT_FIELD
         self._system = [] if system is None else [{"role": "system", "content": system}]
