@@ -252,7 +252,13 @@ class PrimaryJob(JobRoles):
         shared: dict[str, Any] = dict(
             known={
                 number: MemberResult(
-                    reward.reward, reward.tokens, 0, time.time(), reward.scores, reward.failures
+                    reward.reward,
+                    reward.tokens,
+                    0,
+                    time.time(),
+                    reward.scores,
+                    reward.failures,
+                    reward.parts,
                 )
                 for number, reward in self.resume.rewards.items()
             },
