@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.grpo.table import best_learning_rate, read_runs, write_results
+from benchmarks.grpo.table import best_settings, read_runs, write_results
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,10 +39,15 @@ def parser() -> argparse.ArgumentParser:
         help="of the ES run, with model and task of both; default: %(default)s",
     )
     train.add_argument("--learning-rate", type=float, help="of GRPO")
+    train.add_argument(
+        "--responses", type=int, default=64, help="of a step of GRPO; default: %(default)s"
+    )
     train.add_argument("--out", metavar="DIR", type=Path, required=True, help="created")
     evaluate = commands.add_parser("evaluate", help="evaluate what a killed run has left")
     evaluate.add_argument("out", metavar="DIR", type=Path)
-    best = commands.add_parser("best", help="print the learning rate of the best GRPO run")
+    best = commands.add_parser(
+        "best", help="print learning rate and responses of the best GRPO run"
+    )
     best.add_argument("runs", metavar="DIR", type=Path, nargs="+")
     table = commands.add_parser("table", help="write the tables and the figure")
     table.add_argument("runs", metavar="DIR", type=Path, nargs="+")
@@ -63,12 +68,14 @@ def main(argv: list[str]) -> int:
         from benchmarks.grpo import evaluation, runs
 
         if options.command == "train":
+            rate = options.learning_rate
+            grpo = dict(learning_rate=rate, responses=options.responses) if rate else {}
             settings = options.method, options.config, options.seed, options.seconds
-            report = runs.train(*settings, options.learning_rate, options.out)
+            report = runs.train(*settings, grpo, options.out)
             evaluation.write_report(options.out, report)
         evaluation.evaluate(options.out)
     elif options.command == "best":
-        print(f"{best_learning_rate(read_runs(options.runs)):g}")
+        print(*best_settings(read_runs(options.runs)))
     else:
         print(write_results(options.runs, options.out))
     return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Path(__file__).with_name("grpo.yaml")
+RANKS = 2  # of either method, with one thread each
 REPORT = "run.json"  # in a run's directory
 PARTS = 12  # of the training's time
 FIRST_TOKENS, GROWTH = 100_000, 1.5

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.grpo.points import ROOT, SETTINGS, Points
+from benchmarks.grpo.points import RANKS, ROOT, SETTINGS, Points
 from benchmarks.measure import environment_with
 from shardes.distributed.world import free_port
 
-RANKS = 2  # of either method, with one thread each
 POLL = 0.2  # seconds
 SLOW = 900.0  # seconds that a run may take beside those of its training
 STOPPING = 60.0  # seconds that it may take to end
@@ -93,14 +92,12 @@ class Iterations:
             self._written = self._step
 
 
-def train(
-    method: str, config: Path, seed: int, seconds: float, learning_rate: float | None, out: Path
-) -> dict:
+def train(method: str, config: Path, seed: int, seconds: float, grpo: dict, out: Path) -> dict:
     """Train; returns the report of the run, with points that are not yet evaluated.
 
     Args:
         config: of the ES run; GRPO takes model, task and `generation.max_new_tokens` from it.
-        learning_rate: of GRPO.
+        grpo: GRPO's learning_rate, and the responses of a step; empty for ES.
 
     Raises:
         RuntimeError: the run failed.
@@ -114,12 +111,12 @@ def train(
         _run(_es(config, seed, run), out, seconds, memory, rows.follow)
         rows.finish()
     else:
-        program = _grpo(config, seed, seconds, learning_rate, out)
+        program = _grpo(config, dict(seed=seed, seconds=seconds) | grpo, out)
         _run(program, out, seconds, memory, lambda: False)
     return dict(
         method=method,
         config=str(config),
-        learning_rate=learning_rate,
+        **grpo,
         seed=seed,
         seconds=seconds,
         cores=len(os.sched_getaffinity(0)),
@@ -143,12 +140,9 @@ def _es(config: Path, seed: int, run: Path) -> list[str]:
     return ["launchers/train.py", str(config.absolute()), *keys, "eval.every=0"]
 
 
-def _grpo(
-    config: Path, seed: int, seconds: float, learning_rate: float | None, out: Path
-) -> list[str]:
-    settings = {"--seed": seed, "--seconds": seconds, "--learning-rate": learning_rate}
+def _grpo(config: Path, options: dict, out: Path) -> list[str]:
     program = ["-m", "benchmarks.grpo.trainer", str(config.absolute()), str(out.absolute())]
-    return program + [str(word) for setting in settings.items() for word in setting]
+    return program + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
 def _run(

@@ -19,27 +19,29 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def best_learning_rate(runs: Sequence[Run]) -> float:
-    """The learning rate of the GRPO run that solves most problems at its end.
+def best_settings(runs: Sequence[Run]) -> tuple[float, int]:
+    """Learning rate and responses of a step of the GRPO run that solves most problems at its end.
 
     Only the smallest seed counts, that of the sweep.
     """
-    return max(_sweep(runs), key=lambda run: run["points"][-1]["correct"])["learning_rate"]
+    return _settings(max(_sweep(runs), key=lambda run: run["points"][-1]["correct"]))
+
+
+def _settings(run: Run) -> tuple[float, int]:
+    return run["learning_rate"], run["responses"]
 
 
 def _sweep(runs: Sequence[Run]) -> list[Run]:
-    """The GRPO runs of the smallest seed, by learning rate."""
+    """The GRPO runs of the smallest seed, by their settings."""
     grpo = [run for run in runs if run["method"] == "grpo"]
     seed = min(run["seed"] for run in grpo)
-    return sorted(
-        (run for run in grpo if run["seed"] == seed), key=lambda run: run["learning_rate"]
-    )
+    return sorted((run for run in grpo if run["seed"] == seed), key=_settings)
 
 
 def compared(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each method by seed; of GRPO's those with the best learning rate."""
-    rate = best_learning_rate(runs)
-    chosen = [run for run in runs if run["method"] == "es" or run["learning_rate"] == rate]
+    """The runs of each method by seed; of GRPO's those with the best settings."""
+    best = best_settings(runs)
+    chosen = [run for run in runs if run["method"] == "es" or _settings(run) == best]
     chosen.sort(key=lambda run: run["seed"])
     return {name: [run for run in chosen if run["method"] == name] for name in ("es", "grpo")}
 
@@ -66,12 +68,13 @@ def tables(runs: Sequence[Run]) -> str:
         _accuracies(groups, lambda run: last_within(run, fewest)),
         "## Cost",
         _costs(groups),
-        f"## GRPO's learning rate, seed {_sweep(runs)[0]['seed']}",
+        f"## GRPO's settings, seed {_sweep(runs)[0]['seed']}",
         _table(
-            ["learning rate", "steps", "generated tokens", "accuracy"],
+            ["learning rate", "responses of a step", "steps", "generated tokens", "accuracy"],
             [
                 [
                     f"{run['learning_rate']:g}",
+                    str(run["responses"]),
                     str(run["points"][-1]["step"]),
                     _millions(run["points"][-1]["tokens"]),
                     accuracy(run["points"][-1]),

@@ -1,7 +1,7 @@
 r"""Trains a model with TRL's GRPO for some time; `benchmarks.grpo` starts its ranks.
 
     torchrun --nproc_per_node 2 -m benchmarks.grpo.trainer CONFIG OUT --seconds 420 --seed 0 \
-        --learning-rate 3e-4
+        --learning-rate 3e-4 --responses 64
 
 Writes the points of the curve, OUT/points.jsonl, and their models, OUT/models/STEP. The clock
 starts with the first step and stands still while a model is saved.
@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.grpo.points import SETTINGS, Points
+from benchmarks.grpo.points import RANKS, SETTINGS, Points
 from shardes.config import loading
 from shardes.tasks import Task, configured_task
 
@@ -76,24 +76,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--responses", type=int, required=True)
     options = parser.parse_args(argv)
     config = loading.load(options.config, [])
     task = configured_task(config.task)
     reward = Reward(task)
     prompts = task.prompts("train")
+    settings = yaml.safe_load(SETTINGS.read_text()) | dict(
+        per_device_train_batch_size=options.responses // RANKS,
+        max_completion_length=config.generation.max_new_tokens,
+        learning_rate=options.learning_rate,
+    )
     trainer = GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(config.model.path, dtype=config.model.dtype.value),
         reward,
         GRPOConfig(
             output_dir=str(options.out / "trl"),
-            max_completion_length=config.generation.max_new_tokens,
-            learning_rate=options.learning_rate,
             seed=options.seed,
             max_steps=1_000_000,  # the time ends the training
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            **yaml.safe_load(SETTINGS.read_text()),
+            **settings,
         ),
         Dataset.from_dict({"prompt": prompts, "number": list(range(len(prompts)))}),
         processing_class=AutoTokenizer.from_pretrained(config.model.path),

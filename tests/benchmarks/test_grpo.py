@@ -10,7 +10,7 @@ import pytest
 from benchmarks.grpo import __main__ as grpo
 from benchmarks.grpo.points import Points
 from benchmarks.grpo.runs import Iterations
-from benchmarks.grpo.table import best_learning_rate, compared, last_within, read_runs
+from benchmarks.grpo.table import best_settings, compared, last_within, read_runs
 from launch import call, run
 
 PROBLEMS = 10
@@ -36,22 +36,24 @@ def directories(tmp_path):
         # A killed run leaves points without an evaluation.
         points.insert(1, dict(step=0, seconds=1, tokens=1))
         report = dict(
-            method=method, learning_rate=rate, seed=seed, seconds=60, config_lines=17,
+            method=method, seed=seed, seconds=60, config_lines=17,
             peak_resident_bytes=int(2e9), peak_private_bytes=int(1e9), points=points,
         )  # fmt: skip
+        if rate:
+            report |= dict(learning_rate=rate, responses=64)
         directory = tmp_path / f"{method}_{rate}_{seed}"
         directory.mkdir()
         (directory / "run.json").write_text(json.dumps(report))
     return sorted(tmp_path.iterdir())
 
 
-def test_the_learning_rate_is_the_best_at_the_end_of_the_sweep(directories):
+def test_grpos_settings_are_the_best_at_the_end_of_the_sweep(directories):
     runs = read_runs(directories)
-    assert best_learning_rate(runs) == 1e-4
+    assert best_settings(runs) == (1e-4, 64)
     groups = compared(runs)
     assert [run["seed"] for run in groups["es"]] == [0, 1]
     assert [(run["learning_rate"], run["seed"]) for run in groups["grpo"]] == [(1e-4, 0), (1e-4, 1)]
-    assert call(grpo.main, "best", *directories).stdout == "0.0001\n"
+    assert call(grpo.main, "best", *directories).stdout == "0.0001 64\n"
 
 
 def test_the_tables_compare_at_equal_time_and_at_equal_tokens(directories, tmp_path):
@@ -66,7 +68,7 @@ def test_the_tables_compare_at_equal_time_and_at_equal_tokens(directories, tmp_p
     # GRPO generates 5 million tokens; after 4 million ES solves 3 and 4 problems.
     tokens = sections["After at most 5.00 million generated tokens"].strip().splitlines()
     assert tokens[2].startswith("| ES | 30 | 4.00 million | ") and tokens[2].endswith("| 35.0 % |")
-    assert "| 0.001 | 2 | 6.00 million | 10.0 % " in table
+    assert "| 0.001 | 64 | 2 | 6.00 million | 10.0 % " in table
     assert len(json.loads((out / "runs.json").read_text())) == len(RUNS)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
