@@ -16,10 +16,10 @@ from shardes import launch
 from shardes.clock import Clock
 from shardes.config.schema import Noise, Restore
 from shardes.distributed.device import choose_device, device_name
-from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
-from shardes.errors import RunError
+from shardes.errors import RunError, Stopped
 from shardes.evaluator import Evaluator, PrimaryEvaluator
 from shardes.launch import PreparedRun
 from shardes.replicas.consistency import ConsistencyCheck

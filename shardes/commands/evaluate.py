@@ -29,7 +29,7 @@ with environment.quiet():
 
 import torch.distributed as dist
 
-from shardes import launch
+from shardes import launch, lifecycle
 from shardes.commands.arguments import LaunchParser, path
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
@@ -323,7 +323,7 @@ def summary(splits: dict[str, dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return launch.launch(argv, parser(), prepare, work)
+    return lifecycle.launch(argv, parser(), prepare, work)
 
 
 if __name__ == "__main__":

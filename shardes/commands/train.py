@@ -21,13 +21,13 @@ with environment.quiet():
 import torch
 import torch.distributed as dist
 
-from shardes import launch
+from shardes import launch, lifecycle
 from shardes.commands.arguments import LaunchParser, reports_errors
 from shardes.config import loading as settings
 from shardes.config.schema import Config
-from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.errors import ConfigError, RunError, one_line, unusable_files
+from shardes.errors import ConfigError, RunError, Stopped, one_line, unusable_files
 from shardes.es.population import held_out_numbers, select
 from shardes.es.side_by_side import members_together
 from shardes.launch import PreparedRun
@@ -152,6 +152,7 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
             trainer.train()
         except Stopped as stopped:
             trainer.reporter.say(str(stopped))
+            stopped.said = True
             raise
         except Exception as error:
             if is_client and isinstance(error, dist.DistError):
@@ -171,7 +172,7 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
 
 
 def main(argv: list[str]) -> int:
-    return launch.launch(argv, parser(), prepare, work)
+    return lifecycle.launch(argv, parser(), prepare, work)
 
 
 if __name__ == "__main__":
