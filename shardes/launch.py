@@ -79,8 +79,11 @@ class Replica:
     answers: Answers
 
 
-def check(config: Config, job: Job) -> PreparedRun:
+def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
     """Check all that can be checked before heavy work.
+
+    Args:
+        task: the user's object, in place of the task that the settings name.
 
     Raises:
         ConfigError: the run cannot start.
@@ -89,7 +92,7 @@ def check(config: Config, job: Job) -> PreparedRun:
     if config.engine is EngineName.vllm:
         check_vllm(config, answer_side_by_side(config.es))
     replicas = loading.check_layout(config, job.size)
-    task = configured_task(config.task)
+    task = configured_task(config.task, task)
     _check_task_takes_numbers(config, task)
     loggers.check(config.tracking.loggers)
     directory = model_directory(config.model.path)

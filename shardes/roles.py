@@ -36,9 +36,11 @@ from shardes.replicas.protocol import MemberResult, RunStore
 from shardes.replicas.validation import ResultLimits
 from shardes.reporting.reporter import (
     ConsoleReporter,
+    OnMetrics,
     Reporter,
     RunReporter,
     add_recorded_evaluations,
+    ignore,
 )
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.weight_files import WeightFiles
@@ -49,10 +51,13 @@ from shardes.trainer import Trainer
 
 @dataclass
 class PreparedTraining(PreparedRun):
-    """`prompts` are token ids by split; `run` is set on rank 0 of the job only."""
+    """`prompts` are token ids by split; `run` is set on rank 0 of the job only; `on_metrics` is
+    called on the primary rank.
+    """
 
     prompts: dict[str, list[list[int]]]
     run: RunDirectory | JoinedRun | None
+    on_metrics: OnMetrics = ignore
 
     def abandon(self) -> None:
         if isinstance(self.run, RunDirectory):
@@ -244,7 +249,8 @@ class PrimaryJob(JobRoles):
     def reporter(self) -> Reporter:
         if not self.world.is_primary:
             return Reporter()
-        return RunReporter(self.config, self.resume, self.world.layout, self.head)
+        layout, on_metrics = self.world.layout, self.prepared.on_metrics
+        return RunReporter(self.config, self.resume, layout, self.head, on_metrics)
 
     def coordinator(self, reporter: Reporter) -> Coordinator:
         world, store, run = self.world, self.store, self.prepared.run

@@ -37,6 +37,7 @@ from shardes.planning.shapes import read_shapes
 from shardes.planning.workload import Workload
 from shardes.replicas.joining import JoinedRun, connect_to_run, join_run
 from shardes.reporting.attempts import record_failure
+from shardes.reporting.reporter import OnMetrics, ignore
 from shardes.roles import ClientJob, PreparedTraining, PrimaryJob
 from shardes.storage.resume import (
     RunDirectory,
@@ -45,6 +46,7 @@ from shardes.storage.resume import (
     recorded_date,
 )
 from shardes.storage.sources import run_sources
+from shardes.tasks import Task
 
 EXAMPLES = """examples:
   shardes train configs/quickstart.yaml --gpus 2            two ranks on this host (or --nproc 2)
@@ -60,19 +62,38 @@ def parser() -> LaunchParser:
 
 
 def prepare(argv: list[str], job: Job) -> PreparedTraining:
-    _, config = parser().read(argv)
+    """The settings of the command line, checked; of a rank of `--gpus`, metrics are reported."""
+    return prepare_run(parser().read(argv)[1], job, on_metrics=report_metrics)
+
+
+def report_metrics(metrics: dict[str, float]) -> None:
+    environment.report(metrics=metrics)
+
+
+def prepare_run(
+    config: Config, job: Job, task: Task | None = None, on_metrics: OnMetrics = ignore
+) -> PreparedTraining:
+    """Make the cheap checks, and open the run directory.
+
+    Args:
+        task: the user's object, in place of the task that the settings name.
+        on_metrics: is called, on the primary rank, with the metrics of each iteration.
+
+    Raises:
+        ConfigError: the run cannot start.
+    """
     joins = config.replicas.join is not None
     connection = connect_to_run(config) if joins and job.rank == 0 else None
     date = launch.shared_date(job, lambda: connection.date if connection else recorded_date(config))
-    prepared = launch.check(config, job)
+    prepared = launch.check(config, job, task)
     prompts = encode_prompts(prepared, date)
-    prepared.sources = run_sources(config.task, prompts)
+    prepared.sources = run_sources(config.task, prompts, task)
     run: RunDirectory | JoinedRun | None = None
     if connection:
         run = join_run(connection, config, prepared.files, prepared.sources)
     elif job.rank == 0:
         run = open_run_directory(config, prepared.files, prepared.sources, date.isoformat())
-    return PreparedTraining(**vars(prepared), prompts=prompts, run=run)
+    return PreparedTraining(**vars(prepared), prompts=prompts, run=run, on_metrics=on_metrics)
 
 
 @reports_errors

@@ -30,7 +30,7 @@ SLURM_TASK = (  # what SLURM tells each task of a step, after SLURM_
 STARTED_BY = "SHARDES_STARTED_BY"  # process and pipe of `distributed.local_ranks`, for its ranks
 PR_SET_PDEATHSIG = 1
 _started_by = os.environ.pop(STARTED_BY, "")  # not for this process's children
-INHERITED = dict(os.environ)  # before `prepare`: what processes started from here should inherit
+_own: dict[str, str] = {}  # what `prepare` set for this process alone
 
 
 def prepare() -> None:
@@ -48,12 +48,19 @@ def prepare() -> None:
     _adopt_slurm_task()
     # torchrun sets LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    threads = os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // processes, 1))
-    )
+    cores = str(max(len(os.sched_getaffinity(0)) // processes, 1))
+    threads = os.environ.get("OMP_NUM_THREADS", cores)
     # More threads would busy-wait on the cores of the other ranks.
-    os.environ.setdefault("NUMBA_NUM_THREADS", threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wanted = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    wanted |= {"TOKENIZERS_PARALLELISM": "false"}
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    _own.update(missing)
+    os.environ |= missing
+
+
+def inherited() -> dict[str, str]:
+    """The variables for processes started from here: each takes its own share of the cores."""
+    return {name: value for name, value in os.environ.items() if _own.get(name) != value}
 
 
 def report(**event: Any) -> bool:

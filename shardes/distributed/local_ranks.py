@@ -75,7 +75,7 @@ class LocalRanks:
 
     def _start(self, command: Sequence[str], ranks: int, reports: int) -> None:
         """Start the ranks; `reports` is the end of the pipe that they write to."""
-        shared = environment.INHERITED | {
+        shared = environment.inherited() | {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(ranks),

@@ -40,9 +40,7 @@ def wait():
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     """Starts two ranks that run a script; afterwards none of them is left."""
-    monkeypatch.setattr(
-        local_ranks.environment, "INHERITED", os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def start(script: str, on_metrics=lambda metrics: None) -> None:
         run_ranks([sys.executable, "-c", RANK + script, str(tmp_path)], 2, on_metrics)
