@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
 from shardes.distributed.rank_watch import RankWatch
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job, agree, join_job, leave_job
+from shardes.engines import release
 from shardes.errors import ConfigError, RunError, Stopped, unusable_files
 from shardes.launch import PreparedRun, now
 from shardes.reporting.progress import slow_step
@@ -156,6 +158,7 @@ def _alone() -> Iterator[Job]:
             "torch.distributed is initialized in this process, and a run needs a process group of "
             "its own: call torch.distributed.destroy_process_group() first, or start ranks (gpus=1)"
         )
+    excepthook = sys.excepthook  # torch's names the rank
     try:
         yield join_job(RENDEZVOUS)
     finally:
@@ -163,4 +166,6 @@ def _alone() -> Iterator[Job]:
             dist.destroy_process_group()
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
+        sys.excepthook = excepthook
+        release()
         gc.collect()  # the model is in cycles; its memory is for the next run
