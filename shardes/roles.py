@@ -132,6 +132,9 @@ class JobRoles(ABC):
         reporter = self.reporter()
         self.stack.callback(reporter.close)
         coordinator = self.coordinator(reporter)
+        snapshots = self._snapshots(reporter)
+        if not self.watcher.owns_process:  # elsewhere a stop does not wait for a snapshot
+            self.stack.callback(snapshots.close)
         trace = self.directory / f"trace_rank{self.job.rank}.json.gz"
         return Trainer(
             config,
@@ -145,7 +148,7 @@ class JobRoles(ABC):
             self._evaluator(coordinator, reporter),
             coordinator,
             self._consistency(),
-            self._snapshots(reporter),
+            snapshots,
             reporter,
             self.resume,
             self.clock,

@@ -36,7 +36,7 @@ class ShutdownWatcher:
     """
 
     def __init__(self, job: Job, owns_process: bool = True):
-        self._job, self._owns_process = job, owns_process
+        self._job, self.owns_process = job, owns_process
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._keys = JobStore(clone_store(job.store))  # the main thread may wait on the other
         # Python calls signal handlers in the main thread, which may wait in a collective; the pipe
@@ -93,7 +93,7 @@ class ShutdownWatcher:
         """Stop watching."""
         self._closed.set()
         self._thread.join()
-        if not self._owns_process and self._in_main_thread:
+        if not self.owns_process and self._in_main_thread:
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -132,7 +132,7 @@ class ShutdownWatcher:
 
     def _stop_main_thread(self, code: int) -> None:
         """Interrupt the user's code; exit, if the main thread neither polls nor ends that code."""
-        if not self._owns_process:
+        if not self.owns_process:
             may_interrupt = self._in_users_code or not self._main_thread_polls
             if may_interrupt and self._interrupted is None and self._in_main_thread:
                 self._raises = self._raises or not self._main_thread_polls
