@@ -341,7 +341,8 @@ class VLLMConfig:
 class TaskConfig:
     name: str | None = _setting(
         None,
-        "built-in task: conciseness, countdown or math; or jsonl, for your own data and reward",
+        "built-in task: conciseness, countdown, extraction or math; or jsonl, for your own data "
+        "and reward",
         decides_center=True,
     )
     path: str | None = _setting(
@@ -349,8 +350,9 @@ class TaskConfig:
     )
     train: str | None = _setting(
         None,
-        "training problems (countdown, math, jsonl): a file (.jsonl, .json, .csv, .parquet), a "
-        "directory that save_to_disk wrote, or datasets:NAME:SPLIT; null: the built-in ones",
+        "training problems (countdown, extraction, math, jsonl): a file (.jsonl, .json, .csv, "
+        ".parquet), a directory that save_to_disk wrote, or datasets:NAME:SPLIT; null: the "
+        "built-in ones",
         decides_center=True,
         is_path=True,
     )

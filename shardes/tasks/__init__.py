@@ -8,6 +8,7 @@ from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError, described, suggestion
 from shardes.tasks.conciseness import Conciseness
 from shardes.tasks.countdown import Countdown
+from shardes.tasks.extraction import Extraction
 from shardes.tasks.jsonl import Jsonl
 from shardes.tasks.math import Math
 from shardes.tasks.user_code import load_reward_function, load_user_task
@@ -71,11 +72,12 @@ class RewardTask(Task, Protocol):
 TASKS: dict[str, Callable[..., ScoringTask]] = {
     "conciseness": Conciseness,
     "countdown": Countdown,
+    "extraction": Extraction,
     "math": Math,
 }
 USED_BY = {  # the built-in tasks that use a setting
-    "train": ["countdown", "math", "jsonl"],
-    "test": ["countdown", "math", "jsonl"],
+    "train": ["countdown", "extraction", "math", "jsonl"],
+    "test": ["countdown", "extraction", "math", "jsonl"],
     "tests": ["math", "jsonl"],
     "template": ["jsonl"],
     "chat": ["jsonl"],
@@ -137,7 +139,7 @@ def load_task(
     Args:
         name: the built-in task.
         path: the user's own, written file.py:Class.
-        train, test, tests: the sources of problems, for countdown, math and jsonl; see
+        train, test, tests: the sources of problems, where the task uses them; see
             `shardes.tasks.rows.load_rows`.
         template, chat, system, prompt_field, reward: for jsonl.
 
@@ -169,5 +171,9 @@ def load_task(
     assert name is not None
     if name not in TASKS:
         raise ConfigError(f"task.name={name}: no such task; {suggestion(name, [*TASKS, 'jsonl'])}")
-    sources = {"countdown": (train, test), "math": (train, test, tests)}
+    sources = {
+        "countdown": (train, test),
+        "extraction": (train, test),
+        "math": (train, test, tests),
+    }
     return TASKS[name](*sources.get(name, ()))

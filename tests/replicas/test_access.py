@@ -10,6 +10,7 @@ from gateways import LIMITS, SECRET, forgeries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shardes.errors import RunError
 from shardes.replicas.access import ClientAccess, Refused, SharedKeys
 from shardes.replicas.gateway import LENGTH
 from shardes.replicas.gateway_client import GatewayStore, connect
@@ -64,6 +65,25 @@ def victim(store, primary, join):
     assert not store.check(["prefix/evaluation 0/result/0"])
     victim.beat(1)  # its connection is as good as before
     assert queue.number_done() == 1 and not primary.has_left(0)
+
+
+def test_a_damaged_journal_is_not_the_clients_mistake(primary, journal, join, warnings):
+    for iteration in range(2):
+        record = Record(iteration, [7], [0.5, 1.5], [0.25], 0.1, 0.1, "digest")
+        journal.append(record)
+        primary.publish(record)
+    client = join()
+    content = journal.path.read_bytes()
+    journal.path.write_bytes(content[:-9] + b"?" + content[-8:])
+    assert client.record(0).iteration == 0
+    for _ in range(2):
+        with pytest.raises(RunError) as failure:
+            join().record(1)
+        message = str(failure.value)
+        assert f"{journal.path}, line 3: damaged" in message and "shardes journal" in message
+        assert "excluded" not in message and "sent" not in message
+    assert len(warnings) == 2
+    assert all("line 3: damaged" in line and "sent" not in line for line in warnings)
 
 
 def test_what_is_permitted_is_what_is_documented(primary, journal, victim):
