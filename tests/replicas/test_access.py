@@ -132,7 +132,12 @@ MEMBERS = [
         json.dumps(values)
         for values in (
             GOOD[:3],
+            [*GOOD, [], {}, {}, 0],
             [*GOOD, [], {}, 0],
+            [*GOOD, [], {}, {"true": "1"}],
+            [*GOOD, [], {}, {"true": float("nan")}],
+            [*GOOD, [], {}, {"of two words": 1.0}],
+            [*GOOD, [], {}, {f"a{n}": 1.0 for n in range(17)}],
             [None, *GOOD[1:]],
             ["0.5", *GOOD[1:]],
             [True, *GOOD[1:]],
@@ -201,7 +206,7 @@ def test_a_malformed_result_costs_the_replica_its_place(
         assert f"{piece} of {queue}, but it" in line or "but a response" in line, text
         assert len(line) < 250
     assert posted.number_done() == 0
-    good = {"iteration 0": GOOD, "evaluation 0": [[1, 99], []]}[queue]
+    good = {"iteration 0": [*GOOD, [], {}, {"true": 0.25}], "evaluation 0": [[1, 99], []]}[queue]
     text = json.dumps(good).replace('"K"', str(len(texts) + 1))
     join().queue(queue).post(piece, len(texts) + 1, text)
     assert posted.result(piece) == text
