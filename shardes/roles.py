@@ -47,6 +47,7 @@ from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.resume import ResumePoint, RunDirectory
 from shardes.storage.snapshots import NoSnapshots, Snapshots, SnapshotWriter
 from shardes.trainer import Trainer
+from shardes.words import counted
 
 
 @dataclass
@@ -76,12 +77,12 @@ def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> lis
     state = f"resumed at iteration {run.resume.iteration}" if run.resume.iteration else "a new run"
     rows = {
         "model": f"{model.path}, {numel:,} parameters in {model.dtype.value}",
-        "layout": f"{ranks} ranks: {prepared.replicas} replicas × shard {sharding.shard} × tensor "
-        f"{sharding.tensor}, {config.engine.value}",
+        "layout": f"{counted(ranks, 'rank')}: {counted(prepared.replicas, 'replica')} × shard "
+        f"{sharding.shard} × tensor {sharding.tensor}, {config.engine.value}",
         "device": device_name(choose_device()),
         "members": f"{es.population_size} of σ = {es.sigma:g}, α = {es.alpha:g}, {noise}",
         "prompts": f"{counts}; up to {config.generation.max_new_tokens} new tokens",
-        "run": f"{config.run.dir}, {state}; {es.iterations} iterations in all",
+        "run": f"{config.run.dir}, {state}; {counted(es.iterations, 'iteration')} in all",
     }
     return [*(f"{name:<8} {value}" for name, value in rows.items()), *run.notes]
 
@@ -260,7 +261,13 @@ class PrimaryJob(JobRoles):
         shared: dict[str, Any] = dict(
             known={
                 number: MemberResult(
-                    reward.reward, reward.tokens, 0, time.time(), reward.scores, reward.failures
+                    reward.reward,
+                    reward.tokens,
+                    0,
+                    time.time(),
+                    reward.scores,
+                    reward.failures,
+                    reward.parts,
                 )
                 for number, reward in self.resume.rewards.items()
             },

@@ -57,6 +57,13 @@ RATES = {  # the fields of Device that have a flag
     "normals": "values of ε per second from the noise kernel",
     "latency": "seconds that a sum over ranks takes at least",
 }
+MOST = {  # of the flags that count; more would only take long to compute
+    "gpus": 1024,
+    "nodes": 100_000,
+    "prompts": 1_000_000,
+    "prompt_tokens": 100_000_000,
+    "response_tokens": 100_000_000,
+}
 HOST_MEMORY = "2TB"  # as in a DGX H100
 WITHOUT_CONFIG = (
     "without a config: the defaults of shardes train with task.name=countdown; key=value changes "
@@ -166,12 +173,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _planner(options: argparse.Namespace, given: Config | None) -> tuple[Planner, list[str]]:
     """The planner, and notes on what it assumes."""
-    for flag in ("gpus", "nodes", "prompts", "prompt_tokens", "response_tokens", *RATES):
-        value, least = getattr(options, flag), 0 if flag in RATES else 1
-        if value is not None and not (value and least <= value < math.inf):
-            demand = "positive" if flag in RATES else "at least 1"
-            raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {demand}")
+    for flag in RATES:
+        value = getattr(options, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{flag} {value}: must be positive")
+    for flag, most in MOST.items():
+        value = getattr(options, flag)
+        if value is not None and not 1 <= value <= most:
+            name = flag.replace("_", "-")
+            raise ConfigError(f"--{name} {value}: must be at least 1 and at most {most}")
     config, notes = (given, []) if given else _config(options)
+    longest = config.generation.max_new_tokens
+    if options.response_tokens is not None and options.response_tokens > longest:
+        raise ConfigError(
+            f"--response-tokens {options.response_tokens}: no response is longer than "
+            f"generation.max_new_tokens={longest}"
+        )
     if config.engine not in ESTIMATED:
         raise ConfigError(
             f"engine={config.engine.value}: shardes plan estimates the project's own decoder; plan "
@@ -187,7 +204,7 @@ def _planner(options: argparse.Namespace, given: Config | None) -> tuple[Planner
     memory = None if on_cpu else device.capacity
     machine = Machine(options.nodes, options.gpus, memory, host_memory)
     workload = read_workload(config, options.prompts, options.prompt_tokens)
-    response = min(options.response_tokens or workload.max_new_tokens, workload.max_new_tokens)
+    response = options.response_tokens or longest
     return Planner(config, workload, machine, device, response), notes
 
 
@@ -214,6 +231,11 @@ def _device(options: argparse.Namespace, config: Config) -> tuple[Device, str]:
             "--gpu-memory, one GPU's memory, such as 80GB"
         )
     if (options.gpu or "").lower() == "cpu":
+        if memory is not None:
+            raise ConfigError(
+                f"--gpu-memory {options.gpu_memory}: --gpu cpu has no GPUs; leave it out, or set "
+                "--host-memory"
+            )
         device = measured_cpu(options.gpus, getattr(torch, config.model.dtype.value))
         note = (
             f"rates of a rank, measured now on this machine: {device.bandwidth / 1e9:.3g} GB/s, "
@@ -239,9 +261,10 @@ def _device(options: argparse.Namespace, config: Config) -> tuple[Device, str]:
 def _size(text: str, flag: str) -> int:
     """A number of bytes written as 80GB or 2TiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
-    if not match or not float(match[1]):
+    size = float(match[1]) * UNITS[match[2]] if match else 0
+    if not 1 <= size < 2**63:
         raise ConfigError(f"{flag} {text}: must be a size such as 80GB, 500MB or 2TB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(size)
 
 
 if __name__ == "__main__":

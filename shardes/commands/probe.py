@@ -94,6 +94,12 @@ def _number(text: str) -> float:
 
 def prepare(argv: list[str], job: Job) -> PreparedProbe:
     arguments, config = parser().read(argv)
+    for key in ("join", "port"):
+        value = getattr(config.replicas, key)
+        if value is not None:
+            raise ConfigError(
+                f"replicas.{key}={value}: a probe has no other jobs' help; set replicas.{key}=null"
+            )
     sigmas = sorted(arguments.sigmas or default_sigmas(config.es.sigma))
     for sigma in sigmas:
         if not (isfinite(sigma) and sigma > 0):

@@ -32,7 +32,7 @@ from shardes.es.population import held_out_numbers, select
 from shardes.es.side_by_side import members_together
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
-from shardes.planning.memory import rank_memory
+from shardes.planning.memory import center_on_device, rank_memory
 from shardes.planning.shapes import read_shapes
 from shardes.planning.workload import Workload
 from shardes.replicas.joining import JoinedRun, connect_to_run, join_run
@@ -47,6 +47,7 @@ from shardes.storage.resume import (
 )
 from shardes.storage.sources import run_sources
 from shardes.tasks import Task
+from shardes.words import counted
 
 EXAMPLES = """examples:
   shardes train configs/quickstart.yaml --gpus 2            two ranks on this host (or --nproc 2)
@@ -115,13 +116,15 @@ def dry_run(argv: list[str], ranks: int) -> int:
         generation.max_new_tokens,
         generation.batch_tokens,
         members_together(config, lengths["train"], prepared.replicas),
+        generation.decode,
     )
     counts = ", ".join(
         f"{len(rows)} {split}, up to {max(rows)} tokens" for split, rows in lengths.items()
     )
     print(f"# run.dir: {Path(config.run.dir).absolute()}, {state}")
     degrees = f"shard {shard} × tensor {tensor}"
-    print(f"# layout: {ranks} ranks, {prepared.replicas} replicas × {degrees}")
+    replicas = counted(prepared.replicas, "replica")
+    print(f"# layout: {counted(ranks, 'rank')}, {replicas} × {degrees}")
     print(f"# prompts: {counts}")
     if applied := prepared.decoder.applied:
         print(f"# greedy decoding: {applied} (the checkpoint's generation config)")
@@ -137,12 +140,15 @@ def _memory(config: Config, layout: Layout, workload: Workload) -> str:
     """
     device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     try:
-        shapes = read_shapes(config)[0]
-        memory = rank_memory(shapes, layout, workload, config.es, device)
+        shapes, module = read_shapes(config)
+        on_device = center_on_device(config, shapes, module.config, device)
+        memory = rank_memory(
+            shapes, layout, workload, config.es, device, center_on_device=on_device
+        )
     except (ConfigError, TypeError, AttributeError, ArithmeticError) as error:
         return f"not estimated ({one_line(error)})"
-    on_device = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
-    return f"about {on_device}{sum(memory.host.values()) / 1e9:.3g} GB on its host"
+    on_gpu = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
+    return f"about {on_gpu}{sum(memory.host.values()) / 1e9:.3g} GB on its host"
 
 
 def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:
@@ -186,7 +192,7 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
             raise
         if is_client:
             trainer.reporter.say(
-                f"done: this replica evaluated {trainer.members_evaluated} members; "
+                f"done: this replica evaluated {counted(trainer.members_evaluated, 'member')}; "
                 f"center {trainer.digest}"
             )
         dist.barrier()

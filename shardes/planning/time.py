@@ -72,6 +72,7 @@ class Estimate:
     response: int
     device: Device
     machine: Machine
+    center_on_device: bool = False
 
     @property
     def members(self) -> int:
@@ -123,10 +124,18 @@ class Estimate:
         if es.restore is Restore.subtract:
             moved = elements * 2 * self.model.itemsize / device.bandwidth
             return 2 * (moved + noise), moved + seeds * noise
-        perturb = elements * 4 / device.host + noise
+        if self.center_on_device:
+            perturb = elements * (4 + self.model.itemsize) / device.bandwidth + noise
+            update = elements * (8 + self.model.itemsize) / device.bandwidth + seeds * noise
+        elif self.machine.gpu_memory is None:
+            perturb, update = elements * 4 / device.host + noise, 8 * elements / device.host
+            update += seeds * noise
+        else:  # a block comes from the host while another's noise is made
+            copied = elements * 4 / device.host
+            perturb, update = max(copied, noise), copied + seeds * noise
         if self.workload.members > 1:
             perturb = self._factors / pair * (1 / FACTORS + 4 / device.host)
-        return perturb, elements * 8 / device.host + seeds * noise
+        return perturb, update
 
     def _generation(self, workload: Workload, lengths: Sequence[int]) -> tuple[float, float]:
         """The seconds of prefill and of decoding.
@@ -149,8 +158,10 @@ class Estimate:
             read = (_used(model, rows * width)[0] + head) * model.itemsize / tensor + rows * term
             computed = rows * (width * layers_each + head) * operations
             prefill += self._busy(read, computed) + rows * width * reduce + latency
+            attended = workload.attended(width, self.response)
+            rows = workload.rows(rows)
             read = (_used(model, rows)[0] + head) * model.itemsize / tensor + rows * term
-            read += rows * (width + self.response / 2) * cached
+            read += rows * attended * cached
             computed = rows * (layers_each + head) * operations
             step = self._busy(read, computed) + rows * reduce + latency
             decode += (self.response - 1) * step

@@ -129,7 +129,7 @@ def test_ranks_are_started_on_this_host(config, tmp_path):
     assert environment["environment"]["OMP_NUM_THREADS"] == share
 
     done = call(cli.main, "train", config, "--dry-run")
-    assert "/run, a run of 1 iterations so far, to be resumed" in done.stdout, done.stderr
+    assert "/run, a run of 1 iteration so far, to be resumed" in done.stdout, done.stderr
     done = call(cli.main, "train", config, "--dry-run", "es.alpha=0.5")
     assert done.returncode == 2 and "es.alpha=0.5: the run in" in done.stderr
     assert call(cli.main, "journal", tmp_path / "run").returncode == 0

@@ -141,6 +141,8 @@ def test_mistakes_are_one_line(configure, monkeypatch):
         (["--sigmas", "0.1", "0.1"], "--sigmas: a value is given twice"),
         (["--sigmas", "x"], "argument --sigmas: x: not a number; see shardes probe --help"),
         (["--sigmas", "1", "es.seed=1"], "argument --sigmas: es.seed=1: write settings (key=value"),
+        (["replicas.port=0"], "replicas.port=0: a probe has no other jobs' help; set"),
+        (["replicas.join=a:1"], "replicas.join=a:1: a probe has no other jobs' help; set"),
         (["es.sigam=1"], "es.sigam: no such key; did you mean es.sigma?"),
         (["--dry-run"], "--dry-run: only for train"),
     ):
