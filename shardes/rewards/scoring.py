@@ -26,7 +26,8 @@ from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError, described
 from shardes.es.statistics import mean
 from shardes.rewards.worker import split_parts
-from shardes.rewards.worker_pool import JobResult, Results, Scored, ScoringFailure, WorkerPool
+from shardes.rewards.worker_pool import JobResult, Results, Scored, WorkerPool
+from shardes.rewards.worker_process import ScoringFailure
 from shardes.tasks import RewardTask, ScoringTask, Task, prompts_of
 from shardes.tasks.jsonl import Jsonl
 from shardes.tasks.user_code import is_async, is_batch
