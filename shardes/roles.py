@@ -16,10 +16,10 @@ from shardes import launch
 from shardes.clock import Clock
 from shardes.config.schema import Noise, Restore
 from shardes.distributed.device import choose_device, device_name
-from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
-from shardes.errors import RunError
+from shardes.errors import RunError, Stopped
 from shardes.evaluator import Evaluator, PrimaryEvaluator
 from shardes.launch import PreparedRun
 from shardes.replicas.consistency import ConsistencyCheck
@@ -36,23 +36,29 @@ from shardes.replicas.protocol import MemberResult, RunStore
 from shardes.replicas.validation import ResultLimits
 from shardes.reporting.reporter import (
     ConsoleReporter,
+    OnMetrics,
     Reporter,
     RunReporter,
     add_recorded_evaluations,
+    ignore,
 )
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.weight_files import WeightFiles
 from shardes.storage.resume import ResumePoint, RunDirectory
 from shardes.storage.snapshots import NoSnapshots, Snapshots, SnapshotWriter
 from shardes.trainer import Trainer
+from shardes.words import counted
 
 
 @dataclass
 class PreparedTraining(PreparedRun):
-    """`prompts` are token ids by split; `run` is set on rank 0 of the job only."""
+    """`prompts` are token ids by split; `run` is set on rank 0 of the job only; `on_metrics` is
+    called on the primary rank.
+    """
 
     prompts: dict[str, list[list[int]]]
     run: RunDirectory | JoinedRun | None
+    on_metrics: OnMetrics = ignore
 
     def abandon(self) -> None:
         if isinstance(self.run, RunDirectory):
@@ -71,12 +77,12 @@ def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> lis
     state = f"resumed at iteration {run.resume.iteration}" if run.resume.iteration else "a new run"
     rows = {
         "model": f"{model.path}, {numel:,} parameters in {model.dtype.value}",
-        "layout": f"{ranks} ranks: {prepared.replicas} replicas × shard {sharding.shard} × tensor "
-        f"{sharding.tensor}, {config.engine.value}",
+        "layout": f"{counted(ranks, 'rank')}: {counted(prepared.replicas, 'replica')} × shard "
+        f"{sharding.shard} × tensor {sharding.tensor}, {config.engine.value}",
         "device": device_name(choose_device()),
         "members": f"{es.population_size} of σ = {es.sigma:g}, α = {es.alpha:g}, {noise}",
         "prompts": f"{counts}; up to {config.generation.max_new_tokens} new tokens",
-        "run": f"{config.run.dir}, {state}; {es.iterations} iterations in all",
+        "run": f"{config.run.dir}, {state}; {counted(es.iterations, 'iteration')} in all",
     }
     return [*(f"{name:<8} {value}" for name, value in rows.items()), *run.notes]
 
@@ -127,6 +133,9 @@ class JobRoles(ABC):
         reporter = self.reporter()
         self.stack.callback(reporter.close)
         coordinator = self.coordinator(reporter)
+        snapshots = self._snapshots(reporter)
+        if not self.watcher.owns_process:  # elsewhere a stop does not wait for a snapshot
+            self.stack.callback(snapshots.close)
         trace = self.directory / f"trace_rank{self.job.rank}.json.gz"
         return Trainer(
             config,
@@ -140,7 +149,7 @@ class JobRoles(ABC):
             self._evaluator(coordinator, reporter),
             coordinator,
             self._consistency(),
-            self._snapshots(reporter),
+            snapshots,
             reporter,
             self.resume,
             self.clock,
@@ -244,14 +253,21 @@ class PrimaryJob(JobRoles):
     def reporter(self) -> Reporter:
         if not self.world.is_primary:
             return Reporter()
-        return RunReporter(self.config, self.resume, self.world.layout, self.head)
+        layout, on_metrics = self.world.layout, self.prepared.on_metrics
+        return RunReporter(self.config, self.resume, layout, self.head, on_metrics)
 
     def coordinator(self, reporter: Reporter) -> Coordinator:
         world, store, run = self.world, self.store, self.prepared.run
         shared: dict[str, Any] = dict(
             known={
                 number: MemberResult(
-                    reward.reward, reward.tokens, 0, time.time(), reward.scores, reward.failures
+                    reward.reward,
+                    reward.tokens,
+                    0,
+                    time.time(),
+                    reward.scores,
+                    reward.failures,
+                    reward.parts,
                 )
                 for number, reward in self.resume.rewards.items()
             },

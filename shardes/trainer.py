@@ -118,14 +118,22 @@ class Trainer:
     def evaluate_members(self, iteration: Iteration) -> IterationResults:
         """Evaluate members for this replica until every member has a reward."""
         queue = self.coordinator.member_queue(iteration, self.answers.group_size(iteration))
+        scored: Callable[[], None] = nothing
         for group in queue:  # this replica's claims, then the members of replicas that died
-            self.evaluate_group(iteration, group, queue)
+            answered = self.evaluate_group(iteration, group, queue) if group else nothing
+            scored()  # workers scored the group before while this one answered
+            scored = answered
+            if not self.scorer.in_workers:
+                scored()
+                scored = nothing
         return queue.results()
 
     def evaluate_group(
         self, iteration: Iteration, group: Sequence[int], queue: MemberQueue
-    ) -> None:
-        """Let members answer, and score each from when its last response ends."""
+    ) -> Callable[[], None]:
+        """Let members answer, and score each from when its last response ends; returns a function
+        that posts their rewards.
+        """
         posts: dict[int, Callable[[], None]] = {}
 
         def finished(number: int, responses: list[list[int]]) -> None:
@@ -133,9 +141,13 @@ class Trainer:
                 posts[number] = self.score_member(iteration, number, responses, queue)
 
         self.answers.generate(iteration, group, queue.poll, finished)  # with θ + σ·ε(s_n)
-        for number in group:
-            self.world.run_on_leader(lambda: posts[number]())  # noqa: B023  # called at once
-            self.members_evaluated += 1
+
+        def post() -> None:
+            for number in group:
+                self.world.run_on_leader(lambda: posts[number]())  # noqa: B023  # called at once
+                self.members_evaluated += 1
+
+        return post
 
     def score_member(
         self, iteration: Iteration, number: int, responses: list[list[int]], queue: MemberQueue
@@ -160,6 +172,7 @@ class Trainer:
                 finished=time.time(),
                 scores=rewards if self.config.es.standardize_prompts else [],
                 failures=self.scorer.take_failures(),
+                parts=self.scorer.parts,
             )
             prompts = select(prompts_of(self.task, "train"), iteration.prompt_numbers)
             self.reporter.responses(number, prompts, texts, rewards)
@@ -291,4 +304,9 @@ def record_metrics(record: Record) -> dict[str, float]:
         "reward_max": max(record.rewards),
         "generated_tokens": record.tokens,
         **{name: record.failures.get(name, 0) for name in FAILURES},
+        **{f"reward/{name}": value for name, value in record.parts.items()},
     }
+
+
+def nothing() -> None:
+    """Do nothing."""

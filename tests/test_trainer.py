@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,6 +40,11 @@ class Slow:  # in worker processes
         open("SCORED", "a").write(f"{time.monotonic()} ")
         time.sleep(0.4)
         return float(sum(map(ord, response)) % 97)
+
+class Named:  # the reward of Letters, and a part that has a name
+    prompts = Letters.prompts
+    async def reward(self, split, number, response):
+        return {"reward": sum(map(ord, response)) % 97, "length": len(response)}
 """
 SETTINGS = [
     "model.dtype=float32",
@@ -144,6 +150,51 @@ def test_finished_members_are_scored_while_others_decode(trainer, tmp_path):
     scored = list(map(float, (tmp_path / "scored").read_text().split()))
     assert len(scored) == 6 and sum(when < max(steps) for when in scored) >= 2
     assert seconds < max(steps) - started + 6 * 0.4  # one after the other
+
+
+@pytest.mark.parametrize(
+    "trainer", [["Slow", "task.prompts_per_iteration=null", "task.workers=1"]], indirect=True
+)
+def test_a_member_is_scored_while_the_next_one_answers(trainer, tmp_path, monkeypatch):
+    trainer.replay_journal()
+    iteration, ends = trainer.iteration(0), []
+    expected = trainer.evaluate_members(replace(iteration, index=1))  # starts the worker, too
+    (tmp_path / "scored").unlink()
+    generate = trainer.sampler.generate
+
+    def slow(*arguments, **keys):
+        time.sleep(0.4)
+        responses = generate(*arguments, **keys)
+        ends.append(time.monotonic())
+        return responses
+
+    monkeypatch.setattr(trainer.sampler, "generate", slow)
+    started = time.monotonic()
+    results = trainer.evaluate_members(iteration)
+    seconds = time.monotonic() - started
+    assert [member.reward for member in results.members] == [m.reward for m in expected.members]
+    scored = list(map(float, (tmp_path / "scored").read_text().split()))
+    assert len(scored) == 4 and all(when < end for when, end in zip(scored, ends[1:], strict=False))
+    assert seconds < (ends[-1] - started) + 2 * 0.4  # those of all but the last cost nothing
+
+
+@pytest.mark.parametrize("trainer", [["Named"]], indirect=True)
+def test_named_parts_of_rewards_are_logged_and_decide_nothing(trainer):
+    directory = Path(trainer.config.run.dir)
+    trainer.train()
+    lines = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for record, row in zip(read(directory / "journal.jsonl").records, rows, strict=True):
+        members = [
+            line["parts"]["length"]
+            for line in lines
+            if line["kind"] == "reward" and line["iteration"] == record.iteration
+        ]
+        assert len(members) == 4 and record.parts == {"length": pytest.approx(np.mean(members))}
+        assert row["reward/length"] == record.parts["length"] > 0
+        weights = fitness(trainer.config.es, [[reward] for reward in record.rewards])
+        assert record.coefficients == coefficients(trainer.config.es, 0.05, weights)
+        assert len({*record.rewards}) > 1
 
 
 def test_the_loop_trains_and_finishes(trainer):

@@ -40,6 +40,7 @@ def band(curves: list[dict[int, float]]) -> tuple[list[int], np.ndarray]:
 def draw(groups: dict[str, list[Path]], title: str, out: Path) -> None:
     """Plot two panels: the members' mean reward, and the center on held-out prompts."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     accuracy = all(curve(run, "held_out_accuracy") for runs in groups.values() for run in runs)
     held_out = ("held_out_accuracy", "accuracy") if accuracy else ("held_out_reward", "reward")
@@ -60,6 +61,7 @@ def draw(groups: dict[str, list[Path]], title: str, out: Path) -> None:
                     iterations, values.min(0), values.max(0), color=line.get_color(), alpha=0.2
                 )
         panel.set(xlabel="iteration", ylabel=label)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(title)

@@ -4,11 +4,21 @@ set -euo pipefail
 
 warned=""                      # yes after SLURM's warning that it will end this job
 code=0                         # exit code of the last step
+container=()                   # command that runs another one in a container
 trap 'warned=yes' USR1
 
-# begin CONFIG.yaml [key=value ...]: checks the settings; sets run_dir and logs.
-begin() {
-    run_dir=$(python -c '
+# What this cluster needs: modules, an environment, a container. See site.example.sh. Such scripts
+# may read variables that are not set.
+set +u
+[[ ! -e launchers/slurm/site.sh ]] || . launchers/slurm/site.sh
+set -u
+
+# in_site COMMAND ...: runs the command in the container, if there is one.
+in_site() { ${container[@]+"${container[@]}"} "$@"; }
+
+# run_directory CONFIG.yaml [key=value ...]: checks the settings and prints run.dir.
+run_directory() {
+    in_site python -c '
 import sys
 from shardes.config.loading import load
 from shardes.errors import ConfigError
@@ -17,7 +27,12 @@ try:
 except (IndexError, ConfigError) as error:
     usage = "give CONFIG.yaml [key=value ...] after the name of the script"
     sys.exit(f"error: {error if sys.argv[1:] else usage}")
-' "$@")
+' "$@"
+}
+
+# begin CONFIG.yaml [key=value ...]: checks the settings; sets run_dir and logs.
+begin() {
+    run_dir=$(run_directory "$@")
     local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     logs=$run_dir/logs/${job:-$SLURM_JOB_ID}
     mkdir -p "$logs"
@@ -37,8 +52,9 @@ ranks_per_node() {
 # task rank|launcher ARGUMENTS ...: srun runs this function in every task, with a log per task.
 # Sets code.
 task() {
-    # srun does not inherit this from sbatch.
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} LOGS=$logs
+    # srun does not inherit this from sbatch. Without --cpus-per-task, tasks share the node's CPUs.
+    local shared=$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((shared > 0 ? shared : 1))} LOGS=$logs
     srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/task%t.log" \
         bash -c '. launchers/slurm/common.sh; "$@"' task "$@" &
     local step=$!
@@ -74,7 +90,7 @@ run_to_end() {
     trap '' USR1
     trap : TERM     # wait for the command to end
     code=0
-    "$@" || code=$?
+    in_site "$@" || code=$?
     # On exit code 75 of the first rank, srun would kill the ranks that are still stopping.
     [[ $code != 75 ]] || touch "$LOGS/preempted"
     exit $((code == 75 ? 0 : code))

@@ -30,6 +30,7 @@ from shardes.storage.export import (
     external_checkpoint,
     write_export,
 )
+from shardes.words import counted
 
 
 def parser() -> CommandParser:
@@ -94,7 +95,9 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise RunError(str(error)) from error
     parameters = sum(map(prod, source.shapes.values()))
-    print(f"{options.out}: {parameters:,} parameters after {source.iteration} iterations")
+    print(
+        f"{options.out}: {parameters:,} parameters after {counted(source.iteration, 'iteration')}"
+    )
     return 0
 
 

@@ -21,6 +21,7 @@ from shardes.es.statistics import mean, std
 from shardes.storage import snapshots
 from shardes.storage.journal import JOURNAL, History, read
 from shardes.storage.verify import differences, replayed_digests, snapshot_problems
+from shardes.words import counted
 
 
 def read_history(directory: Path) -> History:
@@ -44,13 +45,13 @@ def show(directory: Path, console: Console) -> None:
     console.print(iteration_table(history, saved))
     newest = len(history.records)
     if history.rewards:
-        console.print(
-            f"iteration {newest} is unfinished: {len(history.rewards)} members are evaluated"
-        )
+        members = counted(len(history.rewards), "member")
+        console.print(f"iteration {newest} is unfinished: rewards of {members} are recorded")
     if history.finish:
         with_snapshot = ", with a snapshot" if newest in saved else ""
         console.print(
-            f"finished after {newest} iterations: center {history.finish.digest}{with_snapshot}"
+            f"finished after {counted(newest, 'iteration')}: center {history.finish.digest}"
+            f"{with_snapshot}"
         )
     if history.incomplete_line:
         console.print(history.incomplete_line)

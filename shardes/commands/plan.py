@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from shardes.distributed import environment
@@ -33,7 +34,7 @@ from shardes.config.schema import Config, EngineName
 from shardes.errors import ConfigError, unusable_files
 from shardes.planning.devices import GPUS, Device, gpu, measured_cpu, slowest_gpu, with_rates
 from shardes.planning.layouts import Machine
-from shardes.planning.planner import Planner
+from shardes.planning.planner import Plan, Planner
 from shardes.planning.shapes import config_file
 from shardes.planning.workload import CHARACTERS_PER_TOKEN, read_workload
 
@@ -56,6 +57,13 @@ RATES = {  # the fields of Device that have a flag
     "normals": "values of ε per second from the noise kernel",
     "latency": "seconds that a sum over ranks takes at least",
 }
+MOST = {  # of the flags that count; more would only take long to compute
+    "gpus": 1024,
+    "nodes": 100_000,
+    "prompts": 1_000_000,
+    "prompt_tokens": 100_000_000,
+    "response_tokens": 100_000_000,
+}
 HOST_MEMORY = "2TB"  # as in a DGX H100
 WITHOUT_CONFIG = (
     "without a config: the defaults of shardes train with task.name=countdown; key=value changes "
@@ -75,8 +83,36 @@ def main(argv: list[str]) -> int:
     return run(parse(argv), console)
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
-    planner, notes = _planner(options)
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the configured and the suggested settings, and the best few."""
+
+    planner: Planner
+    assessments: dict[str, dict[str, Any]]
+    best: list[Plan]
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the configured settings fit; without a config, whether any do."""
+        configured = self.assessments.get("configured")
+        return configured["fits"] if configured else bool(self.best)
+
+    def to_json(self) -> dict[str, Any]:
+        others = [self.planner.assess(plan) for plan in self.best]
+        return {"notes": self.notes} | self.assessments | {"best": others}
+
+
+def find_plans(options: argparse.Namespace, given: Config | None = None) -> Found:
+    """Search as the options say.
+
+    Args:
+        given: the settings, in place of those that the options name.
+
+    Raises:
+        ConfigError: an option, or a setting, is not possible.
+    """
+    planner, notes = _planner(options, given)
     assessments: dict[str, dict[str, Any]] = {}
     configured = None if options.model else planner.configured()
     if configured:
@@ -84,19 +120,22 @@ def run(options: argparse.Namespace, console: Console) -> int:
     best = planner.search()
     if best and best[0] != configured:
         assessments["suggested"] = planner.assess(best[0])
-    fits = assessments["configured"]["fits"] if configured else bool(best)
+    return Found(planner, assessments, best, notes)
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    found = find_plans(options)
     if options.json:
-        others = [planner.assess(plan) for plan in best]
-        print(json.dumps({"notes": notes} | assessments | {"best": others}, indent=2))
-        return 0 if fits else 1
-    print_plans(console, planner, assessments, best)
-    if not best:
-        nodes = planner.nodes_needed()
+        print(json.dumps(found.to_json(), indent=2))
+        return 0 if found.fits else 1
+    print_plans(console, found.planner, found.assessments, found.best)
+    if not found.best:
+        nodes = found.planner.nodes_needed()
         sufficient = f"; {nodes} such nodes would be enough" if nodes else ""
         console.print(f"nothing fits{sufficient}")
-    for note in notes:
+    for note in found.notes:
         console.print(note)
-    return 0 if fits else 1
+    return 0 if found.fits else 1
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -136,14 +175,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
+def _planner(options: argparse.Namespace, given: Config | None) -> tuple[Planner, list[str]]:
     """The planner, and notes on what it assumes."""
-    for flag in ("gpus", "nodes", "prompts", "prompt_tokens", "response_tokens", *RATES):
-        value, least = getattr(options, flag), 0 if flag in RATES else 1
-        if value is not None and not (value and least <= value < math.inf):
-            demand = "positive" if flag in RATES else "at least 1"
-            raise ConfigError(f"--{flag.replace('_', '-')} {value}: must be {demand}")
-    config, notes = _config(options)
+    for flag in RATES:
+        value = getattr(options, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{flag} {value}: must be positive")
+    for flag, most in MOST.items():
+        value = getattr(options, flag)
+        if value is not None and not 1 <= value <= most:
+            name = flag.replace("_", "-")
+            raise ConfigError(f"--{name} {value}: must be at least 1 and at most {most}")
+    config, notes = (given, []) if given else _config(options)
+    longest = config.generation.max_new_tokens
+    if options.response_tokens is not None and options.response_tokens > longest:
+        raise ConfigError(
+            f"--response-tokens {options.response_tokens}: no response is longer than "
+            f"generation.max_new_tokens={longest}"
+        )
     config_file(config.model.path)  # a wrong path is reported before the task is loaded
     device, note = _device(options, config)
     notes.append(note)
@@ -156,7 +205,7 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
     memory = None if on_cpu else device.capacity
     machine = Machine(options.nodes, options.gpus, memory, host_memory)
     workload = read_workload(config, options.prompts, options.prompt_tokens)
-    response = min(options.response_tokens or workload.max_new_tokens, workload.max_new_tokens)
+    response = options.response_tokens or longest
     return Planner(config, workload, machine, device, response), notes
 
 
@@ -183,6 +232,11 @@ def _device(options: argparse.Namespace, config: Config) -> tuple[Device, str]:
             "--gpu-memory, one GPU's memory, such as 80GB"
         )
     if (options.gpu or "").lower() == "cpu":
+        if memory is not None:
+            raise ConfigError(
+                f"--gpu-memory {options.gpu_memory}: --gpu cpu has no GPUs; leave it out, or set "
+                "--host-memory"
+            )
         device = measured_cpu(options.gpus, getattr(torch, config.model.dtype.value))
         note = (
             f"rates of a rank, measured now on this machine: {device.bandwidth / 1e9:.3g} GB/s, "
@@ -208,9 +262,10 @@ def _device(options: argparse.Namespace, config: Config) -> tuple[Device, str]:
 def _size(text: str, flag: str) -> int:
     """A number of bytes written as 80GB or 2TiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
-    if not match or not float(match[1]):
+    size = float(match[1]) * UNITS[match[2]] if match else 0
+    if not 1 <= size < 2**63:
         raise ConfigError(f"{flag} {text}: must be a size such as 80GB, 500MB or 2TB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(size)
 
 
 if __name__ == "__main__":

@@ -21,22 +21,23 @@ with environment.quiet():
 import torch
 import torch.distributed as dist
 
-from shardes import launch
+from shardes import launch, lifecycle
 from shardes.commands.arguments import LaunchParser, reports_errors
 from shardes.config import loading as settings
 from shardes.config.schema import Config
-from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.errors import ConfigError, RunError, one_line, unusable_files
+from shardes.errors import ConfigError, RunError, Stopped, one_line, unusable_files
 from shardes.es.population import held_out_numbers, select
 from shardes.es.side_by_side import members_together
 from shardes.launch import PreparedRun
 from shardes.planning.layouts import Layout
-from shardes.planning.memory import rank_memory
+from shardes.planning.memory import center_on_device, rank_memory
 from shardes.planning.shapes import read_shapes
 from shardes.planning.workload import Workload
 from shardes.replicas.joining import JoinedRun, connect_to_run, join_run
 from shardes.reporting.attempts import record_failure
+from shardes.reporting.reporter import OnMetrics, ignore
 from shardes.roles import ClientJob, PreparedTraining, PrimaryJob
 from shardes.storage.resume import (
     RunDirectory,
@@ -45,6 +46,8 @@ from shardes.storage.resume import (
     recorded_date,
 )
 from shardes.storage.sources import run_sources
+from shardes.tasks import Task
+from shardes.words import counted
 
 EXAMPLES = """examples:
   shardes train configs/quickstart.yaml --gpus 2            two ranks on this host (or --nproc 2)
@@ -60,19 +63,38 @@ def parser() -> LaunchParser:
 
 
 def prepare(argv: list[str], job: Job) -> PreparedTraining:
-    _, config = parser().read(argv)
+    """The settings of the command line, checked; of a rank of `--gpus`, metrics are reported."""
+    return prepare_run(parser().read(argv)[1], job, on_metrics=report_metrics)
+
+
+def report_metrics(metrics: dict[str, float]) -> None:
+    environment.report(metrics=metrics)
+
+
+def prepare_run(
+    config: Config, job: Job, task: Task | None = None, on_metrics: OnMetrics = ignore
+) -> PreparedTraining:
+    """Make the cheap checks, and open the run directory.
+
+    Args:
+        task: the user's object, in place of the task that the settings name.
+        on_metrics: is called, on the primary rank, with the metrics of each iteration.
+
+    Raises:
+        ConfigError: the run cannot start.
+    """
     joins = config.replicas.join is not None
     connection = connect_to_run(config) if joins and job.rank == 0 else None
     date = launch.shared_date(job, lambda: connection.date if connection else recorded_date(config))
-    prepared = launch.check(config, job)
+    prepared = launch.check(config, job, task)
     prompts = encode_prompts(prepared, date)
-    prepared.sources = run_sources(config.task, prompts)
+    prepared.sources = run_sources(config.task, prompts, task)
     run: RunDirectory | JoinedRun | None = None
     if connection:
         run = join_run(connection, config, prepared.files, prepared.sources)
     elif job.rank == 0:
         run = open_run_directory(config, prepared.files, prepared.sources, date.isoformat())
-    return PreparedTraining(**vars(prepared), prompts=prompts, run=run)
+    return PreparedTraining(**vars(prepared), prompts=prompts, run=run, on_metrics=on_metrics)
 
 
 @reports_errors
@@ -94,13 +116,15 @@ def dry_run(argv: list[str], ranks: int) -> int:
         generation.max_new_tokens,
         generation.batch_tokens,
         members_together(config, lengths["train"], prepared.replicas),
+        generation.decode,
     )
     counts = ", ".join(
         f"{len(rows)} {split}, up to {max(rows)} tokens" for split, rows in lengths.items()
     )
     print(f"# run.dir: {Path(config.run.dir).absolute()}, {state}")
     degrees = f"shard {shard} × tensor {tensor}"
-    print(f"# layout: {ranks} ranks, {prepared.replicas} replicas × {degrees}")
+    replicas = counted(prepared.replicas, "replica")
+    print(f"# layout: {counted(ranks, 'rank')}, {replicas} × {degrees}")
     print(f"# prompts: {counts}")
     if applied := prepared.decoder.applied:
         print(f"# greedy decoding: {applied} (the checkpoint's generation config)")
@@ -116,12 +140,15 @@ def _memory(config: Config, layout: Layout, workload: Workload) -> str:
     """
     device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     try:
-        shapes = read_shapes(config)[0]
-        memory = rank_memory(shapes, layout, workload, config.es, device)
+        shapes, module = read_shapes(config)
+        on_device = center_on_device(config, shapes, module.config, device)
+        memory = rank_memory(
+            shapes, layout, workload, config.es, device, center_on_device=on_device
+        )
     except (ConfigError, TypeError, AttributeError, ArithmeticError) as error:
         return f"not estimated ({one_line(error)})"
-    on_device = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
-    return f"about {on_device}{sum(memory.host.values()) / 1e9:.3g} GB on its host"
+    on_gpu = f"{sum(memory.gpu.values()) / 1e9:.3g} GB on its GPU, " if device else ""
+    return f"about {on_gpu}{sum(memory.host.values()) / 1e9:.3g} GB on its host"
 
 
 def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list[int]]]:
@@ -152,6 +179,7 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
             trainer.train()
         except Stopped as stopped:
             trainer.reporter.say(str(stopped))
+            stopped.said = True
             raise
         except Exception as error:
             if is_client and isinstance(error, dist.DistError):
@@ -164,14 +192,14 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
             raise
         if is_client:
             trainer.reporter.say(
-                f"done: this replica evaluated {trainer.members_evaluated} members; "
+                f"done: this replica evaluated {counted(trainer.members_evaluated, 'member')}; "
                 f"center {trainer.digest}"
             )
         dist.barrier()
 
 
 def main(argv: list[str]) -> int:
-    return launch.launch(argv, parser(), prepare, work)
+    return lifecycle.launch(argv, parser(), prepare, work)
 
 
 if __name__ == "__main__":

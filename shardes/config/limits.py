@@ -9,6 +9,8 @@ from omegaconf import MISSING
 
 LARGEST_REWARD = 1e100  # sums of squares over a population are far from overflow
 REWARD_RANGE = f"a number from -{LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
+MOST_PARTS = 16  # of a reward, beside the number that decides
+PART_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ def is_reward(value: Any) -> bool:
     """Whether a value can be a reward: a number from -LARGEST_REWARD to LARGEST_REWARD."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and bool(abs(value) <= LARGEST_REWARD)
+
+
+def is_part_name(value: Any) -> bool:
+    """Whether a value can name a part of a reward, in metrics as `reward/NAME`."""
+    return isinstance(value, str) and PART_NAME.fullmatch(value) is not None
 
 
 def is_reward_text(text: str) -> bool:

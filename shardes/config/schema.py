@@ -341,7 +341,8 @@ class VLLMConfig:
 class TaskConfig:
     name: str | None = _setting(
         None,
-        "built-in task: conciseness, countdown or math; or jsonl, for your own data and reward",
+        "built-in task: conciseness, countdown, extraction or math; or jsonl, for your own data "
+        "and reward",
         decides_center=True,
     )
     path: str | None = _setting(
@@ -349,8 +350,9 @@ class TaskConfig:
     )
     train: str | None = _setting(
         None,
-        "training problems (countdown, math, jsonl): a file (.jsonl, .json, .csv, .parquet), a "
-        "directory that save_to_disk wrote, or datasets:NAME:SPLIT; null: the built-in ones",
+        "training problems (countdown, extraction, math, jsonl): a file (.jsonl, .json, .csv, "
+        ".parquet), a directory that save_to_disk wrote, or datasets:NAME:SPLIT; null: the "
+        "built-in ones",
         decides_center=True,
         is_path=True,
     )
@@ -370,7 +372,14 @@ class TaskConfig:
     template: str | None = _setting(
         None,
         "jsonl: the prompt; {field} inserts a field of the example, {{ and }} are braces; "
-        "null: the example's field prompt",
+        "null: the field task.prompt_field",
+        decides_center=True,
+    )
+    prompt_field: str | None = _setting(
+        None,
+        "jsonl: the example's field that is the prompt, a text or a list of chat messages; "
+        "null: prompt",
+        limit=Limit("must be the name of a field", bool),
         decides_center=True,
     )
     chat: bool = _setting(
@@ -378,10 +387,14 @@ class TaskConfig:
         "jsonl: true: put the prompt as a user message into the chat template; false: raw text",
         decides_center=True,
     )
+    system: str | None = _setting(
+        None, "jsonl: a system message before the user's; null: none", decides_center=True
+    )
     reward: str | None = _setting(
         None,
-        "jsonl: my_module:function or my_reward.py:function; "
-        "called with (response, example), it returns a float",
+        "jsonl: my_module:function or my_reward.py:function; called with (response, example), it "
+        "returns a number, or a dict with 'reward'; it may be async; a function named score_batch "
+        "takes lists (responses, examples)",
         decides_center=True,
         is_path=True,
     )
@@ -391,9 +404,15 @@ class TaskConfig:
         limit=at_least(1),
         decides_center=False,
     )
+    concurrency: int = _setting(
+        8,
+        "calls of an async reward function that are in flight at once in each worker",
+        limit=at_least(1),
+        decides_center=False,
+    )
     timeout: float = _setting(
         10.0,
-        "seconds that a worker may take to score one response; then it is killed",
+        "seconds that one call of the reward function may take; then its worker is killed",
         limit=POSITIVE,
         decides_center=False,
     )

@@ -1,5 +1,6 @@
 """Engines hold the model, sharded over the ranks of a replica. They know nothing of ES."""
 
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +63,12 @@ def build(config: Config, module: PreTrainedModel, world: World) -> ModuleEngine
     from shardes.engines.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(module, world, config.sharding)
+
+
+def release() -> None:
+    """Drop what DeepSpeed keeps of a model after its engine; for a process that outlives a run."""
+    if offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        offload.FWD_MODULE_STACK.clear()
 
 
 def open_model(

@@ -18,10 +18,15 @@ PACKAGES = {
 
 def check_attention(model: ModelConfig) -> None:
     """Raise ConfigError if this installation, machine or dtype has no such attention."""
+    key = f"model.attention={model.attention.value}"
+    if model.attention is Attention.flex_attention and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"{key}: there is no GPU, and torch's C++ for CPUs does not compile with the mask of a "
+            "batch; use sdpa"
+        )
     if model.attention not in PACKAGES:
         return
     module, package = PACKAGES[model.attention]
-    key = f"model.attention={model.attention.value}"
     if find_spec(module) is None:
         raise ConfigError(f"{key}: the package {package} is not installed; install it, or use sdpa")
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Where the float32 center lies, and how blocks of one in host memory reach the device."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -30,15 +30,43 @@ def center_device(
     `auto` is the device if, with all that is allocated now, generation and `MARGIN` leave room for
     the float32 center on every rank of the replica. The choice changes no bit.
     """
-    host, wanted = torch.device("cpu"), config.center.device
+
+    def fits() -> bool:
+        itemsizes = [shard.tensor.element_size() for shard in shards]
+        slices = [
+            sum(region.numel for region in shard.tensor_regions) * itemsize
+            for shard, itemsize in zip(shards, itemsizes, strict=True)
+        ]
+        held = sum(shard.numel for shard in shards)
+        needed = needed_bytes(config, model, held, itemsizes[0], slices)
+        fit, ranks = world.sum(float(needed <= free_bytes(world)), 1.0)
+        return fit == ranks
+
+    is_on_device = world.device.type != "cpu" and lies_on_device(config, fits)
+    return world.device if is_on_device else torch.device("cpu")
+
+
+def lies_on_device(config: Config, fits: Callable[[], bool]) -> bool:
+    """Whether the center lies on an accelerator that a run computes on.
+
+    Args:
+        fits: whether it has `needed_bytes`; asked only if that decides.
+    """
+    wanted = config.center.device
     offloads = config.sharding.offload is Offload.cpu  # then noise is made on the host
-    if world.device.type == "cpu" or offloads or wanted is CenterDevice.host:
-        return host
-    if wanted is CenterDevice.device:
-        return world.device
-    needed = 4 * sum(shard.numel for shard in shards) + generation_bytes(config, model, shards)
-    fits, ranks = world.sum(float(needed <= free_bytes(world)), 1.0)
-    return world.device if fits == ranks else host
+    if offloads or wanted is CenterDevice.host:
+        return False
+    return wanted is CenterDevice.device or fits()
+
+
+def needed_bytes(
+    config: Config, model: PreTrainedConfig, held: int, itemsize: int, slices: Sequence[int]
+) -> int:
+    """What a rank's part of the center, of `held` elements, and generation take on the device.
+
+    The other arguments are those of `generation_bytes`.
+    """
+    return 4 * held + generation_bytes(config, model, itemsize, slices)
 
 
 def free_bytes(world: World) -> float:

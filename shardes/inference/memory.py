@@ -6,13 +6,12 @@ from transformers import PreTrainedConfig
 
 from shardes.config.schema import Config, EngineName, Gather
 from shardes.inference.log_probs import MAX_LOGITS
-from shardes.sharding.regions import ParameterShard
 
 LOGITS = 4 * MAX_LOGITS  # bytes: they are float32
 
 
 def generation_bytes(
-    config: Config, model: PreTrainedConfig, shards: Sequence[ParameterShard]
+    config: Config, model: PreTrainedConfig, itemsize: int, slices: Sequence[int]
 ) -> int:
     """An upper estimate, for a rank, of what generation will allocate.
 
@@ -20,11 +19,14 @@ def generation_bytes(
     layer, logits, and the gathered weights, except for those that engine=deepspeed has already
     allocated; engine=vllm has allocated all but the logits. What a config does not tell is taken
     from its largest size.
+
+    Args:
+        itemsize: bytes of a live weight.
+        slices: the bytes of each parameter's tensor-parallel slice.
     """
     if config.engine is EngineName.vllm:
         return LOGITS
     text, tensor = model.get_text_config(), config.sharding.tensor
-    itemsize = shards[0].tensor.element_size()
     hidden = _size(text, "hidden_size") or 8192
     heads = _size(text, "num_attention_heads") or 1
     kv_heads = _size(text, "num_key_value_heads") or heads
@@ -37,20 +39,16 @@ def generation_bytes(
     return (
         config.generation.batch_tokens * per_token
         + LOGITS
-        + _gathered_bytes(config, layers, shards)
+        + _gathered_bytes(config, layers, slices)
     )
 
 
-def _gathered_bytes(config: Config, layers: int, shards: Sequence[ParameterShard]) -> int:
+def _gathered_bytes(config: Config, layers: int, slices: Sequence[int]) -> int:
     if config.sharding.shard == 1:
         return 0
-    sizes = [
-        sum(region.numel for region in shard.tensor_regions) * shard.tensor.element_size()
-        for shard in shards
-    ]
     if config.sharding.gather is Gather.layer:
-        return 3 * (sum(sizes) // layers + max(sizes))
-    return sum(sizes) if config.engine is EngineName.fsdp else 0
+        return 3 * (sum(slices) // layers + max(slices))
+    return sum(slices) if config.engine is EngineName.fsdp else 0
 
 
 def _size(text: PreTrainedConfig, name: str) -> int:

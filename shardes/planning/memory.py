@@ -1,7 +1,6 @@
 """The memory of a rank, computed before anything starts.
 
-Sizes are in bytes, of the largest rank. With GPUs the center is counted in host memory, where
-`center.device=auto` leaves it if the GPU has no room; with CPUs everything is there. Tests compare
+Sizes are in bytes, of the largest rank. Without GPUs, everything is in host memory. Tests compare
 the CPU's figures with measured runs. Those of GPUs were not compared.
 """
 
@@ -9,9 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shardes.config.schema import EngineName, ESConfig, Gather, Offload, Restore, VLLMConfig
+from transformers import PreTrainedConfig
+
+from shardes.config.schema import (
+    Config,
+    EngineName,
+    ESConfig,
+    Gather,
+    Offload,
+    Restore,
+    VLLMConfig,
+)
 from shardes.engines.vllm_adapters import Slots
 from shardes.es.center import SAMPLE
+from shardes.es.staging import MARGIN, lies_on_device, needed_bytes
 from shardes.planning.layouts import Layout, Machine
 from shardes.planning.shapes import (
     ModelShapes,
@@ -29,12 +39,11 @@ MALLOC_HOLES, MALLOC_MAPPED = 48 << 20, 7 * 32 << 20
 SHARED_SUMS = 32 << 20
 # Measured on a CPU: Python, torch, deepspeed, compiled kernels and a tiny model
 LIBRARIES = 720_000_000
+SCORE = 8  # bytes of an attention score: two float32 numbers, or one and two 16-bit numbers
 # Measured on a CPU with a tiny model: what engine=vllm takes beyond engine=fsdp, without its cache
 VLLM_LIBRARIES = 240_000_000
 # The tokens and the sequences of a step of vLLM at most, where it has the largest GPUs
 STEP_TOKENS, STEP_ROWS = 16384, 1024
-# Of a GPU's memory: CUDA's context, NCCL's buffers, fragmentation. Assumed, not measured
-RESERVE = 0.1
 PREFETCH = 50_000_000  # elements that ZeRO-3 gathers ahead: DeepSpeed's default
 
 
@@ -66,15 +75,21 @@ def rank_memory(
     es: ESConfig,
     gpu_memory: float | None,
     tensor_rank: int = 0,
+    center_on_device: bool = False,
 ) -> Memory:
-    """The peak memory of a rank; `gpu_memory` is None on CPUs."""
+    """The peak memory of a rank.
+
+    Args:
+        gpu_memory: None on CPUs.
+        center_on_device: whether a float32 center lies on the GPU.
+    """
     held = held_elements(model, layout.tensor, layout.shard, tensor_rank)
     slices = slice_elements(model, layout.tensor, tensor_rank)
     copies = es.restore is Restore.copy
     live = {"live shard": held * model.itemsize}
     center = {"center": held * 4 if copies else held // SAMPLE * model.itemsize}
     batches = [batch for lengths in workload.of_rank(layout) for batch in workload.batches(lengths)]
-    tokens = max(rows * (width + workload.max_new_tokens) for rows, width in batches)
+    tokens = max(workload.rows(rows) * workload.length(width) for rows, width in batches)
     heads = -(-model.num_key_value_heads // layout.tensor)
     cached = 2 * model.num_hidden_layers * heads * model.head_dim  # elements per token
     computing = {
@@ -99,13 +114,35 @@ def rank_memory(
         return Memory({}, live | center | computing | more)
     # Each row's factors of a matrix: gathered, scaled in float32, and cast
     of_row = max(factors, default=0) * (8 + model.itemsize)
-    computing["largest temporaries"] += max(rows for rows, _ in batches) * of_row
-    reserve = {"reserve": int(RESERVE * gpu_memory)}
-    offload = layout.offload is Offload.cpu
-    return Memory(
-        ({} if offload else live) | ({} if copies else center) | computing | reserve,
-        {"libraries": LIBRARIES} | (live if offload else {}) | (center if copies else {}),
-    )
+    computing["largest temporaries"] += workload.rows(max(rows for rows, _ in batches)) * of_row
+    gpu: dict[str, int] = {}
+    host = {"libraries": LIBRARIES}
+    (host if layout.offload is Offload.cpu else gpu).update(live)
+    (host if copies and not center_on_device else gpu).update(center)
+    return Memory(gpu | computing | {"reserve": int(MARGIN * gpu_memory)}, host)
+
+
+def center_on_device(
+    config: Config, model: ModelShapes, sizes: PreTrainedConfig, gpu_memory: float | None
+) -> bool:
+    """Whether a run keeps a float32 center on its GPU; the rule is the run's own.
+
+    Args:
+        sizes: the model's config.
+        gpu_memory: None on CPUs.
+    """
+    if gpu_memory is None or config.es.restore is Restore.subtract:
+        return False
+    sharding = config.sharding
+    layout = Layout(1, sharding.shard, sharding.tensor, sharding.gather, sharding.offload)
+    held = held_elements(model, layout.tensor, layout.shard)
+    slices = [numel * model.itemsize for numel in slice_elements(model, layout.tensor)]
+    allocated = held
+    if model.engine is EngineName.deepspeed and layout.gather is Gather.member:
+        allocated += _gathered(model, layout, 0)
+    free = (1 - MARGIN) * gpu_memory - allocated * model.itemsize
+    needed = needed_bytes(config, sizes, held, model.itemsize, slices)
+    return lies_on_device(config, lambda: needed <= free)
 
 
 def vllm_memory(
@@ -137,7 +174,7 @@ def vllm_memory(
     if gpu_memory is None:
         packed = {"packed experts": model.experts_numel // layout.tensor * model.itemsize}
         return Memory({}, live | center | computing | packed | libraries)
-    reserve = {"reserve": int(RESERVE * gpu_memory)}
+    reserve = {"reserve": int(MARGIN * gpu_memory)}
     return Memory(live | computing | reserve, center | libraries)
 
 
@@ -165,8 +202,8 @@ def temporaries(model: ModelShapes, tensor: int, rows: int, width: int) -> int:
     """The peak memory of the forward pass of a batch of prompts, without weights and cache.
 
     Per token: the embedded prompt, a layer's input, its residual and normalized state, and either
-    three intermediate states, or queries, keys and values with those repeated for every head. Per
-    row: the logits.
+    three intermediate states, or queries, keys and values with those repeated for every head; with
+    these, the scores of attention that holds them. Per row: the logits.
     """
     share = -(-model.num_key_value_heads // tensor) / model.num_key_value_heads
     queries = model.num_attention_heads * model.head_dim * share
@@ -175,10 +212,13 @@ def temporaries(model: ModelShapes, tensor: int, rows: int, width: int) -> int:
     dense = 3 * model.intermediate_size / tensor
     if model.num_experts:
         dense = model.num_experts_per_tok * (2 * hidden + 3 * model.moe_intermediate_size / tensor)
-    widest = max(4 * hidden + dense, 3 * hidden + 5 * queries + 2 * keys)
-    state = rows * width * (widest + 2 * model.head_dim)
-    logits = rows * (width * hidden + model.vocab_size / tensor)
-    return int(max(state, logits) * model.itemsize)
+    per_token = model.itemsize * rows * width
+    wide = per_token * (4 * hidden + dense + 2 * model.head_dim)
+    attention = per_token * (3 * hidden + 5 * queries + 2 * keys + 2 * model.head_dim)
+    if model.has_scores:
+        attention += rows * model.num_attention_heads * share * width**2 * SCORE
+    logits = rows * (width * hidden + model.vocab_size / tensor) * model.itemsize
+    return int(max(wide, attention, logits))
 
 
 def _gathers(model: ModelShapes, layout: Layout) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from shardes.config.schema import Config, EngineName, Noise
+from shardes.config.schema import CenterDevice, Config, EngineName, Noise, Offload, Restore
 from shardes.errors import ConfigError
 from shardes.es.adapted_members import check_adapters
 from shardes.es.matrix_layers import check_members_can_share
@@ -15,7 +15,7 @@ from shardes.es.population import check_rank
 from shardes.es.side_by_side import answer_side_by_side, members_together
 from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine, configured_layout, possible_layouts
-from shardes.planning.memory import Memory, rank_memory, vllm_memory
+from shardes.planning.memory import Memory, center_on_device, rank_memory, vllm_memory
 from shardes.planning.run import whole_run
 from shardes.planning.shapes import ModelShapes, read_shapes, splits_experts
 from shardes.planning.time import Estimate
@@ -32,16 +32,23 @@ class Plan:
 
     Attributes:
         members: how many members answer side by side; 1: one after another.
+        center: where the float32 center lies; None: there is no choice.
     """
 
     engine: EngineName
     layout: Layout
     batch_tokens: int
     members: int = 1
+    center: CenterDevice | None = None
 
     def __str__(self) -> str:
         text = f"{self.layout}, batch_tokens={self.batch_tokens}"
-        return text + f", {self.members} members side by side" * (self.members > 1)
+        text += f", {self.members} members side by side" * (self.members > 1)
+        return text + ", center on the GPU" * self.center_on_device
+
+    @property
+    def center_on_device(self) -> bool:
+        return self.center is CenterDevice.device
 
     def settings(self, config: Config) -> str:
         """The plan as `key=value` overrides of a config."""
@@ -61,6 +68,8 @@ class Plan:
             values["engine"] = self.engine.value
         if config.sharding.replicas is not None:
             values["sharding.replicas"] = layout.replicas
+        if self.center is not None:
+            values["center.device"] = self.center.value
         return " ".join(f"{key}={value}" for key, value in values.items())
 
 
@@ -102,7 +111,11 @@ class Planner:
                     f"sharding.tensor={layout.tensor} splits; set es.members_per_batch=1, or "
                     "sharding.tensor=1"
                 )
-        return Plan(engine, layout, generation.batch_tokens, members)
+        center, *_ = self._centers(layout)
+        memory = self.machine.gpu_memory
+        if center and not center_on_device(self.config, model, module.config, memory):
+            center = CenterDevice.host
+        return Plan(engine, layout, generation.batch_tokens, members, center)
 
     def assess(self, plan: Plan) -> dict[str, Any]:
         """A plan's memory, traffic and times, ready for JSON."""
@@ -114,6 +127,7 @@ class Planner:
             "layout": {key: getattr(value, "value", value) for key, value in layout.items()},
             "batch_tokens": plan.batch_tokens,
             "members_per_batch": plan.members,
+            "center_device": plan.center and plan.center.value,
             "settings": plan.settings(self.config),
             "fits": memory.fits(self.machine),
             "gpu": memory.gpu,
@@ -128,10 +142,11 @@ class Planner:
 
     def memory(self, plan: Plan) -> Memory:
         model, workload, es = self._read(plan.engine)[0], self._work(plan), self.config.es
+        gpu_memory = self.machine.gpu_memory
         if plan.engine is EngineName.vllm:
-            vllm = self.config.vllm
-            return vllm_memory(model, plan.layout, workload, es, vllm, self.machine.gpu_memory)
-        return rank_memory(model, plan.layout, workload, es, self.machine.gpu_memory)
+            return vllm_memory(model, plan.layout, workload, es, self.config.vllm, gpu_memory)
+        on_device = plan.center_on_device
+        return rank_memory(model, plan.layout, workload, es, gpu_memory, center_on_device=on_device)
 
     def estimate(self, plan: Plan) -> Estimate:
         return Estimate(
@@ -142,6 +157,7 @@ class Planner:
             self.response,
             self.device,
             self.machine,
+            plan.center_on_device,
         )
 
     def search(self, count: int = 4) -> list[Plan]:
@@ -154,7 +170,8 @@ class Planner:
         for plan in self._fitting():
             seconds = self.estimate(plan).seconds().total
             best = by_layout.get(plan.layout)
-            # Plans of the configured engine come first, and the largest groups of members.
+            # Plans of the configured engine come first, then those with a center on the GPU, and of
+            # these the largest groups of members.
             if best is None or NEAR * seconds < best[0]:
                 by_layout[plan.layout] = seconds, plan
         ranked = sorted(by_layout.values(), key=lambda pair: pair[0])
@@ -194,20 +211,24 @@ class Planner:
             if self.memory(only).fits(self.machine):
                 yield only
             return
-        for members in self._member_counts(engine, layout):
+        row = self.workload.length(max(self.workload.train + self.workload.test))
+        for center in self._centers(layout):
+            start = Plan(engine, layout, row, center=center)
+            for members in self._member_counts(start):
+                plan = replace(start, members=members)
+                whole = replace(self.workload, members=members).whole(layout)
 
-            def plan(batch_tokens: int, members: int = members) -> Plan:
-                return Plan(engine, layout, batch_tokens, members)
+                def room(tokens: int, plan: Plan = plan) -> float:
+                    return self._room(replace(plan, batch_tokens=tokens))
 
-            whole = replace(self.workload, members=members).whole(layout)
-            row = max(self.workload.train + self.workload.test) + self.workload.max_new_tokens
-            tokens = largest(lambda number: self._room(plan(number)), min(row, whole), whole)
-            if tokens is None:
-                continue
-            if tokens < whole:
-                tokens = max(tokens - tokens % 10 ** max(len(str(tokens)) - 3, 0), row)
-            if self.memory(plan(tokens)).fits(self.machine):
-                yield plan(tokens)
+                tokens = largest(room, min(row, whole), whole)
+                if tokens is None:
+                    continue
+                if tokens < whole:
+                    tokens = max(tokens - tokens % 10 ** max(len(str(tokens)) - 3, 0), row)
+                filled = replace(plan, batch_tokens=tokens)
+                if self.memory(filled).fits(self.machine):
+                    yield filled
 
     def _with_vllm(self, layout: Layout) -> Plan:
         """The plan of a layout with vLLM, which forms its batches itself."""
@@ -216,19 +237,27 @@ class Planner:
             members = members_together(config, self.workload.train, layout.replicas)
         return Plan(config.engine, layout, config.generation.batch_tokens, members)
 
-    def _member_counts(self, engine: EngineName, layout: Layout) -> list[int]:
+    def _centers(self, layout: Layout) -> list[CenterDevice | None]:
+        """Where a float32 center may lie; None: there is no choice."""
+        copies = self.config.es.restore is Restore.copy
+        if self.machine.gpu_memory is None or not copies or layout.offload is Offload.cpu:
+            return [None]
+        return [CenterDevice.device, CenterDevice.host]
+
+    def _member_counts(self, plan: Plan) -> list[int]:
         """How many members may answer side by side: all of a replica's, or as many as one batch
         holds, or one.
         """
+        layout = plan.layout
         if self.config.es.noise is Noise.full or not self._can_share:
             return [1]
-        if splits_experts(self._read(engine)[0], layout.tensor):
+        if splits_experts(self._read(plan.engine)[0], layout.tensor):
             return [1]
         share = -(-self.config.es.population_size // layout.replicas)
 
         def room(members: int) -> float:
             whole = replace(self.workload, members=members).whole(layout)
-            return self._room(Plan(engine, layout, whole, members))
+            return self._room(replace(plan, batch_tokens=whole, members=members))
 
         held = largest(room, 1, share) or 1
         balanced = -(-share // -(-share // held))

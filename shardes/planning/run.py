@@ -5,6 +5,7 @@ from typing import Any
 from shardes.config.schema import Config, Restore
 from shardes.planning.devices import SHARE
 from shardes.planning.time import Estimate
+from shardes.words import counted
 
 # Bytes of a record per member: 24 kB for 400 (docs/scaling.md)
 RECORD = 60
@@ -30,12 +31,14 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
     rates = f"{SHARE:.0%} of the peak rates: an assumption"
     if on_cpu:
         rates = (
-            "measured rates of this CPU; iterations took 1.05 to 1.6 times that: docs/scaling.md"
+            "measured rates of this CPU; iterations of runs took 1.1 to 1.6 times that: "
+            "docs/scaling.md"
         )
     figures = {
         "hours, at least": (
             seconds / 3600,
-            f"{es.iterations} iterations and {evaluations} evaluations of the center, every "
+            f"{counted(es.iterations, 'iteration')} and "
+            f"{counted(evaluations, 'evaluation')} of the center, every "
             "response as long as allowed, at full rates",
         ),
         "hours, likely": (likely / 3600, rates),

@@ -13,13 +13,14 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shardes.config.schema import Config, EngineName
+from shardes.config.schema import Attention, Config, EngineName
 from shardes.engines import empty_model
 from shardes.errors import ConfigError, mistakes_in
 from shardes.es.update import evolves
 from shardes.sharding.model_directory import download
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Parameter:
 class ModelShapes:
     """A model's sizes, named as in transformers' configs, and its parameters.
 
-    `num_experts` is 0 for a dense model.
+    `num_experts` is 0 for a dense model. `has_scores`: attention holds its scores, of a size that
+    is quadratic in the prompt's length.
     """
 
     engine: EngineName
@@ -71,6 +73,7 @@ class ModelShapes:
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
+    has_scores: bool = False
 
     @property
     def numel(self) -> int:
@@ -164,15 +167,16 @@ def read_shapes(
         module: the module, if it has been made already, such as for another engine.
 
     Raises:
-        ConfigError: config.json is missing, unreadable, or lacks a size.
+        ConfigError: config.json is missing, unreadable, lacks a size, or has one that no model has.
     """
     path, file = config.model.path, config_file(config.model.path)
     with mistakes_in(f"model.path={path}: no readable config.json"):
         values = dict(json.loads(file.read_bytes()))
+    _check_values(path, values | _section(values, "text_config"))
     dtype = getattr(torch, config.model.dtype.value)
     module = module if module is not None else empty_model(file.parent, dtype)
     text = module.config.get_text_config()
-    _check_sizes(path, values | values.get("text_config", {}), text)
+    _check_sizes(path, values | _section(values, "text_config"), text)
     num_heads = text.num_attention_heads
     num_key_value_heads = getattr(text, "num_key_value_heads", None) or num_heads
     num_experts = (
@@ -197,8 +201,39 @@ def read_shapes(
         num_experts=num_experts,
         num_experts_per_tok=getattr(text, "num_experts_per_tok", 0) if num_experts else 0,
         moe_intermediate_size=moe_intermediate_size,
+        has_scores=Attention.eager.value in (config.model.attention.value, _attention(text)),
     )
     return shapes, module
+
+
+def _attention(text: PreTrainedConfig) -> str:
+    """The attention that transformers has chosen for a model."""
+    return getattr(text, "_attn_implementation", None) or ""
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _check_values(path: str, values: Mapping[str, Any]) -> None:
+    """Check sizes before a model is made of them, whose errors would not name them."""
+    for name in SIZES:
+        value = values.get(name)
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(n) is int and 0 < n < 2**31 for n in numbers):
+            raise ConfigError(
+                f"model.path={path}: config.json has {name}={value}: must be a whole number from "
+                "1 to 2147483647"
+            )
+    heads, key_value_heads = (
+        values.get(name) for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    if isinstance(heads, int) and isinstance(key_value_heads, int) and heads % key_value_heads:
+        raise ConfigError(
+            f"model.path={path}: config.json has num_attention_heads={heads}, which is no multiple "
+            f"of num_key_value_heads={key_value_heads}"
+        )
 
 
 def _check_sizes(path: str, values: Mapping[str, Any], text: PreTrainedConfig) -> None:

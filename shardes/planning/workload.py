@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shardes.config.schema import Config
+from shardes.config.schema import Config, Decode
 from shardes.es.population import held_out_numbers, select
+from shardes.inference.buckets import attended_length, bucket, padded_length
 from shardes.inference.generation import batches
 from shardes.inference.prompts import Prompt, encode
 from shardes.planning.layouts import Layout
@@ -22,6 +23,7 @@ class Workload:
 
     Attributes:
         members: how many members answer side by side; 1: one after another.
+        decode: with graph, rows and lengths are padded to those of fixed shapes.
     """
 
     train: tuple[int, ...]
@@ -29,6 +31,7 @@ class Workload:
     max_new_tokens: int
     batch_tokens: int
     members: int = 1
+    decode: Decode = Decode.eager
 
     def groups(self, members: int) -> Iterator[tuple[int, "Workload"]]:
         """How many groups of each size `members` make, as (number, workload of one group)."""
@@ -40,11 +43,31 @@ class Workload:
     def whole(self, layout: Layout) -> int:
         """The `batch_tokens` with which the prompts of a group of members are one batch."""
         lengths = self.of_rank(layout)[0]
-        return len(lengths) * (max(lengths) + self.max_new_tokens)
+        return self.rows(len(lengths)) * self.length(max(lengths))
+
+    def rows(self, count: int) -> int:
+        """The rows with which `count` prompts are decoded."""
+        return bucket(count) if self.decode is Decode.graph else count
+
+    def length(self, width: int) -> int:
+        """The tokens of a row's cache, of a prompt of `width` tokens and its longest response."""
+        tokens = width + self.max_new_tokens
+        return padded_length(tokens) if self.decode is Decode.graph else tokens
+
+    def attended(self, width: int, response: int) -> float:
+        """The tokens that a decode step attends to, on average over a response."""
+        if self.decode is Decode.eager or response == 1:
+            return width + response / 2
+        total, tokens, end = 0, width + 1, width + response  # from a step's tokens to the last's
+        while tokens < end:  # a length serves all steps up to it
+            length = attended_length(tokens, self.length(width))
+            total += length * (min(length + 1, end) - tokens)
+            tokens = length + 1
+        return total / (response - 1)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         """(rows, longest prompt) of each batch."""
-        for rows in batches(lengths, self.max_new_tokens, self.batch_tokens):
+        for rows in batches(lengths, self.max_new_tokens, self.batch_tokens, decode=self.decode):
             yield len(rows), max(lengths[row] for row in rows)
 
     def of_rank(self, layout: Layout) -> list[list[int]]:
@@ -88,6 +111,7 @@ def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None
         tuple(select(lengths["test"], asked)),
         config.generation.max_new_tokens,
         config.generation.batch_tokens,
+        decode=config.generation.decode,
     )
 
 

@@ -50,6 +50,10 @@ class Refused(Exception):
     """A request is not permitted; says why, in words of our own."""
 
 
+class Unreadable(Exception):
+    """What a client rightly asked for cannot be read; says what is wrong with which file."""
+
+
 class SharedKeys:
     """The keys of a run, for all clients of its gateway.
 
@@ -79,7 +83,8 @@ class SharedKeys:
         """The records of finished iterations from `first` on, as JSON; as many as a reply holds.
 
         Raises:
-            Refused: the iteration is not finished, or its record cannot be read.
+            Refused: the iteration is not finished.
+            Unreadable: the record cannot be read.
         """
         finished = self.iteration(first + 1)
         if first >= finished:
@@ -93,11 +98,10 @@ class SharedKeys:
         for iteration in range(first, finished):
             try:
                 text = json.dumps(asdict(self._records.record(iteration)))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise Refused(
-                    f"a request for the record of iteration {iteration}, which the run itself "
-                    f"cannot read ({error}); see shardes journal RUN_DIR verify"
-                ) from None
+            except (OSError, ValueError) as error:
+                if texts:  # the client asks for the damaged one next, if it needs it
+                    break
+                raise Unreadable(f"{error}; see shardes journal RUN_DIR verify") from error
             if texts and sum(map(len, texts)) + len(text) > REPLY:
                 break
             texts.append(text)
@@ -121,6 +125,7 @@ class ClientAccess:
 
         Raises:
             Refused: the request is not permitted.
+            Unreadable: it is, and the run's journal is damaged.
         """
         match request:
             case ["check", str(key)] if key in READABLE:

@@ -12,14 +12,16 @@ A rank's role is chosen once, in `shardes.roles`. The trainer makes the same cal
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from shardes.clock import Clock
 from shardes.config.schema import ESConfig
 from shardes.distributed.world import NOTHING, World
+from shardes.errors import ConfigError
 from shardes.es.fitness import coefficients, fitness
 from shardes.es.population import Iteration, noise_rank
+from shardes.es.statistics import mean
 from shardes.replicas.consistency import check_digest
 from shardes.replicas.heartbeat import Heartbeats
 from shardes.replicas.member_queue import (
@@ -231,4 +233,22 @@ def iteration_record(es: ESConfig, iteration: Iteration, results: list[MemberRes
         sum(result.tokens for result in results),
         dict(+failures),  # those that happened
         noise_rank(es),
+        mean_parts([result.parts for result in results]),
     )
+
+
+def mean_parts(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over members of each named part of their rewards. A member without any, whose
+    responses all failed, does not count.
+
+    Raises:
+        ConfigError: members have different ones.
+    """
+    having = [parts for parts in members if parts]
+    names = sorted({name for parts in having for name in parts})
+    if lacking := [name for name in names if not all(name in parts for parts in having)]:
+        raise ConfigError(
+            f"task: only some members' rewards have a number {lacking[0]}; every reward must have "
+            "the same named numbers"
+        )
+    return {name: mean([parts[name] for parts in having]) for name in names}

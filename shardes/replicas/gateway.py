@@ -8,7 +8,8 @@ is not encrypted: use an SSH tunnel or a VPN between sites.
 
 After the proofs, each request and each answer is a frame: its length in four bytes, most
 significant first, and that many bytes of JSON. The answer to a request that is refused is
-{"refused": why}, the last frame of the connection. No request waits for anything.
+{"refused": why}, the last frame of the connection; so is {"damaged": what}, if the run cannot read
+its journal. No request waits for anything.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from shardes.errors import ConfigError
-from shardes.replicas.access import ClientAccess, Refused, SharedKeys
+from shardes.replicas.access import ClientAccess, Refused, SharedKeys, Unreadable
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.token import proof
 from shardes.replicas.validation import ResultLimits
@@ -176,6 +177,9 @@ class StoreGateway:
                     request = json.loads(await reader.readexactly(length))
                     writer.write(frame(client.answer(request)))
                     await writer.drain()
+        except Unreadable as error:
+            self._warn(f"warning: a replica cannot have a record that it needs: {error}")
+            writer.write(frame({"damaged": str(error)}))
         except (Refused, RecursionError, ValueError) as error:
             reason = str(error) if isinstance(error, Refused) else "a request that is not JSON"
             client.leave()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, RunError
 from shardes.replicas.gateway import LENGTH, PATIENCE, detect_loss, frame
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.token import TOKEN, proof
@@ -28,6 +28,7 @@ class GatewayStore:
     Raises:
         torch's DistError, by each method: the gateway refused the request, did not answer in time,
         or is gone.
+        RunError, by `records`: the run cannot read its journal.
     """
 
     def __init__(self, gateway: socket.socket):
@@ -68,6 +69,8 @@ class GatewayStore:
             except (OSError, ValueError) as error:
                 self.close()
                 raise dist.DistNetworkError(f"the primary job is gone ({error})") from error
+        if isinstance(answer, dict) and "damaged" in answer:
+            raise RunError(f"the run cannot read its own journal: {answer['damaged']}")
         if isinstance(answer, dict):
             raise dist.DistError(f"the run has excluded this replica; it sent {answer['refused']}")
         return answer

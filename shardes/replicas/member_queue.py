@@ -52,6 +52,7 @@ class MemberQueue:
 
     Iterating yields groups of member numbers: first those that this replica claims, then those of
     replicas that died; it ends once all members are evaluated. Members of a group answer together.
+    An empty group says that all of this replica's results must be posted now: the others wait.
 
     Args:
         size: members of a group, at most.
@@ -64,7 +65,10 @@ class MemberQueue:
         claims = self._queue.claims()
         while group := list(islice(claims, self._size)):
             yield group
-        yield from self._queue.orphans(self._size)
+        yield []
+        for group in self._queue.orphans(self._size):
+            yield group
+            yield []
 
     def poll(self) -> None:
         """To be called between decode steps; what it raises ends the run."""
@@ -138,6 +142,7 @@ class PrimaryMemberQueue(MemberQueue):
                     digest,
                     result.scores,
                     result.failures,
+                    result.parts,
                 )
             )
             self._observer.member_finished(result.tokens)

@@ -33,6 +33,7 @@ import json
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 
@@ -61,7 +62,8 @@ class MemberResult:
 
     `reward` is the mean of its rewards over prompts, and `scores` those rewards where each prompt
     is standardized. `finished` is in seconds since the epoch, by the replica's clock. `failures`
-    counts responses that could not be scored, by metric.
+    counts responses that could not be scored, by metric. `parts` are the means over prompts of the
+    other named numbers of its rewards.
     """
 
     reward: float
@@ -70,13 +72,15 @@ class MemberResult:
     finished: float
     scores: list[float] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The fields' values, without their names and without empty ones at the end: many of these
         cross the network.
         """
         failures = {name: count for name, count in self.failures.items() if count}
-        values = [self.reward, self.tokens, self.replica, self.finished, self.scores, failures]
+        values: list[Any] = [self.reward, self.tokens, self.replica, self.finished]
+        values += [self.scores, failures, self.parts]
         while not values[-1] and len(values) > 4:
             values.pop()
         return json.dumps(values, separators=(",", ":"))

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardes.config.limits import is_reward
+from shardes.config.limits import MOST_PARTS, is_part_name, is_reward
 from shardes.config.schema import Config
 from shardes.rewards.scoring import FAILURES
 
-MEMBER_BYTES = 1024  # at most, beside the scores
+MEMBER_BYTES = 1024 + 72 * MOST_PARTS  # at most, beside the scores
 NUMBER_BYTES = 32  # a number of JSON and a comma, at most
 
 
@@ -83,9 +83,10 @@ class ResultLimits:
             self._check_responses(value, self.evaluation[piece])
 
     def _check_member(self, value: Any, replica: int) -> None:
-        if type(value) is not list or not 4 <= len(value) <= 6:
-            raise Malformed("it is not a list of four to six values")
-        reward, tokens, poster, finished, scores, failures = value + [[], {}][len(value) - 4 :]
+        if type(value) is not list or not 4 <= len(value) <= 7:
+            raise Malformed("it is not a list of four to seven values")
+        value = value + [[], {}, {}][len(value) - 4 :]
+        reward, tokens, poster, finished, scores, failures, parts = value
         if not is_reward(reward):
             raise Malformed("its reward is not a finite number")
         if not _is_count(tokens, self.prompts * self.new_tokens):
@@ -102,6 +103,10 @@ class ResultLimits:
             raise Malformed("its failures are not known ones")
         if not all(_is_count(count, self.prompts) for count in failures.values()):
             raise Malformed("its failures are not counts of responses")
+        if type(parts) is not dict or len(parts) > MOST_PARTS:
+            raise Malformed("it has parts that are not a few named numbers")
+        if not (all(map(is_part_name, parts)) and all(map(is_reward, parts.values()))):
+            raise Malformed("it has a part that is no finite number, or is not named as parts are")
 
     def _check_responses(self, value: Any, prompts: int) -> None:
         if type(value) is not list or len(value) != prompts:

@@ -1,10 +1,14 @@
 """The rewards of responses.
 
 A task with `score` is called once for all responses, in this process; a stop of the run interrupts
-it. A task with `reward`, and a user's reward function, are called for one response at a time in
-worker processes. A response that could not be scored there gets the reward task.on_error, or ends
-the run. So does a response that a model could not complete. Every reward is within
-`shardes.config.limits.LARGEST_REWARD`: no other may reach the journal.
+it. A task with `reward`, and a user's reward function, are called in worker processes: for one
+response at a time, or once for all of a model's if the function's name is score_batch. A response
+that could not be scored there gets the reward task.on_error, or ends the run. So does a response
+that a model could not complete. Every reward is within `shardes.config.limits.LARGEST_REWARD`: no
+other may reach the journal.
+
+A reward may be a dict. Its number "reward" is the reward; its other numbers, the parts, are logged
+and decide nothing. All rewards of a task have the same parts.
 """
 
 import json
@@ -20,9 +24,13 @@ from typing import Any, cast
 from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError, described
-from shardes.rewards.worker_pool import Results, ScoringFailure, WorkerPool
-from shardes.tasks import ScoringTask, Task, prompts_of
+from shardes.es.statistics import mean
+from shardes.rewards.worker import split_parts
+from shardes.rewards.worker_pool import JobResult, Results, Scored, WorkerPool
+from shardes.rewards.worker_process import ScoringFailure
+from shardes.tasks import RewardTask, ScoringTask, Task, prompts_of
 from shardes.tasks.jsonl import Jsonl
+from shardes.tasks.user_code import is_async, is_batch
 
 NOTHING: Mapping[int, str] = MappingProxyType({})
 REMEDY = (
@@ -48,6 +56,11 @@ class Scorer:
         poll: called regularly while workers score, and around calls of the task in this process;
             an exception from it ends the scoring.
         users_code: makes the context of such a call, in which a stop raises KeyboardInterrupt.
+
+    Attributes:
+        in_workers: whether worker processes score, while this process decodes.
+        parts: of the responses that were scored last, the mean of each named part of their rewards;
+            {} if rewards are plain numbers, or if none of the responses could be scored.
     """
 
     def __init__(
@@ -63,6 +76,10 @@ class Scorer:
         self.saved = saved
         self._pool: WorkerPool | None = None
         self._failures: Counter[str] = Counter()
+        self.in_workers = not hasattr(task, "score")
+        self._is_batch = isinstance(task, Jsonl) and is_batch(settings.reward or "")
+        self.parts: dict[str, float] = {}
+        self._part_names: set[str] | None = None  # once a response was scored
 
     def __call__(
         self,
@@ -93,20 +110,21 @@ class Scorer:
         Raises:
             ConfigError: a response is not complete, with task.on_error=fail; or the task failed in
                 this process, or in a worker with task.on_error=fail, or returned a wrong number of
-                rewards or one that is not REWARD_RANGE. What failed in scoring is then saved. The
-                function raises it, and this does not.
+                rewards or one that is not REWARD_RANGE; or the parts of rewards are not those of
+                earlier ones. What failed in scoring is then saved. The function raises it, and
+                this does not.
         """
         results = None
         refused = failures and self._settings.on_error == "fail"
-        if not hasattr(self._task, "score") and not refused:
+        if self.in_workers and not refused:
             numbers = range(len(responses)) if which is None else which
-            jobs = [
-                self._job(split, number, response)
+            complete = [
+                (number, response)
                 for i, (number, response) in enumerate(zip(numbers, responses, strict=True))
                 if i not in failures
             ]
-            self._pool = self._pool or WorkerPool(self._settings, self._poll)
-            results = self._pool.start(jobs)
+            self._pool = self._pool or WorkerPool(self._settings, self._poll, self._is_async())
+            results = self._pool.start(self._jobs(split, complete))
         return partial(self._rewards, split, responses, which, failures, results)
 
     def _rewards(
@@ -126,20 +144,44 @@ class Scorer:
         if failures and self._settings.on_error == "fail":
             position, problem = next(iter(failures.items()))
             raise ConfigError(f"prompt {numbers[position]} of {split}: {problem}; {REMEDY}")
+        scored: dict[int, Scored | None]
         if results is None:
             score = cast(ScoringTask, self._task).score
-            rewards = self._score_all(score, split, responses, which, rows, failures)
+            scored = self._score_all(score, split, responses, which, rows, failures)
         else:
             complete = [i for i in range(len(responses)) if i not in failures]
-            scored = self._wait(
+            waited = self._wait(
                 results, split, [numbers[i] for i in complete], [rows[i] for i in complete]
             )
-            by_position = dict(zip(complete, scored, strict=True))
-            rewards = [by_position.get(i, 0.0) for i in range(len(responses))]
+            scored = dict(zip(complete, waited, strict=True))
         self._failures["scoring_failures"] += len(failures)
-        for i in failures:
-            rewards[i] = float(self._settings.on_error)
-        return rewards
+        self.parts = self._mean_parts([value for value in scored.values() if value])
+        return [
+            value.reward if (value := scored.get(i)) else float(self._settings.on_error)
+            for i in range(len(responses))
+        ]
+
+    def _mean_parts(self, scored: list[Scored]) -> dict[str, float]:
+        """The mean of each named part.
+
+        Raises:
+            ConfigError: a reward has other parts than those before. That is an error whatever
+                task.on_error is: which reward is the wrong one would depend on their order.
+        """
+        for value in scored:
+            if self._part_names is None:
+                self._part_names = {*value.parts}
+            if self._part_names != {*value.parts}:
+                before, now = (
+                    ", ".join(["reward", *sorted(names)])
+                    for names in (self._part_names, {*value.parts})
+                )
+                raise ConfigError(
+                    f"task: a reward has {now}, and rewards before had {before}; every reward must "
+                    "have the same named numbers"
+                )
+        names = sorted(scored[0].parts) if scored else []
+        return {name: mean([value.parts[name] for value in scored]) for name in names}
 
     def correct(
         self, split: str, responses: list[str], which: Sequence[int] | None = None
@@ -207,11 +249,13 @@ class Scorer:
         which: Sequence[int] | None,
         rows: list[dict],
         failures: Mapping[int, str],
-    ) -> list[float]:
+    ) -> dict[int, Scored | None]:
+        """What this process' call of the task gives the complete responses, by position."""
+
         # Without `which` for a task that does not take it.
         arguments = (split, responses) if which is None else (split, responses, which)
         try:
-            rewards = self._call(lambda: list(map(float, score(*arguments))))
+            rewards = self._call(lambda: list(map(_as_scored, score(*arguments))))
         except TaskError as error:
             problem = f"task: scoring {split} raised {described(error.cause)}"
             raise ConfigError(f"{problem}; the responses: {self._save(rows)}") from error.cause
@@ -219,51 +263,72 @@ class Scorer:
             raise ConfigError(
                 f"task: score gave {len(rewards)} rewards for {len(responses)} responses"
             )
-        for position, reward in enumerate(rewards):
-            if not is_reward(reward) and position not in failures:
-                number = position if which is None else which[position]
-                raise ConfigError(
-                    f"task: score gave prompt {number} of {split} the reward {reward}, not "
-                    f"{REWARD_RANGE}; the responses: {self._save(rows)}"
-                )
-        return rewards
+        complete = {i: scored for i, scored in enumerate(rewards) if i not in failures}
+        for position, scored in complete.items():
+            for name, value in {"": scored.reward, **scored.parts}.items():
+                if not is_reward(value):
+                    number = position if which is None else which[position]
+                    what = (
+                        f"the reward {value}" if not name else f"a reward whose {name} is {value}"
+                    )
+                    raise ConfigError(
+                        f"task: score gave prompt {number} of {split} {what}, not {REWARD_RANGE}; "
+                        f"the responses: {self._save(rows)}"
+                    )
+        return {**complete}
 
-    def _job(self, split: str, number: int, response: str) -> list:
-        """What a worker's function is called with."""
+    def _is_async(self) -> bool:
+        """Whether what workers call is async."""
         if isinstance(self._task, Jsonl):
-            return [response, self._task.example(split, number)]
-        return [split, number, response]
+            return self._task.function is not None and is_async(self._task.function)
+        return is_async(cast(RewardTask, self._task).reward)
+
+    def _jobs(self, split: str, complete: Sequence[tuple[int, str]]) -> list[list]:
+        """What the workers' function is called with, for prompts by number and their responses."""
+        if not isinstance(self._task, Jsonl):
+            return [[split, number, response] for number, response in complete]
+        pairs = [(response, self._task.example(split, number)) for number, response in complete]
+        if self._is_batch:
+            return [list(map(list, zip(*pairs, strict=True)))] if pairs else []
+        return list(map(list, pairs))
 
     def _wait(
-        self, scored: Results, split: str, numbers: Sequence[int], rows: list[dict]
-    ) -> list[float]:
-        """The rewards that workers gave."""
+        self, started: Results, split: str, numbers: Sequence[int], rows: list[dict]
+    ) -> list[Scored | None]:
+        """What workers gave the responses; None: that one failed, and gets task.on_error."""
         assert self._pool
+        results: dict[int, JobResult]
         try:
-            results = self._pool.wait(scored)
+            jobs = self._pool.wait(started)
+            if self._is_batch and jobs:
+                (batch,) = jobs
+                jobs = [batch] * len(rows) if isinstance(batch, ScoringFailure) else [*batch]
+            results = dict(enumerate(jobs))
         except ScoringFailure as failure:
-            file = self._save([rows[failure.job] | {"error": str(failure)}])
-            raise ConfigError(
-                f"task: scoring prompt {numbers[failure.job]} of {split}: {failure}; prompt and "
-                f"response: {file}; {REMEDY}"
-            ) from None
+            results = dict.fromkeys(range(len(rows)) if self._is_batch else [failure.job], failure)
         failures = {
             number: result
-            for number, result in enumerate(results)
+            for number, result in results.items()
             if isinstance(result, ScoringFailure)
         }
+        saved = [rows[number] | {"error": str(failure)} for number, failure in failures.items()]
+        if failures and self._settings.on_error == "fail":
+            number, first = next(iter(failures.items()))
+            together = [failure for failure in failures.values() if failure is first]
+            what = f"prompt {numbers[number]}"
+            if len(together) > 1:
+                what = f"a batch of {len(together)} responses to prompts"
+            file = self._save(saved)
+            raise ConfigError(
+                f"task: scoring {what} of {split}: {first}; prompt and response: {file}; {REMEDY}"
+            )
         if failures:
             self._failures["scoring_failures"] += len(failures)
             self._failures["scoring_timeouts"] += sum(
                 failure.timed_out for failure in failures.values()
             )
-            self._save([
-                rows[number] | {"error": str(failure)} for number, failure in failures.items()
-            ])  # fmt: skip
-        return [
-            float(self._settings.on_error) if isinstance(result, ScoringFailure) else result
-            for result in results
-        ]
+            self._save(saved)
+        return [result if isinstance(result, Scored) else None for result in results.values()]
 
     def _save(self, rows: list[dict]) -> str:
         """Save what could not be scored; returns the file, or why it could not be written."""
@@ -277,6 +342,11 @@ class Scorer:
         except (OSError, ValueError) as error:
             return f"not saved ({error})"
         return str(self.saved)
+
+
+def _as_scored(value: Any) -> Scored:
+    reward, parts = split_parts(value)
+    return Scored(float(reward), {name: float(part) for name, part in parts.items()})
 
 
 def _bools(values: Iterable[Any]) -> list[bool]:

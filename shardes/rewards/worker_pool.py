@@ -1,147 +1,74 @@
 """Worker processes that call a user's reward, several at a time, within limits of time and memory.
 
-A worker is a program of its own (shardes/rewards/worker.py), started rather than forked, because
-this process holds GPU contexts, threads and store connections. It talks JSON over pipes. A reply
-carries the number of its request, so that no response gets another one's reward. A worker that
-hangs, crashes, runs out of memory or writes anything else is replaced.
+A worker that hangs, crashes, runs out of memory or writes what is no reply is replaced.
+
+A job is one call of the user's code. A worker has one job at a time or, if that code is async,
+several. When such a worker is lost, nothing says which of its jobs is to blame: all of them are
+done again, one at a time, in a worker that has no other.
 """
 
 import asyncio
 import concurrent.futures
-import json
-import os
-import signal
-import sys
 import threading
-from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from shardes.config.limits import REWARD_RANGE, is_reward
+from shardes.config.limits import MOST_PARTS, REWARD_RANGE, is_part_name, is_reward
 from shardes.config.schema import TaskConfig
-from shardes.errors import ConfigError
+from shardes.rewards.worker_process import ScoringFailure, Worker
 
-WORKER = str(Path(__file__).with_name("worker.py"))
-START_TIMEOUT = 300.0  # seconds for a worker to load the user's code
-KILL_TIMEOUT = 10.0  # seconds for the system to end a killed process
+# Seconds after which a worker whose async calls mind the time themselves must have said so.
+ASYNC_GRACE = 2.0
 POLL_INTERVAL = 0.2  # seconds
 
 
-class ScoringFailure(Exception):
-    """A response could not be scored.
+class Scored(NamedTuple):
+    """What a response is worth; `parts` are the other named numbers of the reward."""
+
+    reward: float
+    parts: dict[str, float]
+
+
+JobResult = Scored | ScoringFailure | list[Scored | ScoringFailure]  # the last: of a batch
+Results = concurrent.futures.Future[list[JobResult]]
+
+
+class Slot:
+    """A place for one worker, which is started when it is needed, and again after it was lost.
 
     Attributes:
-        worker_lost: whether its worker cannot score another one.
-        timed_out: whether it took longer than task.timeout.
-        job: its job's number.
+        busy: the number of lanes that use it.
     """
 
-    def __init__(self, reason: str, worker_lost: bool, timed_out: bool = False):
-        super().__init__(reason)
-        self.worker_lost, self.timed_out, self.job = worker_lost, timed_out, -1
+    def __init__(self, start: Callable[[], Awaitable[Worker]]):
+        self._start, self._lock = start, asyncio.Lock()
+        self.worker: Worker | None = None
+        self.busy = 0
 
-
-class Worker:
-    """One worker process."""
-
-    def __init__(self, process: Process):
-        self._process = process
-        self._requests = 0  # sent so far
-
-    @classmethod
-    async def start(cls, memory: float, key: str, path: str) -> "Worker":
-        """Start a worker, and wait until it is ready.
-
-        Raises:
-            ConfigError: it cannot load the user's code, or takes longer than START_TIMEOUT.
-        """
-        arguments = (WORKER, str(os.getpid()), str(memory), key, path)
-        # In a session of its own, so that processes which the user's code starts can be killed with
-        # it, and a Ctrl-C in the terminal does not reach it.
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, stdin=PIPE, stdout=PIPE, start_new_session=True
-        )
-        worker = cls(process)
+    async def request(self, job: list, limit: float, timeout: float) -> dict:
+        """The reply of the slot's worker; see `Worker.request`."""
+        async with self._lock:  # one of several lanes starts it
+            if self.worker and not self.worker.alive:
+                await self.end()
+            self.worker = worker = self.worker or await self._start()
         try:
-            reply = await worker._request(None, START_TIMEOUT)
+            reply = await worker.request(job, limit, timeout)
             if "error" in reply:
-                raise ConfigError(f"{reply['error']} (in a scoring process)")
-        except BaseException as error:
-            await worker.end()
-            if isinstance(error, ScoringFailure):
-                raise ConfigError(
-                    f"{key}={path}: a scoring process did not get ready: {error}"
-                ) from None
+                lost, timed_out = bool(reply.get("end")), bool(reply.get("timed_out"))
+                raise ScoringFailure(str(reply["error"]), lost, timed_out)
+        except ScoringFailure as failure:
+            if failure.worker_lost:
+                worker.kill()
             raise
-        return worker
-
-    async def score(self, job: list, timeout: float) -> float:
-        """The reward for a job, which is the list of arguments of the user's code.
-
-        Raises:
-            ScoringFailure: the code gave no reward.
-        """
-        reply = await self._request(job, timeout)
-        if "error" in reply:
-            raise ScoringFailure(str(reply["error"]), bool(reply.get("end")))
-        reward: Any = reply.get("reward")
-        if not is_reward(reward):
-            reason = f"the reward is {str(reward)[:100]}, not {REWARD_RANGE}"
-            raise ScoringFailure(reason, worker_lost=False)
-        return float(reward)
-
-    async def _request(self, job: list | None, timeout: float) -> dict:
-        try:
-            return await asyncio.wait_for(self._exchange(job), timeout)
-        except (asyncio.TimeoutError, TimeoutError):
-            reason = f"not done within {timeout:g} s"
-            raise ScoringFailure(reason, worker_lost=True, timed_out=True) from None
-        # The user's code closed or wrote to the pipes, or forked a process that did.
-        except (OSError, ValueError, RecursionError) as error:
-            reason = f"its process sent no valid reply: {error}"
-            raise ScoringFailure(reason, worker_lost=True) from None
-
-    async def _exchange(self, job: list | None) -> dict:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin and stdout
-        if job is not None:
-            self._requests += 1
-            request = json.dumps([self._requests, job], default=str)
-            with suppress(ConnectionError):  # the process has ended: there will be no reply either
-                stdin.write(request.encode() + b"\n")
-                await stdin.drain()
-        line = await stdout.readline()
-        if not line:
-            code = await self._process.wait()
-            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise ScoringFailure(f"it ended its process ({cause})", worker_lost=True)
-        reply = json.loads(line)
-        if not isinstance(reply, dict) or reply.get("request") != self._requests:
-            raise ValueError(f"{line[:80]!r} to request {self._requests}")
+        except asyncio.CancelledError:
+            worker.kill()  # it may be busy with the job
+            raise
         return reply
 
-    @property
-    def alive(self) -> bool:
-        # Not Process.returncode: the event loop updates it only while it runs.
-        try:
-            state = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return False
-        return state is None
-
     async def end(self) -> None:
-        """Kill the process, and all that the user's code has started in its session."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._process.communicate(), KILL_TIMEOUT)
-        # asyncio closes the pipes in its next rounds; the loop must not be closed before.
-        await asyncio.sleep(0.01)
-
-
-Results = concurrent.futures.Future[list[float | ScoringFailure]]
+        if self.worker:
+            await self.worker.end()
+        self.worker = None
 
 
 class WorkerPool:
@@ -151,31 +78,45 @@ class WorkerPool:
 
     Args:
         poll: called every POLL_INTERVAL by `wait`; an exception from it ends the scoring.
+        is_async: whether the user's code is, so that a worker takes several jobs at once.
     """
 
-    def __init__(self, settings: TaskConfig, poll: Callable[[], None]):
+    def __init__(self, settings: TaskConfig, poll: Callable[[], None], is_async: bool = False):
         self._settings, self._poll = settings, poll
         self._code = (
             ("task.reward", settings.reward)
             if settings.reward
             else ("task.path", settings.path or "")
         )
+        self._lanes = settings.concurrency if is_async else 1  # jobs of a worker at a time
+        self._limit = settings.timeout + (ASYNC_GRACE if is_async else 0)
         self._loop = asyncio.new_event_loop()
-        self._free = asyncio.Semaphore(settings.workers)
-        self.idle: list[Worker] = []
+        self._slots = [Slot(self._start_worker) for _ in range(settings.workers)]
+        self._alone, self._alone_lock = Slot(self._start_worker), asyncio.Lock()
+        self._free = asyncio.Semaphore(settings.workers * self._lanes)
+        self._scoring: set[asyncio.Task] = set()
         # The system kills workers when this thread ends, not only when the process does.
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+
+    @property
+    def idle(self) -> list[Worker]:
+        """The workers that have no job."""
+        workers = [slot.worker for slot in self._slots if not slot.busy]
+        return [worker for worker in workers if worker and worker.alive]
+
+    async def _start_worker(self) -> Worker:
+        return await Worker.start(self._settings, *self._code)
 
     def start(self, jobs: Sequence[list]) -> Results:
         """Start to score jobs, after those that were started before; `wait` has their results."""
         return asyncio.run_coroutine_threadsafe(self._score(jobs), self._loop)
 
-    def wait(self, results: Results) -> list[float | ScoringFailure]:
+    def wait(self, results: Results) -> list[JobResult]:
         """The result of each job, in the order of the jobs.
 
         Raises:
-            ScoringFailure: the first one, with task.on_error=fail.
+            ScoringFailure: the first job that failed, with task.on_error=fail.
         """
         done: set[Results] = set()
         while not done:
@@ -183,54 +124,62 @@ class WorkerPool:
             self._poll()
         return results.result()
 
-    async def _score(self, jobs: Sequence[list]) -> list[float | ScoringFailure]:
+    async def _score(self, jobs: Sequence[list]) -> list[JobResult]:
         results: list[Any] = [None] * len(jobs)
         queue = iter(enumerate(jobs))
-        tasks = [
+        lanes = [
             asyncio.create_task(self._serve(queue, results))
-            for _ in range(min(self._settings.workers, len(jobs)))
+            for _ in range(min(self._settings.workers * self._lanes, len(jobs)))
         ]
+        scoring = asyncio.current_task()
+        assert scoring
+        self._scoring.add(scoring)
         try:
-            await asyncio.gather(*tasks)
+            if lanes:
+                # Not `gather`, which would cancel them, too: once more, while they clean up.
+                await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
+            for lane in lanes:
+                if lane.done():
+                    lane.result()
         finally:
             # Before Python 3.12 a task can miss its cancellation. An empty queue ends it too.
             list(queue)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for lane in lanes:
+                lane.cancel()
+            await asyncio.gather(*lanes, return_exceptions=True)
+            self._scoring.discard(scoring)
         return results
 
     async def _serve(self, queue: Iterator[tuple[int, list]], results: list) -> None:
-        """Score jobs from the queue, with one worker at a time, until none is left."""
+        """A lane: score jobs from the queue, one at a time, until none is left."""
         async with self._free:
-            await self._serve_with(self.idle.pop() if self.idle else None, queue, results)
+            slot = min(self._slots, key=lambda slot: (slot.busy, slot.worker is None))
+            slot.busy += 1
+            try:
+                for number, job in queue:
+                    try:
+                        results[number] = await self._result(slot, job)
+                    except ScoringFailure as failure:
+                        results[number], failure.job = failure, number
+                        if self._settings.on_error == "fail":
+                            raise
+            finally:
+                slot.busy -= 1
 
-    async def _serve_with(
-        self, worker: Worker | None, queue: Iterator[tuple[int, list]], results: list
-    ) -> None:
+    async def _result(self, slot: Slot, job: list) -> JobResult:
+        """The result of a job.
+
+        Raises:
+            ScoringFailure: the user's code gave none.
+        """
+        limits = self._limit, self._settings.timeout
         try:
-            for number, job in queue:
-                if worker and not worker.alive:
-                    await worker.end()  # closes its pipes
-                    worker = None
-                worker = worker or await Worker.start(self._settings.memory, *self._code)
-                try:
-                    results[number] = await worker.score(job, self._settings.timeout)
-                except ScoringFailure as failure:
-                    results[number], failure.job = failure, number
-                    if failure.worker_lost:
-                        await worker.end()
-                        worker = None
-                    if self._settings.on_error == "fail":
-                        raise
-        except asyncio.CancelledError:
-            if worker:
-                await worker.end()  # it may be busy with a job
-                worker = None
-            raise
-        finally:
-            if worker:
-                self.idle.append(worker)
+            return _result_of(job, await slot.request(job, *limits))
+        except ScoringFailure as failure:
+            if self._lanes == 1 or not failure.worker_lost:
+                raise
+        async with self._alone_lock:
+            return _result_of(job, await self._alone.request(job, *limits))
 
     def close(self) -> None:
         """End all workers, also those that score."""
@@ -240,9 +189,43 @@ class WorkerPool:
         self._loop.close()
 
     async def _end(self) -> None:
-        scoring = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in scoring:
-            task.cancel()
-        await asyncio.gather(*scoring, return_exceptions=True)
-        for worker in self.idle:
-            await worker.end()
+        for scoring in self._scoring:
+            scoring.cancel()
+        await asyncio.gather(*self._scoring, return_exceptions=True)
+        for slot in [*self._slots, self._alone]:
+            await slot.end()
+
+
+def _result_of(job: list, reply: dict) -> JobResult:
+    """What a worker's reply says: of a batch, whose job begins with a list, each response's reward.
+
+    Raises:
+        ScoringFailure: that is not a reward.
+    """
+    if not isinstance(job[0], list):
+        return _scored(reply)
+    entries = reply.get("rewards")
+    if type(entries) is not list or len(entries) != len(job[0]):
+        raise ScoringFailure("its process sent no valid reply: no reward for each response", False)
+    results: list[Scored | ScoringFailure] = []
+    for entry in entries:
+        try:
+            results.append(_scored(entry))
+        except ScoringFailure as failure:
+            results.append(failure)
+    return results
+
+
+def _scored(entry: Any) -> Scored:
+    entry = entry if isinstance(entry, dict) else {}
+    if "error" in entry:
+        raise ScoringFailure(str(entry["error"]), worker_lost=False)
+    reward, parts = entry.get("reward"), entry.get("parts", {})
+    if not (isinstance(parts, dict) and len(parts) <= MOST_PARTS and all(map(is_part_name, parts))):
+        raise ScoringFailure("its process sent no valid reply: no parts", worker_lost=False)
+    values = {"the reward": reward} | {f"the reward's {name}": parts[name] for name in parts}
+    for name, value in values.items():
+        if not is_reward(value):
+            reason = f"{name} is {str(value)[:100]}, not {REWARD_RANGE}"
+            raise ScoringFailure(reason, worker_lost=False)
+    return Scored(float(reward), {name: float(part) for name, part in parts.items()})

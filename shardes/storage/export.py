@@ -21,6 +21,7 @@ from shardes.storage.external import ExternalCheckpoint
 from shardes.storage.files import differing, fingerprint
 from shardes.storage.journal import History, Record
 from shardes.storage.snapshots import latest_valid_snapshot
+from shardes.words import counted
 
 DTYPES_BY_NAME = {name: dtype for dtype, (_, name) in DTYPES.items()}
 MAX_ROWS = 12  # of the model card's table of rewards
@@ -232,7 +233,7 @@ tags: [evolution-strategies, shardes]
 
 # {name}, fine-tuned with evolution strategies
 
-The base model `{name}` after {iteration} iterations of training with shardes, as in
+The base model `{name}` after {counted(iteration, "iteration")} of training with shardes, as in
 [Evolution Strategies at Scale](https://arxiv.org/abs/2509.24372). The base model's licence applies
 to this model too. Task: {task}.
 

@@ -50,7 +50,7 @@ class Reward:
 
     `digest` is that of the center before the iteration. With es.standardize_prompts, `scores` are
     the member's rewards by prompt. `failures` counts its responses that could not be scored, by
-    metric.
+    metric. `parts` are the means over prompts of the other named numbers of its rewards.
     """
 
     kind: ClassVar = "reward"
@@ -61,6 +61,7 @@ class Reward:
     digest: str
     scores: list[float] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,7 +71,8 @@ class Record:
     `digest` is that of the center before the iteration, on which the rewards were measured. The two
     members of an antithetic pair share a seed, so there are half as many seeds and coefficients as
     rewards. `prompts` are the numbers of the training prompts used; None: all. `tokens` and
-    `failures` are sums over the members. `rank` is that of the noise; 0: full noise.
+    `failures` are sums over the members, and `parts` the means over them of the other named numbers
+    of rewards. `rank` is that of the noise; 0: full noise.
     """
 
     kind: ClassVar = "iteration"
@@ -88,6 +90,7 @@ class Record:
     tokens: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     rank: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def update(self) -> Update:

@@ -31,6 +31,7 @@ from shardes.storage.journal import (
 )
 from shardes.storage.snapshots import Snapshot, latest_valid_snapshot
 from shardes.storage.sources import PROMPTS, check_sources
+from shardes.words import counted
 
 UNCHANGEABLE = ("es.noise", "es.rank")  # a run has one kind of noise, which its header names
 ANOTHER_NOISE = "for another noise, export the center (shardes export) and start a run from it"
@@ -85,7 +86,7 @@ class ResumePoint:
     def origin(self) -> str:
         """How the center is rebuilt, for messages."""
         source = f"snapshot {self.source}" if self.source else "the base model"
-        return f"{source} and {len(self.records)} iterations replayed"
+        return f"{source} and {counted(len(self.records), 'iteration')} replayed"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -242,7 +243,7 @@ def describe_run_directory(config: Config, sources: dict[str, str]) -> str:
     header = Header(history.header.model, history.files, center_settings(config))
     _setting_changes(config, history, header)
     _changed_sources(config, history, sources)
-    return f"a run of {len(history.records)} iterations so far, to be resumed"
+    return f"a run of {counted(len(history.records), 'iteration')} so far, to be resumed"
 
 
 def _setting_changes(config: Config, history: History, header: Header) -> dict[str, list]:
@@ -338,7 +339,9 @@ def _resume_point(
             f"member {member} of iteration {iteration} is evaluated again: its reward in the "
             f"journal, {history.rewards[member].reward}, is not {REWARD_RANGE}"
         )
-    evaluated = f", of which {len(resume.rewards)} members are evaluated" if resume.rewards else ""
+    members = len(resume.rewards)
+    verb = "is" if members == 1 else "are"
+    evaluated = f", of which {counted(members, 'member')} {verb} evaluated" if members else ""
     notes = [history.incomplete_line] if history.incomplete_line else []
     return resume, [
         *notes,

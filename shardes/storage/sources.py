@@ -7,6 +7,8 @@ with an edited reward function, other data or other prompts without a word.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from inspect import getsource
 from pathlib import Path
 
 from shardes.config.schema import TaskConfig
@@ -18,7 +20,9 @@ PROMPTS = "task.prompts"  # stands for the prompts in resume.allow_changes
 EVALUATION = ("task.test", "task.prompts/test")  # decide evaluations, but not the center
 
 
-def run_sources(task: TaskConfig, prompts: Mapping[str, Sequence[list[int]]]) -> dict[str, str]:
+def run_sources(
+    task: TaskConfig, prompts: Mapping[str, Sequence[list[int]]], own: object = None
+) -> dict[str, str]:
     """The SHA-256 of the task's or the reward's code, of data files, and of the prompts.
 
     Keys are the settings that name a file, followed by the file's name where there are several, and
@@ -26,6 +30,8 @@ def run_sources(task: TaskConfig, prompts: Mapping[str, Sequence[list[int]]]) ->
 
     Args:
         prompts: token ids by split.
+        own: the user's task object, if it is not the settings' task. Its class's source counts as
+            that of task.path, where Python knows it.
     """
     sources = {
         f"{PROMPTS}/{split}": hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
@@ -36,6 +42,9 @@ def run_sources(task: TaskConfig, prompts: Mapping[str, Sequence[list[int]]]) ->
             file, *imported = code_files(reference)
             sources[key] = _sha256(file)
             sources |= {f"{key}/{other.name}": _sha256(other) for other in imported}
+    if own is not None:
+        with suppress(OSError, TypeError):  # a class that was typed in has no source
+            sources["task.path"] = hashlib.sha256(getsource(type(own)).encode()).hexdigest()
     for key, source in (("task.train", task.train), ("task.test", task.test)):
         if source is not None and Path(source).exists():
             sources[key] = _sha256(Path(source))

@@ -8,9 +8,10 @@ from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError, described, suggestion
 from shardes.tasks.conciseness import Conciseness
 from shardes.tasks.countdown import Countdown
+from shardes.tasks.extraction import Extraction
 from shardes.tasks.jsonl import Jsonl
 from shardes.tasks.math import Math
-from shardes.tasks.user_code import load_reward_function, load_user_task
+from shardes.tasks.user_code import check_own_task, load_reward_function, load_user_task
 
 Split = str  # "train", "test", or a name in task.tests
 Message = dict[str, str]
@@ -42,8 +43,10 @@ class ScoringTask(Task, Protocol):
 
     def score(
         self, split: Split, responses: list[str], which: Sequence[int] | None = None
-    ) -> list[float]:
+    ) -> list[float] | list[dict[str, float]]:
         """One reward per response, higher is better; responses are in the order of the prompts.
+
+        A reward is a number, or a dict whose number "reward" decides. Its other numbers are logged.
 
         A stop of the run raises KeyboardInterrupt in it.
 
@@ -58,22 +61,28 @@ class ScoringTask(Task, Protocol):
 class RewardTask(Task, Protocol):
     """A task that scores one response at a time."""
 
-    def reward(self, split: Split, number: int, response: str) -> float:
-        """The reward of a response to prompt `number`; every worker has its own task object."""
+    def reward(self, split: Split, number: int, response: str) -> float | dict[str, float]:
+        """The reward of a response to prompt `number`; every worker has its own task object.
+
+        It may be `async`: then a worker makes several calls at once.
+        """
         ...
 
 
 TASKS: dict[str, Callable[..., ScoringTask]] = {
     "conciseness": Conciseness,
     "countdown": Countdown,
+    "extraction": Extraction,
     "math": Math,
 }
 USED_BY = {  # the built-in tasks that use a setting
-    "train": ["countdown", "math", "jsonl"],
-    "test": ["countdown", "math", "jsonl"],
+    "train": ["countdown", "extraction", "math", "jsonl"],
+    "test": ["countdown", "extraction", "math", "jsonl"],
     "tests": ["math", "jsonl"],
     "template": ["jsonl"],
     "chat": ["jsonl"],
+    "system": ["jsonl"],
+    "prompt_field": ["jsonl"],
     "reward": ["jsonl"],
 }
 
@@ -96,8 +105,22 @@ def prompts_of(task: Task, split: Split) -> list[str | list[Message]]:
         raise ConfigError(f"task: prompts({split!r}) raised {described(error)}") from error
 
 
-def configured_task(settings: TaskConfig) -> Task:
-    """The task that the settings name; ConfigError as from `load_task`."""
+def configured_task(settings: TaskConfig, own: Task | None = None) -> Task:
+    """The task that the settings name; ConfigError as from `load_task`.
+
+    Args:
+        own: the user's object, in place of a task that the settings name.
+    """
+    if own is not None:
+        for key in ("name", "path", *USED_BY):
+            value, default = getattr(settings, key), getattr(TaskConfig(), key)
+            if value != default:
+                raise ConfigError(
+                    f"task.{key}={value}: is not used with a task object; leave it out, or leave "
+                    "out the object"
+                )
+        check_own_task(own)
+        return own
     return load_task(
         settings.name,
         settings.path,
@@ -106,6 +129,8 @@ def configured_task(settings: TaskConfig) -> Task:
         settings.tests,
         template=settings.template,
         chat=settings.chat,
+        system=settings.system,
+        prompt_field=settings.prompt_field,
         reward=settings.reward,
     )
 
@@ -119,6 +144,8 @@ def load_task(
     *,
     template: str | None = None,
     chat: bool = True,
+    system: str | None = None,
+    prompt_field: str | None = None,
     reward: str | None = None,
 ) -> Task:
     """A built-in task by its name, or a user's own.
@@ -126,9 +153,9 @@ def load_task(
     Args:
         name: the built-in task.
         path: the user's own, written file.py:Class.
-        train, test, tests: the sources of problems, for countdown, math and jsonl; see
+        train, test, tests: the sources of problems, where the task uses them; see
             `shardes.tasks.rows.load_rows`.
-        template, chat, reward: for jsonl.
+        template, chat, system, prompt_field, reward: for jsonl.
 
     Raises:
         ConfigError: both or neither of name and path are set, there is no such task, a setting is
@@ -140,7 +167,8 @@ def load_task(
             f"task.name, task.path: {problem}; give one: a built-in task's name, or file.py:Class"
         )
     values: dict[str, Any] = {"train": train, "test": test, "tests": dict(tests) or None}
-    values |= {"template": template, "chat": None if chat else False, "reward": reward}
+    values |= {"template": template, "chat": None if chat else False, "system": system}
+    values |= {"prompt_field": prompt_field, "reward": reward}
     for key, value in values.items():
         if value is not None and name not in USED_BY[key]:
             raise ConfigError(f"task.{key}={value}: only for task.name={' or '.join(USED_BY[key])}")
@@ -152,10 +180,14 @@ def load_task(
                 "task.reward: is required with task.name=jsonl: my_module:function or "
                 "my_reward.py:function"
             )
-        load_reward_function(reward)
-        return Jsonl(train, test, tests, template, chat)
+        function = load_reward_function(reward)
+        return Jsonl(train, test, tests, template, chat, system, prompt_field, function)
     assert name is not None
     if name not in TASKS:
         raise ConfigError(f"task.name={name}: no such task; {suggestion(name, [*TASKS, 'jsonl'])}")
-    sources = {"countdown": (train, test), "math": (train, test, tests)}
+    sources = {
+        "countdown": (train, test),
+        "extraction": (train, test),
+        "math": (train, test, tests),
+    }
     return TASKS[name](*sources.get(name, ()))

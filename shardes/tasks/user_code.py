@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
+from inspect import iscoroutinefunction, signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ OTHER_TRAINERS = {
     "queries",
     "solution_str",
 }  # parameters of their rewards
+BATCH = "score_batch"  # the name of a reward function that takes lists
 PACKAGES = {"site-packages", "dist-packages"}
 
 
@@ -42,6 +43,29 @@ def load_user_task(reference: str) -> Any:
             raise
         except BaseException as error:  # sys.exit, too
             raise ConfigError(f"{setting}: {name}() raised {described(error)}") from error
+    _check_methods(setting, name, task)
+    return task
+
+
+def check_own_task(task: Any) -> None:
+    """Raise ConfigError for an object that cannot be the task of a run in this process.
+
+    Its `reward` could not be called: the worker processes that do so make their own object, and
+    know only task.path.
+    """
+    name = type(task).__name__
+    if isinstance(task, type):
+        raise ConfigError(f"task={task.__name__}: a class; pass an object, {task.__name__}()")
+    if not callable(getattr(task, "score", None)):
+        raise ConfigError(
+            f"task={name}: has no score(split, responses), which an object needs; a task with "
+            f"reward() runs in worker processes: put it in a file and set task.path=file.py:{name}"
+        )
+    _check_methods(f"task={name}", name, task)
+
+
+def _check_methods(setting: str, name: str, task: Any) -> None:
+    """Raise ConfigError if an object lacks a method of tasks."""
     if not callable(getattr(task, "prompts", None)):
         raise ConfigError(f"{setting}: {name} has no prompts(); see shardes.tasks.Task")
     if not any(callable(getattr(task, method, None)) for method in ("score", "reward")):
@@ -52,7 +76,6 @@ def load_user_task(reference: str) -> Any:
         _check_parameters(f"{setting}: score", task.score, ("split", "responses"))
     else:
         _check_parameters(f"{setting}: reward", task.reward, ("split", "number", "response"))
-    return task
 
 
 @contextmanager
@@ -71,13 +94,14 @@ def user_class(key: str, reference: str) -> Iterator[type]:
         yield value
 
 
-def load_reward_function(reference: str) -> Callable[[str, dict], float]:
+def load_reward_function(reference: str) -> Callable[..., Any]:
     """A reward function; its module may be a file, installed, or in the working directory.
 
     While a file loads, it can import modules beside it.
 
     Raises:
-        ConfigError: it cannot be loaded, or does not take (response, example).
+        ConfigError: it cannot be loaded, or does not take (response, example), or (responses,
+            examples) if its name is BATCH.
     """
     key = "task.reward"
     source, name = _split(key, reference, "my_module:function or my_reward.py:function")
@@ -90,8 +114,26 @@ def load_reward_function(reference: str) -> Callable[[str, dict], float]:
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"{key}={reference}: no function {name} there{_names(module, Callable)}")
-    _check_parameters(f"{key}={reference}", function, ("response", "example"))
+    lists = ("responses", "examples")
+    takes_lists = is_batch(reference)
+    if not takes_lists and _parameters(function)[:2] == [*lists]:
+        raise ConfigError(
+            f"{key}={reference}: takes lists; name it {BATCH}, or write def "
+            f"{name}(response, example), which scores one response"
+        )
+    taken = lists if takes_lists else ("response", "example")
+    _check_parameters(f"{key}={reference}", function, taken)
     return function
+
+
+def is_batch(reference: str) -> bool:
+    """Whether a reward function is called once with all responses of a model."""
+    return reference.rpartition(":")[2] == BATCH
+
+
+def is_async(function: Callable) -> bool:
+    """Whether calling a function gives a coroutine."""
+    return iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__)
 
 
 def code_files(reference: str) -> list[Path]:
@@ -121,6 +163,14 @@ def code_files(reference: str) -> list[Path]:
 def _is_installed(file: Path) -> bool:
     package = Path(__file__).resolve().parents[1]
     return file.is_relative_to(package) or bool(PACKAGES.intersection(file.parts))
+
+
+def _parameters(function: Callable) -> list[str]:
+    """The names of a function's parameters; none if they are not known."""
+    try:
+        return [*signature(function).parameters]
+    except (TypeError, ValueError):  # a function written in C may have no signature
+        return []
 
 
 def _check_parameters(subject: str, function: Callable, parameters: tuple[str, ...]) -> None:

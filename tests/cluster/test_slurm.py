@@ -1,5 +1,6 @@
 """The scripts of launchers/slurm on a real SLURM of two nodes: pytest -m cluster."""
 
+import json
 import time
 from pathlib import Path
 
@@ -7,15 +8,16 @@ import pytest
 
 from cluster import slurm as cluster
 from cluster.slurm import Slurm
-from launch import skip_without
+from launch import ROOT, skip_without
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-SMALL = ["--gpus-per-node=0", "--cpus-per-task=1"]
+SMALL = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=0"]
 ONE_NODE = [*SMALL, "launchers/slurm/one_node.sbatch"]
 NODES = [*SMALL, "--nodes=2", "--ntasks-per-node=1", "launchers/slurm/nodes.sbatch"]
 DEEPSPEED = [*SMALL, "--nodes=2", "launchers/slurm/deepspeed.sbatch"]
 REPLICAS = [*SMALL, "--array=0-1", "launchers/slurm/replicas.sbatch"]
+SEEDS = [*SMALL, "--array=3-4", "launchers/slurm/seeds.sbatch"]
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,34 @@ def test_an_array_of_replicas(slurm, submit, told, config, run_dir, arrived, set
         assert slurm.wait(f"{job}_{number}")["JobState"] == "COMPLETED", told()
     arrived()
     assert "joined the run at" in log.read_text(), told()
+
+
+def test_an_array_of_run_seeds(slurm, submit, told, config, run_dir):
+    job = submit(SEEDS, config)
+    digests = set()
+    for seed in (3, 4):
+        assert slurm.wait(f"{job}_{seed}")["JobState"] == "COMPLETED", told()
+        directory = run_dir.with_name(f"{run_dir.name}_seed{seed}")
+        assert f"seed: {seed}\n" in (directory / "config.yaml").read_text()
+        digests.add(json.loads((directory / "summary.json").read_text())["digest"])
+    assert len(digests) == 2
+
+
+def test_the_sites_setup_is_read_in_every_task(slurm, submit, told, config, run_dir, arrived):
+    """A variable that a module sets, one that is unset, and the command of a container."""
+    site = ROOT / "launchers/slurm/site.sh"
+    if site.exists():
+        pytest.skip(f"{site} exists")
+    site.write_text(
+        "module() { export HF_HUB_OFFLINE=1$UNSET; }\nmodule load\n"
+        "container=(env HF_HUB_DISABLE_TELEMETRY=1)\n"
+    )
+    try:
+        job = submit(NODES, config)
+        assert slurm.wait(job)["JobState"] == "COMPLETED", told()
+    finally:
+        site.unlink()
+    arrived()
+    (file,) = run_dir.glob("logs/attempt_1/environment.json")
+    environment = json.loads(file.read_text())["environment"]
+    assert environment["HF_HUB_OFFLINE"] == environment["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import MptConfig
 
-from shardes.config.schema import Attention
+from shardes.config.schema import Attention, ModelConfig
 from shardes.engines import empty_model
-from shardes.engines.attention import check_used
+from shardes.engines.attention import check_attention, check_used
 from shardes.errors import ConfigError
 
 
@@ -27,3 +27,14 @@ def test_what_a_model_cannot_do_is_refused_by_name(tmp_path):
     for attention in (Attention.sdpa, Attention.flex_attention):
         with pytest.raises(ConfigError, match=f"model.attention={attention.value}: .* support"):
             empty_model(tmp_path, torch.float32, attention=attention)
+
+
+def test_flex_attention_is_for_gpus(monkeypatch):
+    model = ModelConfig("m", attention=Attention.flex_attention)
+    for has_gpu in (True, False):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda has=has_gpu: has)
+        if has_gpu:
+            check_attention(model)
+        else:
+            with pytest.raises(ConfigError, match=r"model\.attention=flex_attention: there is no"):
+                check_attention(model)

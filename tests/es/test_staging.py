@@ -31,6 +31,7 @@ MODEL = LlamaConfig(
     num_key_value_heads=2,
 )
 CACHED = 2 * 3 * 2 * 8 * 2  # bytes per token: keys and values, layers, heads, head size, bfloat16
+SLICES = [6000 * 2]  # bytes
 STATES = (4 * 64 + 3 * 128 + 5 * 8 * 8) * 2
 
 
@@ -99,15 +100,15 @@ def test_it_lies_where_the_settings_say(monkeypatch, device, sharding, rank, exp
 
 
 def test_gathered_weights_count_unless_they_are_allocated_already():
-    alone = generation_bytes(configured(CenterDevice.auto), MODEL, shards())
+    alone = generation_bytes(configured(CenterDevice.auto), MODEL, 2, SLICES)
     for engine, gathered in ((EngineName.fsdp, 6000 * 2), (EngineName.deepspeed, 0)):
         config = configured(CenterDevice.auto, shard=2)
         config.engine = engine
-        assert generation_bytes(config, MODEL, shards()) == alone + gathered
+        assert generation_bytes(config, MODEL, 2, SLICES) == alone + gathered
 
 
 def test_sizes_that_a_config_does_not_have_are_no_error():
     from transformers import MambaConfig
 
     config = configured(CenterDevice.auto)
-    assert generation_bytes(config, MambaConfig(), shards()) > LOGITS
+    assert generation_bytes(config, MambaConfig(), 2, SLICES) > LOGITS

@@ -98,7 +98,7 @@ def test_a_probe_leaves_the_run_alone_and_is_in_its_report(probe, configure, zyg
     assert (directory / "journal.jsonl").read_bytes() == journal
     assert call(report.main, directory).returncode == 0
     html = (directory / "report.html").read_text()
-    assert "Probe of σ" in html and "answers changed" in html
+    assert "Probe of σ" in html and "Share of answers" in html
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -141,6 +141,8 @@ def test_mistakes_are_one_line(configure, monkeypatch):
         (["--sigmas", "0.1", "0.1"], "--sigmas: a value is given twice"),
         (["--sigmas", "x"], "argument --sigmas: x: not a number; see shardes probe --help"),
         (["--sigmas", "1", "es.seed=1"], "argument --sigmas: es.seed=1: write settings (key=value"),
+        (["replicas.port=0"], "replicas.port=0: a probe has no other jobs' help; set"),
+        (["replicas.join=a:1"], "replicas.join=a:1: a probe has no other jobs' help; set"),
         (["es.sigam=1"], "es.sigam: no such key; did you mean es.sigma?"),
         (["--dry-run"], "--dry-run: only for train"),
     ):

@@ -1,5 +1,6 @@
 """Planned against measured memory."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,14 +9,26 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from launch import torchrun
-from models import save_model
+from models import byte_tokenizer, save_model
 from shardes.clock import Clock
 from shardes.config.loading import load as load_config
-from shardes.config.schema import Config, ESConfig, Gather, ModelConfig, Noise
+from shardes.config.schema import (
+    Attention,
+    Config,
+    Decode,
+    DType,
+    ESConfig,
+    Gather,
+    ModelConfig,
+    Noise,
+)
 from shardes.es.population import Member
 from shardes.es.side_by_side import SideBySide
+from shardes.inference import buckets
+from shardes.inference.decode_graph import DecodeGraphs
+from shardes.inference.generation import Decoder
 from shardes.planning.layouts import Layout
-from shardes.planning.memory import rank_memory
+from shardes.planning.memory import rank_memory, temporaries
 from shardes.planning.shapes import read_shapes
 from shardes.planning.workload import Workload, read_workload
 from shardes.sharding.regions import ParameterShard, Region
@@ -142,3 +155,59 @@ def test_planned_factors_are_those_that_members_hold(antithetic, tied, tmp_path)
     allocated = sum(event.self_cpu_memory_usage for event in events)
     context.__exit__(None, None, None)
     assert planned.host["low-rank factors"] == pytest.approx(allocated, rel=0.1)
+
+
+def tiny(tmp_path, **keys):
+    """A model, and its shapes with the settings of the section `model`."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES["tiny"][2])).eval().requires_grad_(False)
+    save_model(tmp_path / "model", model)
+    settings = ModelConfig(str(tmp_path / "model"), DType.float32, **keys)
+    return model, read_shapes(Config(model=settings))[0]
+
+
+def test_planned_steps_of_fixed_shapes_are_those_that_decode(tmp_path, monkeypatch):
+    """Rows, attended tokens and the cache's memory with generation.decode=graph."""
+    monkeypatch.setattr(buckets, "LENGTH_UNIT", 8)
+    model, shapes = tiny(tmp_path)
+    prompts, new_tokens, steps = [[1] * n for n in (3, 11, 5, 9, 7)], 24, []
+    whole = DecodeGraphs._forward
+
+    def forward(graphs):
+        steps.append((graphs.cache.rows, graphs.cache.attended))
+        return whole(graphs)
+
+    monkeypatch.setattr(DecodeGraphs, "_forward", forward)
+    # 5 rows of 40 tokens would be 6: a batch of 4, and one of 1
+    decode = Decoder(byte_tokenizer(), new_tokens, frozenset(), (), 200, decode=Decode.graph)
+    decode(model, prompts)
+    lengths = tuple(map(len, prompts))
+    work = Workload(lengths, (), new_tokens, 200, decode=Decode.graph)
+    layout = Layout(1, 1, 1, Gather.member)
+    planned = rank_memory(shapes, layout, work, ESConfig(), None)
+    buffers = decode._graphs.cache.buffers()
+    assert planned.host["key-value cache"] == sum(buffer._base.nbytes for buffer in buffers)
+    batches = list(work.batches(lengths))
+    assert [rows for rows, _ in batches] == [4, 1] and work.whole(layout) == 6 * 40
+    for number, (rows, width) in enumerate(batches):
+        of_batch = steps[number * (new_tokens - 1) : (number + 1) * (new_tokens - 1)]
+        assert {of_step for of_step, _ in of_batch} == {work.rows(rows)}
+        mean = sum(attended for _, attended in of_batch) / len(of_batch)
+        assert work.attended(width, new_tokens) == pytest.approx(mean)
+    assert work.rows(5) == 6 and replace(work, decode=Decode.eager).rows(5) == 5
+
+
+@pytest.mark.parametrize("attention", [Attention.sdpa, Attention.eager])
+def test_planned_temporaries_of_a_long_prompt(attention, tmp_path):
+    """The peak of a forward pass, within a tenth. Eager attention holds its scores."""
+    model, shapes = tiny(tmp_path, attention=attention)
+    rows, width = 2, 512
+    model.set_attn_implementation(attention.value)
+    ids = torch.ones(rows, width, dtype=torch.long)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    held = peak = 0
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    assert temporaries(shapes, 1, rows, width) == pytest.approx(peak, rel=0.1)

@@ -12,6 +12,7 @@ from launch import ROOT, call, run
 from shardes.commands.plan import main
 from shardes.config.schema import (
     Config,
+    Decode,
     EngineName,
     ESConfig,
     Gather,
@@ -19,6 +20,7 @@ from shardes.config.schema import (
     Offload,
     Restore,
 )
+from shardes.errors import ConfigError
 from shardes.planning.devices import GPUS
 from shardes.planning.layouts import Layout, Machine
 from shardes.planning.memory import rank_memory
@@ -148,13 +150,36 @@ def test_times_follow_the_bounds(models):
     assert layer.gather > 100 * member.gather > 0
 
 
+def test_rows_and_tokens_that_fill_fixed_shapes_take_time(models):
+    """65 rows are decoded as 96, each with 256 tokens; the prompts' pass has 65."""
+    model, layout = models("llama-3.1-8b"), Layout(8, 1, 1, Gather.member)
+    work = Workload((120,) * 65, (), 136, 10**6)
+    eager, graph, full = (
+        estimate(model, layout, response=136, workload=each).seconds()
+        for each in (
+            work,
+            replace(work, decode=Decode.graph),
+            replace(work, decode=Decode.graph, train=(120,) * 96),
+        )
+    )
+    step = 2 * (model.numel - 128256 * 4096) + 96 * 256 * 32 * 2 * 8 * 128 * 2
+    assert graph.decode == full.decode == pytest.approx(4 * 135 * step / 3.35e12)
+    assert eager.decode < graph.decode and eager.prefill == graph.prefill < full.prefill
+
+
 NODE_OF_8 = ["--gpus", 8, "--gpu", "H100"]
 CASES = {  # model, sharding, further arguments, exit code, the suggested layout
     "8B fits": ("llama-3.1-8b", {}, [], 0, None),
     "70B on single GPUs": ("llama-3.1-70b", {}, [], 1, (2, 1, 4, "member")),
     "70B": ("llama-3.1-70b", {"tensor": 4}, [], 0, None),
     "405B": ("llama-3.1-405b", {"tensor": 8, "shard": 2}, ["--nodes", 2], 1, (1, 2, 8, "layer")),
-    "host memory": ("llama-3.1-8b", {}, ["--host-memory", "200GB"], 1, (4, 1, 2, "member")),
+    "host memory": (
+        "llama-3.1-8b",
+        {},
+        ["--host-memory", "200GB", "center.device=host"],
+        1,
+        (4, 1, 2, "member"),
+    ),
 }
 
 
@@ -184,7 +209,7 @@ def test_the_printed_table(config):
     ):
         assert part in done.stdout
     pasted = "2 × 1 × 4: sharding.shard=1 sharding.tensor=4 sharding.gather=member"
-    assert "suggested: 296.7 s" in done.stdout and pasted in done.stdout
+    assert "suggested: 298.3 s" in done.stdout and pasted in done.stdout
     done = call(main, config(DATA / "llama-3.1-405b", tensor=8), *NODE_OF_8)
     assert done.returncode == 1 and "nothing fits; 2 such nodes would be enough" in done.stdout
 
@@ -219,6 +244,17 @@ def test_error_messages(config, tmp_path):
         ([fine, *overrides, "--flops", "inf"], "--flops inf: must be positive"),
         ([fine, "--gpu-memory", "80 gigs"], "--gpu-memory 80 gigs: must be a size such as 80GB"),
         ([fine, "--gpus", 0, "--gpu-memory", "80GB"], "--gpus 0: must be at least 1"),
+        ([fine, *overrides, "--nodes", "0"], "--nodes 0: must be at least 1 and at most 100000"),
+        ([fine, *overrides, "--nodes", "-1"], "--nodes -1: must be at least 1"),
+        ([fine, "--gpus", 2000, "--gpu", "H100"], "--gpus 2000: must be at least 1 and at most"),
+        ([fine, *overrides, "--prompts", 0], "--prompts 0: must be at least 1"),
+        ([fine, *overrides, "--prompt-tokens", -4], "--prompt-tokens -4: must be at least 1"),
+        ([fine, *overrides, "--response-tokens", 2000], "--response-tokens 2000: no response is"),
+        ([fine, *overrides, "--host-memory", "0GB"], "--host-memory 0GB: must be a size such as"),
+        ([fine, *overrides, "--gpu-memory=-8GB"], "--gpu-memory -8GB: must be a size such as"),
+        ([fine, *overrides, "--gpu-memory", "0.0001KB"], "--gpu-memory 0.0001KB: must be a size"),
+        ([fine, "--gpu", "cpu", "--gpu-memory", "8GB"], "--gpu-memory 8GB: --gpu cpu has no GPUs"),
+        ([fine, *overrides, "es.population_size=0"], "es.population_size=0: must be at least 2"),
         ([fine, *overrides, "sharding.tensor=3"], "does not divide the 8 GPUs"),
         ([fine, *overrides, "sharding.replicas=3"], "does not fill the 8 GPUs"),
         ([fine, "--gpus", 16, "--gpu-memory", "80GB", "sharding.tensor=16"], "8 key-value heads"),
@@ -232,6 +268,34 @@ def test_error_messages(config, tmp_path):
         assert done.returncode == 2, (arguments, done.stdout)
         assert done.stderr.startswith("error: ") and expected in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: must be a whole number from 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1: must be"),
+        ({"hidden_size": "3584"}, "hidden_size=3584: must be"),
+        ({"hidden_size": 64.5}, "hidden_size=64.5: must be"),
+        ({"hidden_size": 10**12}, "hidden_size=1000000000000: must be"),
+        ({"vocab_size": 0}, "vocab_size=0: must be"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: must be"),
+        ({"num_attention_heads": True}, "num_attention_heads=True: must be"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0: must be"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=28, which is no multiple of num_key"),
+        ({"head_dim": -8}, "head_dim=-8: must be"),
+        ({"intermediate_size": 0}, "intermediate_size=0: must be"),
+        ({"vocab_size": None}, "config.json does not say vocab_size"),
+    ],
+)
+def test_sizes_that_no_model_has_are_named(sizes, message, tmp_path):
+    values = json.loads((DATA / "qwen2.5-7b" / "config.json").read_text()) | sizes
+    kept = {name: value for name, value in values.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ConfigError) as refusal:
+        read_shapes(Config(model=ModelConfig(str(tmp_path))))
+    assert str(refusal.value).startswith(f"model.path={tmp_path}: config.json")
+    assert message in str(refusal.value)
 
 
 def test_the_docs_have_the_tools_table():

@@ -10,6 +10,7 @@ from gateways import LIMITS, SECRET, forgeries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shardes.errors import RunError
 from shardes.replicas.access import ClientAccess, Refused, SharedKeys
 from shardes.replicas.gateway import LENGTH
 from shardes.replicas.gateway_client import GatewayStore, connect
@@ -66,6 +67,25 @@ def victim(store, primary, join):
     assert queue.number_done() == 1 and not primary.has_left(0)
 
 
+def test_a_damaged_journal_is_not_the_clients_mistake(primary, journal, join, warnings):
+    for iteration in range(2):
+        record = Record(iteration, [7], [0.5, 1.5], [0.25], 0.1, 0.1, "digest")
+        journal.append(record)
+        primary.publish(record)
+    client = join()
+    content = journal.path.read_bytes()
+    journal.path.write_bytes(content[:-9] + b"?" + content[-8:])
+    assert client.record(0).iteration == 0
+    for _ in range(2):
+        with pytest.raises(RunError) as failure:
+            join().record(1)
+        message = str(failure.value)
+        assert f"{journal.path}, line 3: damaged" in message and "shardes journal" in message
+        assert "excluded" not in message and "sent" not in message
+    assert len(warnings) == 2
+    assert all("line 3: damaged" in line and "sent" not in line for line in warnings)
+
+
 def test_what_is_permitted_is_what_is_documented(primary, journal, victim):
     """Each key is forged, without a network, by one client that is not excluded for it."""
     client = ClientAccess(SharedKeys(primary.clone(), LIMITS, RecordReader(journal.path)))
@@ -112,7 +132,12 @@ MEMBERS = [
         json.dumps(values)
         for values in (
             GOOD[:3],
+            [*GOOD, [], {}, {}, 0],
             [*GOOD, [], {}, 0],
+            [*GOOD, [], {}, {"true": "1"}],
+            [*GOOD, [], {}, {"true": float("nan")}],
+            [*GOOD, [], {}, {"of two words": 1.0}],
+            [*GOOD, [], {}, {f"a{n}": 1.0 for n in range(17)}],
             [None, *GOOD[1:]],
             ["0.5", *GOOD[1:]],
             [True, *GOOD[1:]],
@@ -181,7 +206,7 @@ def test_a_malformed_result_costs_the_replica_its_place(
         assert f"{piece} of {queue}, but it" in line or "but a response" in line, text
         assert len(line) < 250
     assert posted.number_done() == 0
-    good = {"iteration 0": GOOD, "evaluation 0": [[1, 99], []]}[queue]
+    good = {"iteration 0": [*GOOD, [], {}, {"true": 0.25}], "evaluation 0": [[1, 99], []]}[queue]
     text = json.dumps(good).replace('"K"', str(len(texts) + 1))
     join().queue(queue).post(piece, len(texts) + 1, text)
     assert posted.result(piece) == text

@@ -136,15 +136,16 @@ def test_iterations_do_not_mix(store):
         assert list(claims(replica(store, 0, [1, 2], index, timeout=1))) == [0, 1]
 
 
-def test_members_are_handed_out_in_groups_of_one(store):
+def test_members_are_handed_out_in_groups_and_an_empty_one_asks_for_their_results(store):
     with heartbeats(store, 0) as beating:
         queue = replica(store, 0, [7, 8], heartbeats=beating)
-        groups = []
+        groups, unposted = [], []
         for group in queue:
             groups.append(list(group))
-            for member in group:
+            for member in unposted:
                 queue.post(member, result(0, 1.0))
-    assert groups == [[0], [1]]
+            unposted = group
+    assert groups == [[0], [1], []]
 
 
 def test_every_reward_is_journaled_once_whoever_posts_it_and_however_many_there_are(
@@ -230,7 +231,7 @@ def test_the_members_of_dead_replicas_are_taken_over_in_groups(store):
             for number in group:
                 mine.post(number, result(0, float(number)))
     assert groups[:2] == [[6, 7, 8, 9], [10, 11]]
-    assert [len(group) for group in groups[2:]] == [4, 2]
+    assert [len(group) for group in groups[2:]] == [0, 4, 0, 2, 0]
     assert sorted(sum(groups[2:], [])) == [0, 1, 2, 3, 4, 5]
     assert [member.reward for member in mine.results().members] == list(map(float, range(12)))
 

@@ -50,7 +50,7 @@ class Fails:
 """
 
 HEAD = r"""model    {model}, [0-9,]+ parameters in float32
-layout   1 ranks: 1 replicas × shard 1 × tensor 1, deepspeed
+layout   1 rank: 1 replica × shard 1 × tensor 1, deepspeed
 device   cpu
 members  4 of σ = 0\.05, α = 0\.05, full noise
 prompts  3 train, 2 test; up to 8 new tokens

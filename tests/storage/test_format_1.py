@@ -65,7 +65,7 @@ def test_it_resumes_and_arrives_at_the_same_center(zygote, folder, tmp_path):
     assert run.wait() == [0], run.text()
     assert (
         "resuming at iteration 3, of which 3 members are evaluated: "
-        "snapshot run/snapshots/iteration_2 and 1 iterations replayed" in run.text()
+        "snapshot run/snapshots/iteration_2 and 1 iteration replayed" in run.text()
     )
     assert (folder / "run" / "journal.jsonl").read_bytes().startswith(complete)
     assert records(folder / "run") == EXPECTED

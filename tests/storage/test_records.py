@@ -54,14 +54,14 @@ def test_records_are_read_in_any_order_while_others_are_written(journal):
 def test_a_record_that_is_not_there_or_damaged_is_not_read(journal):
     append(journal, 0)
     append(journal, 1)
-    with pytest.raises(ValueError, match="ends before it"):
+    with pytest.raises(ValueError, match="ends at line 7, before the record of iteration 2"):
         RecordReader(journal.path).record(2)
     content = journal.path.read_bytes()
     place = content.index(b"digest of 1")
     journal.path.write_bytes(content[:place] + b"D" + content[place + 1 :])
     assert RecordReader(journal.path).record(0) == record(0)
-    with pytest.raises(ValueError, match="its checksum does not match"):
+    with pytest.raises(ValueError, match=r"line 7: damaged \(its checksum does not match"):
         RecordReader(journal.path).record(1)
     journal.path.write_bytes(content[:place])
-    with pytest.raises(ValueError, match="ends before it"):
+    with pytest.raises(ValueError, match="ends at line 6, before the record of iteration 1"):
         RecordReader(journal.path).record(1)

@@ -40,7 +40,8 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-MESSAGES = [{"role": "system", "content": "Be brief."}, *user("Hello")]
+SYSTEM = {"role": "system", "content": "Be brief."}
+MESSAGES = [SYSTEM, *user("Hello")]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,16 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, *user("Hello")]
             {"chat": False, "template": "Q: {prompt}\nA:"},
             ["Q: Where is Rome?\nA:", "Q: Was ist 1 + 1?\nA:"],
         ),
+        (
+            {"system": "Be brief."},
+            [[SYSTEM, *user("Where is Rome?")], [SYSTEM, *user("Was ist 1 + 1?")]],
+        ),
+        (
+            {"system": "Be brief.", "template": "{n}"},
+            [[SYSTEM, *user("3")], [SYSTEM, *user("[1, 2]")]],
+        ),
+        ({"prompt_field": "answer"}, [user("Italy"), user("2")]),
+        ({"prompt_field": "answer", "chat": False}, ["Italy", "2"]),
         ({"template": "{n} {{{answer}}} {n}"}, [user("3 {Italy} 3"), user("[1, 2] {2} [1, 2]")]),
     ],
 )
@@ -65,6 +76,14 @@ def test_prompts_contain_the_fields(load, keys, expected):
 
 def test_messages_are_used_unchanged(load):
     assert load([{"prompt": MESSAGES}]).prompts("test") == [MESSAGES]
+    rows = [{"prompt": 3, "a {b}": MESSAGES}, {"a {b}": "Hi"}]
+    assert load(rows, prompt_field="a {b}").prompts("test") == [MESSAGES, user("Hi")]
+
+
+def test_a_system_message_goes_before_messages(load):
+    rows = [{"chat": user("Hello")}, {"chat": [*user("a"), *user("b")]}]
+    expected = [[SYSTEM, *row["chat"]] for row in rows]
+    assert load(rows, prompt_field="chat", system="Be brief.").prompts("train") == expected
 
 
 def test_a_beginning_of_the_response_is_marked(load):
@@ -119,10 +138,10 @@ def test_templates_that_cannot_be_filled(load, template, message):
         ),
         (
             [{"messages": [*user("Hi"), {"role": "assistant", "content": "Ho"}]}],
-            r"line 1 .* has no prompt but messages: name that field prompt, without the last one, "
-            "of role assistant, which is the answer",
+            r"line 1 .* has no prompt but messages: set task.prompt_field=messages, and leave out "
+            "the last one, of role assistant, which is the answer",
         ),
-        ([{"messages": user("Hi")}], "has no prompt but messages: name that field prompt$"),
+        ([{"messages": user("Hi")}], "has no prompt but messages: set task.prompt_field=messages$"),
         ([{"prompt": 5}], r"line 1 \(id none\): prompt is 5; it must be a text, or messages"),
         (
             [{"prompt": [{"role": "user"}]}],
@@ -135,13 +154,25 @@ def test_malformed_lines_are_named(load, rows, message):
         load(rows)
 
 
-@pytest.mark.parametrize("keys", [{"chat": False}, {"template": "Say: {prompt}"}])
-def test_messages_allow_no_other_format(load, keys):
-    with pytest.raises(
-        ConfigError,
-        match=r"line 1 .*: prompt is a list of messages; leave task.chat and task.template",
-    ):
-        load([{"prompt": MESSAGES}], **keys)
+@pytest.mark.parametrize(
+    "rows, keys, message",
+    [
+        (MESSAGES, {"chat": False}, "line 1 .*: prompt is a list of messages; leave out task.chat"),
+        (
+            MESSAGES,
+            {"template": "Say: {prompt}"},
+            "line 1 .*: prompt is a list of messages; set task.prompt_field=prompt in place of",
+        ),
+        (MESSAGES, {"system": "x"}, "line 1 .*: prompt has a system message of its own; leave out"),
+        (3, {"prompt_field": "id"}, "line 1 .*: id is 7; it must be a text, or messages with role"),
+        ("x", {"prompt_field": "query"}, "line 1 .* has no query; its fields: id, prompt$"),
+        ("x", {"prompt_field": "a", "template": "b"}, "task.prompt_field=a: leave it out or leave"),
+        ("x", {"system": "a", "chat": False}, "task.system: is a message of a chat; with task.cha"),
+    ],
+)
+def test_prompts_of_another_form_are_refused(load, rows, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load([{"id": 7, "prompt": rows}], **keys)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +197,8 @@ def test_missing_settings(load, keys, message):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("template", "{x}"), ("chat", False), ("reward", "a:b"), ("train", "x")]
+    "key, value",
+    [("template", "{x}"), ("chat", False), ("system", "x"), ("reward", "a:b"), ("train", "x")],
 )
 def test_settings_of_other_tasks_are_refused(key, value):
     with pytest.raises(ConfigError, match=rf"task\.{key}={value}: only for task\.name=.*jsonl"):

@@ -102,6 +102,6 @@ def test_damaged_files_are_named(tmp_path, text, message):
 
 def test_only_countdown_takes_files():
     with pytest.raises(
-        ConfigError, match=r"task\.train=x\.json: only for task.name=countdown or math"
+        ConfigError, match=r"task\.train=x\.json: only for task.name=countdown or extraction"
     ):
         load_task("conciseness", None, "x.json")
