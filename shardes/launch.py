@@ -31,6 +31,7 @@ from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusabl
 from shardes.es.center import Center, open_center
 from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank, noise_rank
+from shardes.es.rule import Rule, load_rule
 from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.es.staging import center_device
 from shardes.es.update import evolves
@@ -72,6 +73,7 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     decoder: Decoder
+    rule: Rule | None  # es.update
     sources: dict[str, str] = field(default_factory=dict, kw_only=True)  # see `run_sources`
 
     def abandon(self) -> None:
@@ -141,7 +143,8 @@ def check(config: Config, job: Job) -> PreparedRun:
         )
     if config.engine is EngineName.vllm:
         check_processors(decode.applied)
-    return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
+    rule = load_rule(config.es.update)
+    return PreparedRun(config, replicas, files, module, tokenizer, task, decode, rule)
 
 
 def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:
@@ -278,7 +281,7 @@ def open_replica(
         joined: see `build_replica`.
     """
     world, engine, sampler = build_replica(job, prepared, clock, joined)
-    config, es = prepared.config, prepared.config.es
+    config, es, rule = prepared.config, prepared.config.es, prepared.rule
     side_by_side = (
         SideBySide(prepared.module, engine.shards, engine.device, es.rank, es.evolve)
         if answer_side_by_side(es)
@@ -295,7 +298,14 @@ def open_replica(
             es.evolve,
             clock,
             noise_rank(es),
-            center_device(config, world, engine.shards, prepared.module.config),
+            center_device(
+                config,
+                world,
+                engine.shards,
+                prepared.module.config,
+                rule.buffers if rule else 0,
+            ),
+            rule,
         )
     answers: Answers = (
         OneBatch(config, world, center, sampler, side_by_side, clock)

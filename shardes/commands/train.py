@@ -67,12 +67,15 @@ def prepare(argv: list[str], job: Job) -> PreparedTraining:
     date = launch.shared_date(job, lambda: connection.date if connection else recorded_date(config))
     prepared = launch.check(config, job)
     prompts = encode_prompts(prepared, date)
-    prepared.sources = run_sources(config.task, prompts)
+    prepared.sources = run_sources(config.task, prompts, config.es.update)
+    stateful = prepared.rule is not None and prepared.rule.buffers > 0
     run: RunDirectory | JoinedRun | None = None
     if connection:
-        run = join_run(connection, config, prepared.files, prepared.sources)
+        run = join_run(connection, config, prepared.files, prepared.sources, stateful)
     elif job.rank == 0:
-        run = open_run_directory(config, prepared.files, prepared.sources, date.isoformat())
+        run = open_run_directory(
+            config, prepared.files, prepared.sources, date.isoformat(), stateful
+        )
     return PreparedTraining(**vars(prepared), prompts=prompts, run=run)
 
 
@@ -84,7 +87,7 @@ def dry_run(argv: list[str], ranks: int) -> int:
     prepared = launch.check(config, Job(0, ranks, dist.HashStore()))
     date = datetime.fromisoformat(recorded_date(config) or launch.now())
     prompts = encode_prompts(prepared, date)
-    state = describe_run_directory(config, run_sources(config.task, prompts))
+    state = describe_run_directory(config, run_sources(config.task, prompts, config.es.update))
     sharding, generation = config.sharding, config.generation
     shard, tensor = sharding.shard, sharding.tensor
     layout = Layout(prepared.replicas, shard, tensor, sharding.gather, sharding.offload)
