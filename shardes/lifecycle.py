@@ -140,6 +140,8 @@ def run_alone(
             work(job, prepared, watcher)
         finally:
             watcher.close()
+        if watcher.asked is not None:  # too late for the work to notice
+            raise Stopped(watcher.asked)
 
 
 @contextmanager
