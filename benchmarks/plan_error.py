@@ -3,11 +3,11 @@
     python -m benchmarks.plan_error [--runs]
 
 One process with one thread makes an iteration of the trainer's own parts: members, decoding, and
-the update. With `--runs`, models of three other sizes, which the planner was not fitted to, are
-trained by `shardes train`, and the time from one iteration to the next is compared with the plan of
-the same config. Both sides are in CPU seconds, so that a busy machine disturbs them less, and the
-CPU's rates are measured anew. The weights are random, and every response has all of its tokens.
-Prints the tables of docs/plan.md.
+the update with its digest. With `--runs`, models of three other sizes, which the planner was not
+fitted to, are trained by `shardes train`, and the time from one iteration to the next is compared
+with the plan of the same config. Both sides are in CPU seconds, so that a busy machine disturbs
+them less, and the CPU's rates are measured anew. The weights are random, and every response has all
+of its tokens. Prints the tables of docs/plan.md.
 """
 
 import json
@@ -39,6 +39,7 @@ from shardes.planning.planner import Planner
 from shardes.planning.shapes import read_shapes
 from shardes.planning.time import Estimate
 from shardes.planning.workload import Workload, read_workload
+from shardes.sharding.digest import digest
 
 TOKENIZER = Path("models/SmolLM2-135M-Instruct")
 SIZES = {  # layers, hidden size, intermediate size, heads, key-value heads
@@ -104,6 +105,8 @@ def compare(directory: Path, noise: Noise, count: int, tokens: int) -> tuple[flo
         began = time.process_time()
         answer(decode, encoded, MEMBERS)
         population.center.update(update)
+        for part in population.center.parts():
+            digest(*part)
         return time.process_time() - began
 
     device = measured_cpu(1, torch.float32, time.process_time)

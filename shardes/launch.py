@@ -11,7 +11,7 @@ from inspect import signature
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shardes.answers import Answers, InPlace, OneBatch
+from shardes.answers import Answers, InPlace, MembersTogether, OneBatch
 from shardes.clock import Clock
 from shardes.config import loading
 from shardes.config.schema import Config, EngineName, ESConfig
@@ -21,6 +21,7 @@ from shardes.engines import Engine, build, check_model, open_model
 from shardes.engines.attention import check_attention
 from shardes.engines.vllm import VLLMEngine, check_context, check_processors, check_vllm
 from shardes.errors import ConfigError, mistakes_in, one_line
+from shardes.es.adapted_members import AdaptedMembers, adapter_slots, check_adapters
 from shardes.es.center import Center, open_center
 from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank, noise_rank
@@ -90,7 +91,7 @@ def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
     """
     check_launcher()
     if config.engine is EngineName.vllm:
-        check_vllm(config, answer_side_by_side(config.es))
+        check_vllm(config)
     replicas = loading.check_layout(config, job.size)
     task = configured_task(config.task, task)
     _check_task_takes_numbers(config, task)
@@ -114,6 +115,8 @@ def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
     check_rank(config.es, ((name, tuple(p.shape)) for name, p in module.named_parameters()))
     if answer_side_by_side(config.es):
         check_members_can_share(module, config.es)
+        if config.engine is EngineName.vllm:
+            check_adapters(module, config.es)
     with mistakes_in(f"model.path={directory}"):
         check_model(config, module)
         tokenizer = open_tokenizer(directory, trusted)
@@ -248,12 +251,20 @@ def _engine(prepared: PreparedRun, world: World, clock: Clock | None) -> tuple[E
     """The configured engine, its weights not yet loaded, and its generation."""
     config, module = prepared.config, prepared.module
     if config.engine is EngineName.vllm:
-        vllm = VLLMEngine(config, module, prepared.files, world)
+        slots = adapter_slots(config.es)
+        vllm = VLLMEngine(config, module, prepared.files, world, slots)
         generation = VLLMGeneration(vllm, prepared.decoder, clock)
         generation.check_writes()
         return vllm, generation
     engine = build(config, module, world)
     return engine, ModuleGeneration(world, engine, prepared.decoder, clock)
+
+
+def _members_together(engine: Engine, prepared: PreparedRun) -> MembersTogether:
+    es, module = prepared.config.es, prepared.module
+    if isinstance(engine, VLLMEngine):
+        return AdaptedMembers(module, engine, es)
+    return SideBySide(module, engine.shards, engine.device, es.rank, es.evolve)
 
 
 def open_replica(
@@ -270,11 +281,7 @@ def open_replica(
     """
     world, engine, sampler = build_replica(job, prepared, clock, joined)
     config, es = prepared.config, prepared.config.es
-    side_by_side = (
-        SideBySide(prepared.module, engine.shards, engine.device, es.rank, es.evolve)
-        if answer_side_by_side(es)
-        else None
-    )
+    together = _members_together(engine, prepared) if answer_side_by_side(es) else None
     files = source()
     with slow_step(f"loading the weights of {files.directory}", job.rank == 0):
         center = open_center(
@@ -289,8 +296,8 @@ def open_replica(
             center_device(config, world, engine.shards, prepared.module.config),
         )
     answers: Answers = (
-        OneBatch(config, world, center, sampler, side_by_side, clock)
-        if side_by_side
+        OneBatch(config, world, center, sampler, together, clock)
+        if together
         else InPlace(center, sampler)
     )
     return Replica(world, sampler, center, answers)

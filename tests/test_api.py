@@ -227,12 +227,14 @@ def test_a_mistake_that_ranks_find_is_raised(settings, capfd):
 
 
 def test_a_process_group_of_the_users_is_named(settings):
+    hook = sys.excepthook  # torch replaces it
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(shardes.ConfigError, match=r"destroy_process_group\(\) first"):
             shardes.train(settings(), task=Letters())
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def test_there_is_no_run(tmp_path):

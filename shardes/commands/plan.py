@@ -30,11 +30,11 @@ from rich.console import Console
 from shardes.commands.arguments import CommandParser, reports_errors
 from shardes.commands.plan_table import print_plans
 from shardes.config import loading as settings
-from shardes.config.schema import Config
+from shardes.config.schema import Config, EngineName
 from shardes.errors import ConfigError, unusable_files
 from shardes.planning.devices import GPUS, Device, gpu, measured_cpu, slowest_gpu, with_rates
 from shardes.planning.layouts import Machine
-from shardes.planning.planner import ESTIMATED, Plan, Planner
+from shardes.planning.planner import Plan, Planner
 from shardes.planning.shapes import config_file
 from shardes.planning.workload import CHARACTERS_PER_TOKEN, read_workload
 
@@ -69,6 +69,10 @@ WITHOUT_CONFIG = (
     "without a config: the defaults of shardes train with task.name=countdown; key=value changes "
     "them: N = {es.population_size}, {es.iterations} iterations, "
     "{generation.max_new_tokens} new tokens, {model.dtype.value}"
+)
+VLLM = (
+    "engine=vllm: the times are those of the project's own decoder with batches of "
+    "generation.batch_tokens. Memory does not count compiled code and CUDA graphs"
 )
 
 
@@ -189,14 +193,11 @@ def _planner(options: argparse.Namespace, given: Config | None) -> tuple[Planner
             f"--response-tokens {options.response_tokens}: no response is longer than "
             f"generation.max_new_tokens={longest}"
         )
-    if config.engine not in ESTIMATED:
-        raise ConfigError(
-            f"engine={config.engine.value}: shardes plan estimates the project's own decoder; plan "
-            "with engine=deepspeed or engine=fsdp"
-        )
     config_file(config.model.path)  # a wrong path is reported before the task is loaded
     device, note = _device(options, config)
     notes.append(note)
+    if config.engine is EngineName.vllm:
+        notes.append(VLLM)
     on_cpu = not device.capacity
     host_memory = _size(options.host_memory or HOST_MEMORY, "--host-memory")
     if on_cpu and not options.host_memory:

@@ -160,6 +160,9 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
             "the padding of a batch, and so would its responses; use another model"
         )
     tensor, heads = config.sharding.tensor, _key_value_heads(module.config)
+    if config.engine is EngineName.vllm:
+        _check_vllm(config, module, heads)
+        return
     if tensor > 1:
         _check_tensor(config, module, heads)
     if config.engine is EngineName.fsdp:
@@ -203,6 +206,24 @@ def _check_tensor(config: Config, module: PreTrainedModel, heads: list[int]) -> 
             f"sharding.tensor={tensor}: transformers' plan for {type(module).__name__} splits its "
             "heads, but not their attention mask; use sharding.shard instead"
         )
+
+
+def _check_vllm(config: Config, module: PreTrainedModel, heads: list[int]) -> None:
+    """vLLM gives every rank equal parts, and several ranks the same key-value head."""
+    from shardes.engines.vllm import check_sharding
+
+    check_sharding(config.sharding)
+    tensor = config.sharding.tensor
+    queries = getattr(module.config.get_text_config(), "num_attention_heads", None) or tensor
+    for count, kind, fits in (
+        (queries, "attention", queries % tensor == 0),
+        *((count, "key-value", not (count % tensor and tensor % count)) for count in heads),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"sharding.tensor={tensor}: engine=vllm cannot split the {count} {kind} heads of "
+                f"{config.model.path} into equal parts; use another degree, or engine=deepspeed"
+            )
 
 
 def _check_fsdp(config: Config, module: PreTrainedModel, heads: list[int]) -> None:

@@ -30,7 +30,10 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
     itemsize = 4 if es.restore is Restore.copy else estimate.model.itemsize
     rates = f"{SHARE:.0%} of the peak rates: an assumption"
     if on_cpu:
-        rates = "measured rates of this CPU; iterations took 1.05 to 1.6 times that: docs/plan.md"
+        rates = (
+            "measured rates of this CPU; iterations of runs took 1.1 to 1.6 times that: "
+            "docs/plan.md"
+        )
     figures = {
         "hours, at least": (
             seconds / 3600,

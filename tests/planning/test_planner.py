@@ -300,3 +300,26 @@ def test_sizes_that_no_model_has_are_named(sizes, message, tmp_path):
 
 def test_the_docs_have_the_tools_table():
     assert markdown() in (ROOT / "docs" / "plan.md").read_text()
+
+
+def test_vllm_is_planned_with_its_cache_and_its_layouts():
+    model = str(DATA / "llama-3.1-8b")
+    command = ["--model", model, "--gpus", "8", "--gpu", "H100", "--prompt-tokens", "100"]
+    command += ["--prompts", "10", "--json", "engine=vllm"]
+
+    def planned(*overrides):
+        done = call(main, *command, *overrides)
+        return done.returncode, json.loads(done.stdout)
+
+    code, plan = planned("vllm.cache_size=20")
+    assert code == 0 and any(note.startswith("engine=vllm: the times") for note in plan["notes"])
+    for best in plan["best"]:
+        assert best["gpu"]["key-value cache"] == 20e9
+        assert best["layout"]["engine"] == "vllm" and best["layout"]["shard"] == 1
+        assert best["settings"] == f"sharding.tensor={best['layout']['tensor']}"
+    assert {8, 4, 2, 1} == {best["layout"]["tensor"] for best in plan["best"]}
+    code, plan = planned("vllm.cache_size=79")
+    assert code == 1 and plan["best"] == []
+    code, plan = planned("es.noise=low_rank", "sharding.tensor=1")
+    assert {best["members_per_batch"] for best in plan["best"]} == {16, 8, 4, 2}  # half a share
+    assert all(best["gpu"]["low-rank factors"] for best in plan["best"])
