@@ -1,12 +1,15 @@
-"""Line charts and stacked areas as inline SVG, in the CSS colors --c0, --c1, ..."""
+"""The report's figures: line charts and stacked bars, by plotly."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
-WIDTH, HEIGHT = 760, 270
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 10, 34  # margins
+import plotly.graph_objects as go
+
+HEIGHT = 340  # pixels
+# Each stands out from a white and from a black page.
+COLORS = ("#3b82d6", "#d9711c", "#159a6c", "#9a68d8", "#d14d86", "#98851c", "#858890")
 
 
 @dataclass
@@ -24,122 +27,77 @@ class Series:
     dots: bool = False
 
 
-def line_chart(series: Sequence[Series], x_label: str = "iteration") -> str:
-    """A chart with a legend; an empty string if no curve has a value."""
+def line_chart(
+    series: Sequence[Series],
+    x_label: str = "iteration",
+    log_x: bool = False,
+    from_zero: bool = False,
+) -> go.Figure | None:
+    """A chart, with a legend if it takes one to tell what is drawn; None if no curve has a value.
+
+    Args:
+        from_zero: whether the y axis begins at 0.
+    """
     series = [curve for curve in series if curve.points]
     if not series:
-        return ""
-    values = [y for curve in series for y in curve.points.values()]
-    values += [y for curve in series for limits in curve.band.values() for y in limits]
-    frame = Frame([x for curve in series for x in curve.points], values, x_label)
-    shapes = []
+        return None
+    figure = _figure([x for curve in series for x in curve.points], x_label, log_x)
+    figure.update_layout(showlegend=len(series) > 1 or bool(series[0].band))
+    figure.update_yaxes(rangemode="tozero" if from_zero else "normal")
     for number, curve in enumerate(series):
-        if curve.band:
-            edge = [(x, low) for x, (low, _) in curve.band.items()]
-            edge += [(x, high) for x, (_, high) in reversed(list(curve.band.items()))]
-            shapes.append(
-                f'<polygon points="{frame.path(edge)}" fill="var(--c{number})" opacity=".16"/>'
-            )
-    for number, curve in enumerate(series):
-        path = frame.path(curve.points.items())
-        shapes.append(
-            f'<polyline points="{path}" fill="none" stroke="var(--c{number})" stroke-width="2"/>'
-        )
-        if curve.dots or len(curve.points) == 1:
-            shapes += [
-                f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5" '
-                f'fill="var(--c{number})">'
-                f"<title>{escape(curve.name)}, {x_label} {x:g}: {y:.4g}</title></circle>"
-                for x, y in curve.points.items()
-            ]
-    return _figure([curve.name for curve in series], frame, shapes)
+        color = COLORS[number % len(COLORS)]
+        group = dict(name=escape(curve.name), legendgroup=str(number))
+        red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+        edge = dict(line_width=0, mode="lines", hoverinfo="skip", showlegend=False)
+        for end, fill in ((0, None), (1, "tonexty")) if curve.band else ():
+            figure.add_scatter(
+                x=list(curve.band), y=[limits[end] for limits in curve.band.values()],
+                fill=fill, fillcolor=f"rgba({red}, {green}, {blue}, 0.16)", **edge, **group,
+            )  # fmt: skip
+        marked = curve.dots or len(curve.points) == 1
+        figure.add_scatter(
+            x=list(curve.points), y=list(curve.points.values()), line=dict(color=color, width=2),
+            mode="lines+markers" if marked else "lines", marker_size=7, **group,
+        )  # fmt: skip
+    return figure
 
 
-def stacked_chart(parts: Mapping[str, Mapping[float, float]], x_label: str = "iteration") -> str:
-    """Parts of a sum, stacked; all have the same x. An empty string if there are no values."""
+def stacked_chart(
+    parts: Mapping[str, Mapping[float, float]], x_label: str = "iteration"
+) -> go.Figure | None:
+    """Parts of a sum as stacked bars; None if there are no values."""
     xs = sorted({x for values in parts.values() for x in values})
     if not xs:
-        return ""
-    below = dict.fromkeys(xs, 0.0)
-    tops = {x: math.fsum(values.get(x, 0.0) for values in parts.values()) for x in xs}
-    frame = Frame(xs if len(xs) > 1 else [xs[0], xs[0] + 1], [0.0, *tops.values()], x_label)
-    shapes = []
+        return None
+    figure = _figure(xs, x_label)
+    figure.update_layout(barmode="stack", bargap=0.1)
     for number, (name, values) in enumerate(parts.items()):
-        above = {x: below[x] + values.get(x, 0.0) for x in xs}
-        edge = [*below.items(), *reversed(list(above.items()))]
-        shapes.append(
-            f'<polygon points="{frame.path(edge)}" fill="var(--c{number})" '
-            f'stroke="var(--c{number})" stroke-width=".5"><title>{escape(name)}</title></polygon>'
+        figure.add_bar(
+            x=xs, y=[values.get(x, 0.0) for x in xs], name=escape(name),
+            marker=dict(color=COLORS[number % len(COLORS)], line_width=0),
+        )  # fmt: skip
+    return figure
+
+
+def _figure(xs: Iterable[float], x_label: str, log_x: bool = False) -> go.Figure:
+    """A figure without curves. The page's script adds the colors of the light or dark theme."""
+    axis: dict[str, Any] = dict(title=dict(text=x_label, standoff=6), hoverformat=".6~g")
+    if log_x:
+        axis |= dict(type="log", dtick=1, exponentformat="power", minor_ticks="outside")
+    elif max(xs) - min(xs) < 8:
+        axis |= dict(dtick=1, tickformat="d")  # iterations have no fractions
+    return go.Figure(
+        layout=dict(
+            template=go.layout.Template(),
+            height=HEIGHT,
+            margin=dict(l=8, r=8, t=8, b=8),
+            legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0, traceorder="normal"),
+            showlegend=True,
+            hovermode="x unified",
+            uirevision=True,  # a change of theme keeps the zoom
+            paper_bgcolor="rgba(0,0,0,0)",
+            plot_bgcolor="rgba(0,0,0,0)",
+            xaxis=axis,
+            yaxis=dict(hoverformat=".4g", exponentformat="power"),
         )
-        below = above
-    return _figure(list(parts), frame, shapes)
-
-
-class Frame:
-    """Axes whose ranges contain all values."""
-
-    def __init__(self, xs: Sequence[float], ys: Sequence[float], x_label: str):
-        self._x0, self._x1 = min(xs), max(xs)
-        if self._x0 == self._x1:
-            self._x0, self._x1 = self._x0 - 1, self._x1 + 1
-        low, high = min(ys), max(ys)
-        margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
-        self._y0, self._y1 = (low if low == 0 else low - margin), high + margin
-        self._label = x_label
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self._x0) / (self._x1 - self._x0) * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        return (
-            HEIGHT - BOTTOM - (value - self._y0) / (self._y1 - self._y0) * (HEIGHT - TOP - BOTTOM)
-        )
-
-    def path(self, points: Iterable[tuple[float, float]]) -> str:
-        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-
-    def shapes(self) -> list[str]:
-        """The grid, the ticks and the label of the x axis."""
-        shapes = []
-        for value in ticks(self._y0, self._y1, 5):
-            y = self.y(value)
-            shapes.append(
-                f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
-            )
-            shapes.append(
-                f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:,.6g}</text>'
-            )
-        for value in ticks(self._x0, self._x1, 8):
-            if value == int(value):
-                shapes.append(
-                    f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" '
-                    f'text-anchor="middle">{value:,.6g}</text>'
-                )
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        shapes.append(
-            f'<text x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(self._label)}</text>'
-        )
-        return shapes
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers between two values."""
-    least = (high - low) / count
-    power = 10 ** math.floor(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
-    return [
-        round(number * step, 12)
-        for number in range(math.ceil(low / step), math.floor(high / step) + 1)
-    ]
-
-
-def _figure(names: Sequence[str], frame: Frame, shapes: Sequence[str]) -> str:
-    legend = "".join(
-        f'<span><i style="background:var(--c{number})"></i>{escape(name)}</span>'
-        for number, name in enumerate(names)
-    )
-    return (
-        f'<figure><figcaption class="legend">{legend}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(names))}">'
-        f"{''.join(frame.shapes())}{''.join(shapes)}</svg></figure>\n"
     )

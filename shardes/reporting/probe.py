@@ -1,6 +1,5 @@
 """The report of a probe: figures by σ and a suggestion, as JSON, on the terminal and as HTML."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from shardes.config.schema import Config, ESConfig
 from shardes.es.population import noise_rank
@@ -17,7 +16,7 @@ from shardes.es.probing import Answered, CenterAnswers, Plan
 from shardes.es.statistics import mean
 from shardes.es.tuning import LEAST_PAIRS, Figures, best, figures, plain, suggest
 from shardes.reporting.charts import Series, line_chart
-from shardes.reporting.page import cards, escaped, table
+from shardes.reporting.page import Block, Cards, Chart, Table, Text
 
 FILE = Path("probe", "probe.json")  # in the run directory
 HEAD = ("σ", "reward", "spread", "noise", "changed", "broken", "ρ(R₊, R₋)", "gain per α")
@@ -138,7 +137,7 @@ def print_report(report: Mapping[str, Any], command: str) -> None:
         command: that starts the run, without overrides of the suggestion.
     """
     console = Console(highlight=False, soft_wrap=True)
-    drawn = Table(*HEAD, box=None, pad_edge=False, header_style="bold")
+    drawn = TerminalTable(*HEAD, box=None, pad_edge=False, header_style="bold")
     for column in drawn.columns:
         column.justify, column.no_wrap = "right", True
     for row in cells(report):
@@ -243,30 +242,33 @@ def _without_suggestion(report: Mapping[str, Any]) -> str:
     return NO_SIGNAL
 
 
-def section(report: Mapping[str, Any]) -> str:
+def section(report: Mapping[str, Any]) -> list[Block]:
     """The report as a part of a page."""
     found = report["suggestion"]
-    text = f"<p>{escaped(_about(report))}</p>"
+    blocks: list[Block] = [Text(_about(report))]
     if found:
-        text += cards({
+        blocks.append(Cards({
             "σ": f"{found['sigma']:g}",
             "α": f"{found['alpha']:g}",
             "N": str(found["population_size"]),
             "step of a weight": f"{found['step']:.2g}",
             "expected rise per update": f"{found['rise']:.2g}",
-        })  # fmt: skip
-    text += "".join(f"<p>{escaped(line)}</p>" for line in [*notes(report), *conclusion(report)])
-    text += table(cells(report), *HEAD) + _charts(report["sigmas"])
+        }))  # fmt: skip
+    blocks += [Text(line) for line in [*notes(report), *conclusion(report)]]
+    blocks += [Table(cells(report), HEAD), *_charts(report["sigmas"])]
     if found:
         rows = [
             (kind, *(f"{low:.3g} to {high:.3g}" for low, _, high in values.values()))
             for kind, values in kinds(found["parameters"]).items()
         ]
-        text += (
-            "<p>The suggested step and σ in units of each parameter's root mean square; the range "
-            "is that over layers.</p>"
-        ) + table(rows, "parameters", "root mean square", "step", "σ")
-    return text
+        blocks += [
+            Text(
+                "The suggested step and σ in units of each parameter's root mean square; the range "
+                "is that over layers."
+            ),
+            Table(rows, ("parameters", "root mean square", "step", "σ")),
+        ]
+    return blocks
 
 
 def _about(report: Mapping[str, Any]) -> str:
@@ -278,22 +280,24 @@ def _about(report: Mapping[str, Any]) -> str:
     )
 
 
-def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
-    label = "log₁₀ σ"
-
+def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
     def curve(name: str, key: str, error: str = "") -> Series:
-        points = {math.log10(r["sigma"]): r[key] for r in rows if r.get(key) is not None}
+        points = {r["sigma"]: r[key] for r in rows if r.get(key) is not None}
         band = {
-            math.log10(r["sigma"]): (r[key] - r[error], r[key] + r[error])
+            r["sigma"]: (r[key] - r[error], r[key] + r[error])
             for r in rows
             if error and r.get(key) is not None
         }
         return Series(name, points, band, dots=True)
 
-    charts = (
-        [curve("gain per α (band: standard error)", "gain", "gain_error")],
-        [curve("ρ(R₊, R₋)", "correlation")],
-        [curve("spread of rewards", "spread"), curve("noise of scoring", "noise")],
-        [curve("answers changed", "changed"), curve("answers broken", "broken")],
-    )
-    return "".join(line_chart(series, label) for series in charts)
+    series = {
+        "Gain per α": [curve("gain (band: standard error)", "gain", "gain_error")],
+        "ρ(R₊, R₋)": [curve("correlation of a pair's rewards", "correlation")],
+        "Standard deviation of rewards": [
+            curve("spread over members", "spread"),
+            curve("noise of scoring", "noise"),
+        ],
+        "Share of answers": [curve("changed", "changed"), curve("broken", "broken")],
+    }
+    charts = {title: line_chart(curves, "σ", log_x=True) for title, curves in series.items()}
+    return [Chart(title, figure) for title, figure in charts.items() if figure]

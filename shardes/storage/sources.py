@@ -7,6 +7,8 @@ with an edited reward function, other data or other prompts without a word.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from inspect import getsource
 from pathlib import Path
 
 from shardes.config.schema import TaskConfig
@@ -20,7 +22,10 @@ EVALUATION = ("task.test", "task.prompts/test")  # decide evaluations, but not t
 
 
 def run_sources(
-    task: TaskConfig, prompts: Mapping[str, Sequence[list[int]]], update: str | None = None
+    task: TaskConfig,
+    prompts: Mapping[str, Sequence[list[int]]],
+    own: object = None,
+    update: str | None = None,
 ) -> dict[str, str]:
     """The SHA-256 of the task's, the reward's or the update's code, of data files, and of the
     prompts.
@@ -30,6 +35,8 @@ def run_sources(
 
     Args:
         prompts: token ids by split.
+        own: the user's task object, if it is not the settings' task. Its class's source counts as
+            that of task.path, where Python knows it.
         update: es.update.
     """
     sources = {
@@ -42,6 +49,9 @@ def run_sources(
             file, *imported = code_files(reference)
             sources[key] = _sha256(file)
             sources |= {f"{key}/{other.name}": _sha256(other) for other in imported}
+    if own is not None:
+        with suppress(OSError, TypeError):  # a class that was typed in has no source
+            sources["task.path"] = hashlib.sha256(getsource(type(own)).encode()).hexdigest()
     for key, source in (("task.train", task.train), ("task.test", task.test)):
         if source is not None and Path(source).exists():
             sources[key] = _sha256(Path(source))

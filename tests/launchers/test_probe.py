@@ -98,7 +98,7 @@ def test_a_probe_leaves_the_run_alone_and_is_in_its_report(probe, configure, zyg
     assert (directory / "journal.jsonl").read_bytes() == journal
     assert call(report.main, directory).returncode == 0
     html = (directory / "report.html").read_text()
-    assert "Probe of σ" in html and "answers changed" in html
+    assert "Probe of σ" in html and "Share of answers" in html
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])

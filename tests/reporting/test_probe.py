@@ -108,7 +108,7 @@ def test_the_terminal_and_a_page_show_it(tmp_path, capsys):
     (tmp_path / "probe" / "probe.json").write_text(to_json(report))
     assert call(report_command.main, tmp_path).returncode == 0
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4 and "models/&lt;small&gt;" in page
+    assert page.count("<figure>") == 4 and "models/&lt;small&gt;" in page
     assert "layers.*.up.weight" in page and "0.1 to 0.2" in page
     (tmp_path / "probe" / "probe.json").write_text(json.dumps({"sigmas": 3}))
     done = call(report_command.main, tmp_path)

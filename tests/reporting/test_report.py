@@ -1,37 +1,37 @@
 """The report of a run: complete, self-contained, and with models' text escaped."""
 
+import base64
+import hashlib
+import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import call
 from shardes.commands import report
-from shardes.config.loading import center_settings, to_yaml
-from shardes.config.schema import Config, ModelConfig, RunConfig
-from shardes.reporting.charts import ticks
-from shardes.reporting.reporter import RunReporter
-from shardes.storage.journal import JOURNAL, Finish, Header, Journal, Record, Resumption
-from shardes.storage.resume import ResumePoint
+from written_run import write_run
 
-EVIL = (
-    "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m "
-    "& \"quoted\" 'too' \u202eright to left"
-)
+JSON = {"type": "application/json"}
 
 
 class Page(HTMLParser):
-    """The tags of a page, and its text."""
+    """The tags of a page, its text, and its scripts with their attributes."""
 
-    def __init__(self, text: str):
+    def __init__(self, file: Path):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text = ""
-        self.feed(text)
+        self.styles = ""
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
         if tag != "meta":
             self.open.append(tag)
 
@@ -42,49 +42,29 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open[-1:] == ["script"]:
+            attributes, text = self.scripts.pop()
+            self.scripts.append((attributes, text + data))
+        elif self.open[-1:] == ["style"]:
+            self.styles += data
+        else:
+            self.text += data
+
+    @property
+    def figures(self) -> list[dict[str, Any]]:
+        """Plotly's figures, in order."""
+        return [json.loads(text) for attributes, text in self.scripts if attributes == JSON]
+
+    def answers(self) -> list[str]:
+        """The captions of answers, each with its reward."""
+        lines = [" ".join(line.split()) for line in self.text.replace("reward\n", "").split("\n")]
+        return [line for line in lines if "training:" in line or "iterations:" in line]
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run directory of three iterations, as a run that was resumed before the last writes it."""
     directory = tmp_path / "<b>run"
-    config = Config(model=ModelConfig("models/small"), run=RunConfig(str(directory)))
-    config.task.name, config.es.iterations, config.es.population_size = "conciseness", 3, 2
-    config.tracking.loggers = []
-    directory.mkdir()
-    (directory / "config.yaml").write_text(to_yaml(config))
-    journal = Journal(directory / JOURNAL, None)
-    journal.append(Header("models/small", {}, center_settings(config)))
-    reporter = RunReporter(config, ResumePoint())
-    for iteration in range(3):
-        if iteration == 2:
-            journal.append(Resumption(2, {"es.alpha": [0.1, 0.2]}))
-        rewards = [float(iteration), iteration + 1.0]
-        journal.append(Record(iteration, [1, 2], rewards, [0.1, -0.1], 0.1, 0.2, "0" * 16))
-        chat = [{"role": "user", "content": EVIL}]
-        reporter.responses(1, [chat, "second"], [EVIL, EVIL], rewards)
-        reporter.samples(
-            iteration, "test", [chat, EVIL, "same"], [EVIL, "", "x"], [iteration, -iteration, 0.5]
-        )
-        metrics = dict(
-            iteration=iteration, reward_mean=iteration + 0.5, reward_std=0.5, reward_min=iteration
-        )
-        metrics |= dict(
-            reward_max=iteration + 1, seconds=2.0, seconds_generate=1.5, seconds_exchange=0.25
-        )
-        metrics |= dict(
-            seconds_idle=0.1,
-            generated_tokens=100,
-            held_out_reward=iteration / 3,
-            held_out_accuracy=0.5,
-        )
-        reporter.log_iteration(metrics)
-    journal.append(Finish(3, "f" * 16))
-    journal.close()
-    last = dict(center_reward=1.0, held_out_reward=1.25, distance=2.0, distance_relative=0.1)
-    reporter.summary([0.5, 1.5, 2.5], {3: last}, "f" * 16, 6.0)
-    reporter.close()
+    write_run(directory)
     return directory
 
 
@@ -92,21 +72,20 @@ def test_a_report_is_complete_and_self_contained(run, tmp_path):
     out = tmp_path / "report.html"
     done = call(report.main, run, "--out", out)
     assert (done.returncode, done.stdout.strip()) == (0, str(out)), done.stderr
-    page = Page(out.read_text())
+    page = Page(out)
     assert page.open == []
-    kinds = {tag for tag, _ in page.tags}
-    assert not kinds & {"script", "img", "link", "iframe", "object"} and "svg" in kinds
+    assert not {tag for tag, _ in page.tags} & {"img", "link", "iframe", "object"}
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") or name in ("src", "srcset") for name in attributes), (
             tag,
             attributes,
         )
         assert attributes.get("href", "#").startswith("#")
-    assert "url(" not in out.read_text() and "@import" not in out.read_text()
+    assert "url(" not in page.styles and "@import" not in page.styles
     for part in (
         "<b>run", "3 of 3", "0 → 1.25", "held-out accuracy",
-        "after 0 iterations", "after 2 iterations",
-        "1 are worth more than before, 1 less, 1 the same", "best, by member 1",
+        "before training", "after 2 iterations",
+        "1 answers are worth more than before, 1 less, 1 the same", "best, by member 1",
         "es.alpha: 0.1 → 0.2", "attempt_1", "torch", "generate", "4.5 s", "75.0%", "conciseness",
         "f" * 16, "(nothing)",
         "</pre><script>alert(1)</script><img src=x onerror=alert(2)>␀␛[31m & \"quoted\" 'too'",
@@ -114,15 +93,88 @@ def test_a_report_is_complete_and_self_contained(run, tmp_path):
         assert part in page.text, part
 
 
+def test_a_page_opens_with_the_answers(run):
+    assert call(report.main, run).returncode == 0
+    text = Page(run / "report.html").text
+    parts = ("3 held-out prompts: mean reward 0.1667 → 0.1667.", "before training", "answer 0",
+             "answer 2", "3 of 3", "75.0%")  # fmt: skip
+    places = list(map(text.index, parts))
+    assert places == sorted(places)
+
+
+def test_only_its_own_scripts_can_run(run):
+    """A sample's script is text, and would not run if it were none."""
+    assert call(report.main, run).returncode == 0
+    page = Page(run / "report.html")
+    (policy,) = (a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for attributes, text in page.scripts
+        if attributes != JSON
+    ]
+    assert len(hashes) == 2 and rules.pop("script-src") == " ".join(hashes)
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data: blob:",
+    }
+    data = [text for attributes, text in page.scripts if attributes == JSON]
+    assert data and not any("<" in text for text in data)
+
+
+def test_the_figures_have_the_runs_values(run):
+    assert call(report.main, run).returncode == 0
+    rewards, accuracy, distance, parts, seconds, speed = Page(run / "report.html").figures
+    curves = {trace["name"]: trace for trace in rewards["data"]}  # a curve is after its band
+    assert curves["center, held-out prompts"]["x"] == [0, 1, 2, 3]
+    assert curves["center, held-out prompts"]["y"] == [0, 1 / 3, 2 / 3, 1.25]
+    assert [(t["x"], t["y"]) for t in rewards["data"][:3]] == [
+        ([0, 1, 2], y) for y in ([0, 1, 2], [1, 2, 3], [0.5, 1.5, 2.5])
+    ]
+    assert accuracy["data"][0]["y"] == [0.5] * 3 and distance["data"][0]["x"] == [3]
+    assert [(t["name"], t["y"]) for t in parts["data"]] == [("format", [0, 0.5, 1])]
+    bars = {trace["name"]: trace["y"] for trace in seconds["data"]}
+    assert bars["generate"] == [1.5] * 3 and bars["rest"] == [0.25] * 3
+    assert speed["data"][0]["y"] == [50] * 3
+
+
+def test_several_runs_are_compared(run, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    write_run(other, sigma=0.002)
+    rows = [json.loads(line) for line in (other / "samples.jsonl").read_text().splitlines()]
+    for row in rows[-4:]:  # of the last evaluation
+        row["reward"] += 1
+    (other / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    done = call(report.main, run, other)
+    assert (done.returncode, done.stdout) == (0, "report.html\n"), done.stderr
+    page = Page(tmp_path / "report.html")
+    assert "<b>run · other" in page.text and "0.002" in page.text.partition("that differ")[2]
+    assert "mean reward 0.1667 → 0.1667 (<b>run), 0.1667 → 1.167 (other)" in page.text
+    assert page.answers()[:3] == [
+        "before training: 0", "<b>run, after 2 iterations: 2", "other, after 2 iterations: 3"
+    ]  # fmt: skip
+    assert len(page.figures) == 7
+    for figure in page.figures:
+        assert [trace["name"] for trace in figure["data"]] == ["&lt;b&gt;run", "other"]
+
+
+def test_runs_of_one_name_are_told_apart(run, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        write_run(tmp_path / folder / "same")
+    done = call(report.main, *(tmp_path / f / "same" for f in "ab"), "--out", tmp_path / "out.html")
+    assert done.returncode == 0 and "a/same · b/same" in Page(tmp_path / "out.html").text
+
+
 def test_a_run_under_way_has_a_report(run):
     for name in ("summary.json", "samples.jsonl", "extremes.jsonl", "metrics.jsonl"):
         (run / name).unlink()
     done = call(report.main, run)
     assert done.returncode == 0, done.stderr
-    page = Page((run / "report.html").read_text())
-    assert (
-        "There are not two evaluations yet." in page.text and "No iteration is done." in page.text
-    )
+    page = Page(run / "report.html")
+    assert "not two evaluations" in page.text and "No iteration is done." in page.text
 
 
 def test_error_messages(tmp_path, run):
@@ -133,15 +185,6 @@ def test_error_messages(tmp_path, run):
     )
     done = call(report.main, run, "--out", "/proc/report.html")
     assert done.returncode == 2 and "choose another place with --out" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "low, high", [(0, 1), (-144.7, -56.5), (0.2343, 0.2344), (1e-9, 3e-9), (0, 123456)]
-)
-def test_ticks_are_round_and_inside(low, high):
-    values = ticks(low, high, 5)
-    assert 3 <= len(values) <= 11 and low <= values[0] and values[-1] <= high * (1 + 1e-9) + 1e-12
-    assert all(len(f"{value:.6g}") <= 9 for value in values)
 
 
 def test_damaged_files_and_infinite_rewards_leave_a_report(run):
@@ -166,5 +209,6 @@ def test_damaged_files_and_infinite_rewards_leave_a_report(run):
     done = call(report.main, run)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert f"WARNING: {run}/metrics.jsonl: damaged and left out: line 2, 3, 6" in done.stderr
-    text = Page((run / "report.html").read_text(encoding="utf-8")).text
-    assert "damaged and left out" in text and "members' mean" in text
+    page = Page(run / "report.html")
+    assert "damaged and left out" in page.text and "Held-out accuracy" in page.text
+    assert page.figures[0]["data"][-1]["name"] == "center, held-out prompts"
