@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from shardes.config.schema import SETTINGS, Noise
+from shardes.config.schema import SETTINGS
 from shardes.es.statistics import mean
 from shardes.sharding.model_directory import CARD
 from shardes.storage.journal import Evaluation, History, Record
@@ -35,8 +35,6 @@ def model_card(history: History, iteration: int, base: Path, hub_id: str | None)
     settings, records = history.settings, history.records[:iteration]
     name = code(hub_id or Path(history.header.model).name)
     task = settings["task.name"] or Path(settings["task.path"].rpartition(":")[0]).name
-    rank = settings.get("es.rank") if settings.get("es.noise") == Noise.low_rank.value else None
-    noise = f"low-rank noise (rank {rank} on each matrix)" if rank else "full noise (every weight)"
     link = f"[{name}](https://huggingface.co/{hub_id})" if hub_id else name
     evaluations = [history.evaluations[t] for t in sorted(history.evaluations) if t <= iteration]
     return f"""---
@@ -62,8 +60,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 ## Training
 
-{settings["es.population_size"]} members in each iteration, with {noise}; computed in
-{settings["model.dtype"]}, with greedy decoding. {_schedule(settings, records)}
+{_training(settings, records)}
 
 {table(["iteration", "σ", "α", "members' mean reward", "best member"], _iterations(records))}
 
@@ -110,11 +107,17 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
     return f"Greedy answers to {prompts}:\n\n{table(['', *heads], rows)}"
 
 
-def _schedule(settings: dict[str, Any], records: Sequence[Record]) -> str:
+def _training(settings: dict[str, Any], records: Sequence[Record]) -> str:
+    """The population, its noise, and the schedules of σ and α."""
     if not records:
-        return ""
+        return "No iteration."
+    rank = records[-1].rank
+    noise = f"low-rank noise (rank {rank} on each matrix)" if rank else "full noise (every weight)"
     ways = {"linear": "linearly", "cosine": "along half a cosine wave"}
-    sentences = []
+    sentences = [
+        f"{counted(len(records[-1].rewards), 'member')} in each iteration, with {noise}; computed "
+        f"in {settings['model.dtype']}, with greedy decoding."
+    ]
     for name, greek in (("sigma", "σ"), ("alpha", "α")):
         first, last = (getattr(record, name) for record in (records[0], records[-1]))
         sentence = f"{greek} is {first:g}"
