@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Row, environment_with
-from shardes.distributed.world import free_port
+from shardes.distributed.ports import free_port
 from shardes.engines import empty_model
 
 ROOT = Path(__file__).parent.parent

@@ -54,9 +54,9 @@ class Row:
 
 def environment_with(root: Path, **variables: str) -> dict[str, str]:
     """The variables that this process was started with, for one that imports from `root` too."""
-    before = environment.INHERITED.get("PYTHONPATH")
+    before = environment.inherited().get("PYTHONPATH")
     path = str(root) if before is None else f"{root}{os.pathsep}{before}"
-    return environment.INHERITED | {"PYTHONPATH": path} | variables
+    return environment.inherited() | {"PYTHONPATH": path} | variables
 
 
 def seconds(work: Callable[[], object]) -> float:

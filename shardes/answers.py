@@ -2,15 +2,16 @@
 side by side in one batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from shardes.clock import Clock
 from shardes.config.schema import Config
 from shardes.distributed.world import World
 from shardes.es.center import Center
-from shardes.es.population import Iteration
-from shardes.es.side_by_side import SideBySide, members_together
+from shardes.es.population import Iteration, Member
+from shardes.es.side_by_side import members_together
 from shardes.inference.sampler import Sampler
 
 Finished = Callable[[int, list[list[int]]], None]  # a member's number, its responses as token ids
@@ -37,6 +38,18 @@ class Answers(Protocol):
             poll: called between decode steps; what it raises ends the decoding.
             finished: told each member when its last response ends, while others may go on.
         """
+        ...
+
+
+class MembersTogether(Protocol):
+    """Lets the rows of a batch be answered by members of low-rank noise."""
+
+    def members(self, members: Sequence[Member], clock: Clock) -> AbstractContextManager[None]:
+        """A context in which rows can belong to these members."""
+        ...
+
+    def set_rows(self, members: Sequence[int]) -> Hashable:
+        """See `Decoder`, `set_members`."""
         ...
 
 
@@ -71,11 +84,11 @@ class OneBatch(Answers):
         world: World,
         center: Center,
         sampler: Sampler,
-        side_by_side: SideBySide,
+        together: MembersTogether,
         clock: Clock,
     ):
         self._config, self._world, self._clock = config, world, clock
-        self._center, self._sampler, self._side_by_side = center, sampler, side_by_side
+        self._center, self._sampler, self._together = center, sampler, together
 
     def group_size(self, iteration: Iteration) -> int:
         lengths = list(map(len, iteration.prompts))
@@ -99,11 +112,11 @@ class OneBatch(Answers):
             if len(answered[member]) == count:
                 finished(group[member], [answered[member][prompt] for prompt in range(count)])
 
-        with self._side_by_side.members(members, self._clock):
+        with self._together.members(members, self._clock):
             self._sampler.generate(
                 iteration.prompts * len(members),
                 poll=poll,
                 members=[i for i in range(len(members)) for _ in range(count)],
-                set_members=self._side_by_side.set_rows,
+                set_members=self._together.set_rows,
                 ended=ended,
             )

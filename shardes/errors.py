@@ -1,10 +1,18 @@
 """Errors that end a run with one line instead of a traceback."""
 
 import difflib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 MAX_REASON = 1000  # characters of an exception's own text in a message
+PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+PRIMARY_LOST = 1
+CODES: dict[int, int] = {  # exit code by signal; SLURM warns by SIGUSR1
+    signal.SIGINT: 0,
+    signal.SIGTERM: 0,
+    signal.SIGUSR1: PREEMPTED,
+}
 
 
 class ConfigError(ValueError):
@@ -13,6 +21,16 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """The run cannot continue. The message says why and what to do. Exit code 1."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop. `code` is the exit code; `said`: the user has been told."""
+
+    def __init__(self, code: int, said: bool = False):
+        reasons = {PREEMPTED: "preempted", PRIMARY_LOST: "the primary job is gone"}
+        reason = reasons.get(code, "stopped as asked")
+        super().__init__(f"{reason}; nothing is lost: start the same command again to go on")
+        self.code, self.said = code, said
 
 
 def described(error: BaseException) -> str:

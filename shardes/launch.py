@@ -1,6 +1,5 @@
-"""From a launcher's process to a rank at work: cheap checks, agreement of all ranks, exit codes."""
+"""What a rank needs before it works: cheap checks, its prompts, its part of a replica."""
 
-import argparse
 import os
 import re
 import sys
@@ -8,29 +7,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from inspect import signature
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shardes.answers import Answers, InPlace, OneBatch
+from shardes.answers import Answers, InPlace, MembersTogether, OneBatch
 from shardes.clock import Clock
 from shardes.config import loading
 from shardes.config.schema import Config, EngineName, ESConfig
-from shardes.distributed.environment import exit_process
 from shardes.distributed.hosts import check_launcher
-from shardes.distributed.lost_ranks import LostRank, lost_ranks_named
-from shardes.distributed.rank_watch import RankWatch
-from shardes.distributed.signals import ShutdownWatcher, Stopped
-from shardes.distributed.world import Job, World, agree, form_replica, join_job, leave_job
+from shardes.distributed.world import Job, World, form_replica
 from shardes.engines import Engine, build, check_model, open_model
 from shardes.engines.attention import check_attention
 from shardes.engines.vllm import VLLMEngine, check_context, check_processors, check_vllm
-from shardes.errors import ConfigError, RunError, mistakes_in, one_line, unusable_files
+from shardes.errors import ConfigError, mistakes_in, one_line
+from shardes.es.adapted_members import AdaptedMembers, adapter_slots, check_adapters
 from shardes.es.center import Center, open_center
 from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank, noise_rank
+from shardes.es.rule import Rule, load_rule
 from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.es.staging import center_device
 from shardes.es.update import evolves
@@ -50,7 +45,6 @@ from shardes.tasks import Task, configured_task, prompts_of
 
 # In the names of classes whose modules text does not use
 MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
-CHECKING = "checking the settings, the prompts and the SHA-256s of the model's files"
 BUILDING = {  # what is waited for, while the engine is built
     EngineName.deepspeed: "building the model with DeepSpeed, which compiles its operators at its "
     "first start on a host",
@@ -58,7 +52,6 @@ BUILDING = {  # what is waited for, while the engine is built
     EngineName.vllm: "building the model with vLLM, which compiles it unless vllm.enforce_eager is "
     "true",
 }
-RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 
 
 @dataclass
@@ -72,6 +65,7 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     decoder: Decoder
+    rule: Rule | None  # es.update
     sources: dict[str, str] = field(default_factory=dict, kw_only=True)  # see `run_sources`
 
     def abandon(self) -> None:
@@ -88,20 +82,20 @@ class Replica:
     answers: Answers
 
 
-Prepared = TypeVar("Prepared", bound=PreparedRun)
-
-
-def check(config: Config, job: Job) -> PreparedRun:
+def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
     """Check all that can be checked before heavy work.
+
+    Args:
+        task: the user's object, in place of the task that the settings name.
 
     Raises:
         ConfigError: the run cannot start.
     """
     check_launcher()
     if config.engine is EngineName.vllm:
-        check_vllm(config, answer_side_by_side(config.es))
+        check_vllm(config)
     replicas = loading.check_layout(config, job.size)
-    task = configured_task(config.task)
+    task = configured_task(config.task, task)
     _check_task_takes_numbers(config, task)
     loggers.check(config.tracking.loggers)
     directory = model_directory(config.model.path)
@@ -123,6 +117,8 @@ def check(config: Config, job: Job) -> PreparedRun:
     check_rank(config.es, ((name, tuple(p.shape)) for name, p in module.named_parameters()))
     if answer_side_by_side(config.es):
         check_members_can_share(module, config.es)
+        if config.engine is EngineName.vllm:
+            check_adapters(module, config.es)
     with mistakes_in(f"model.path={directory}"):
         check_model(config, module)
         tokenizer = open_tokenizer(directory, trusted)
@@ -141,7 +137,8 @@ def check(config: Config, job: Job) -> PreparedRun:
         )
     if config.engine is EngineName.vllm:
         check_processors(decode.applied)
-    return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
+    rule = load_rule(config.es.update)
+    return PreparedRun(config, replicas, files, module, tokenizer, task, decode, rule)
 
 
 def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:
@@ -257,12 +254,20 @@ def _engine(prepared: PreparedRun, world: World, clock: Clock | None) -> tuple[E
     """The configured engine, its weights not yet loaded, and its generation."""
     config, module = prepared.config, prepared.module
     if config.engine is EngineName.vllm:
-        vllm = VLLMEngine(config, module, prepared.files, world)
+        slots = adapter_slots(config.es)
+        vllm = VLLMEngine(config, module, prepared.files, world, slots)
         generation = VLLMGeneration(vllm, prepared.decoder, clock)
         generation.check_writes()
         return vllm, generation
     engine = build(config, module, world)
     return engine, ModuleGeneration(world, engine, prepared.decoder, clock)
+
+
+def _members_together(engine: Engine, prepared: PreparedRun) -> MembersTogether:
+    es, module = prepared.config.es, prepared.module
+    if isinstance(engine, VLLMEngine):
+        return AdaptedMembers(module, engine, es)
+    return SideBySide(module, engine.shards, engine.device, es.rank, es.evolve)
 
 
 def open_replica(
@@ -278,12 +283,8 @@ def open_replica(
         joined: see `build_replica`.
     """
     world, engine, sampler = build_replica(job, prepared, clock, joined)
-    config, es = prepared.config, prepared.config.es
-    side_by_side = (
-        SideBySide(prepared.module, engine.shards, engine.device, es.rank, es.evolve)
-        if answer_side_by_side(es)
-        else None
-    )
+    config, es, rule = prepared.config, prepared.config.es, prepared.rule
+    together = _members_together(engine, prepared) if answer_side_by_side(es) else None
     files = source()
     with slow_step(f"loading the weights of {files.directory}", job.rank == 0):
         center = open_center(
@@ -295,105 +296,22 @@ def open_replica(
             es.evolve,
             clock,
             noise_rank(es),
-            center_device(config, world, engine.shards, prepared.module.config),
+            center_device(
+                config,
+                world,
+                engine.shards,
+                prepared.module.config,
+                rule.buffers if rule else 0,
+            ),
+            rule,
         )
     answers: Answers = (
-        OneBatch(config, world, center, sampler, side_by_side, clock)
-        if side_by_side
+        OneBatch(config, world, center, sampler, together, clock)
+        if together
         else InPlace(center, sampler)
     )
     return Replica(world, sampler, center, answers)
 
 
-def launch(
-    argv: list[str],
-    parser: argparse.ArgumentParser,
-    prepare: Callable[[list[str], Job], Prepared],
-    work: Callable[[Job, Prepared, ShutdownWatcher], None],
-) -> int:
-    """Run this rank from its start to its end; returns the exit code.
-
-    Args:
-        prepare: makes the cheap checks.
-        work: is called once no rank has reported a mistake and all have the same settings.
-    """
-    if {"-h", "--help"} & set(argv):
-        if os.environ.get("RANK", "0") == "0":
-            parser.print_help()
-        return 0
-    try:
-        with slow_step("waiting for all ranks to start", os.environ.get("RANK", "0") == "0"):
-            job = join_job(RENDEZVOUS)
-    except (ConfigError, RunError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a host have the same error
-            complain(str(error))
-        return _exit_code(error)
-    prepared, problem, code = None, None, 2
-    try:
-        with unusable_files(), slow_step(CHECKING, job.rank == 0):
-            prepared = prepare(argv, job)
-    except (ConfigError, RunError) as error:
-        problem, code = str(error), _exit_code(error)
-        if job.rank == 0:
-            job.keys.set_date(now())  # for ranks that wait for it and have no problem
-    settings = loading.to_yaml(prepared.config) if prepared else ""
-    sources = prepared.sources if prepared else {}
-    with slow_step("waiting for the other ranks' checks", job.rank == 0):
-        agreed = agree(job, problem, settings, complain, sources)
-    if not agreed or prepared is None:
-        if prepared:
-            prepared.abandon()
-        return code
-    return _work(job, prepared, work)
-
-
-def _work(
-    job: Job, prepared: Prepared, work: Callable[[Job, Prepared, ShutdownWatcher], None]
-) -> int:
-    """Do the work and leave the job; returns the exit code."""
-    code, timeout = 1, prepared.config.run.timeout
-    watcher = ShutdownWatcher(job)
-    sharding = prepared.config.sharding
-    size = sharding.shard * sharding.tensor
-    first = job.rank // size * size
-    ranks = range(first, first + size)
-    try:
-        with lost_ranks_named(job, ranks, timeout), RankWatch(job, ranks, timeout):
-            work(job, prepared, watcher)
-        code = 0
-    except Stopped as stopped:
-        code = stopped.code
-        watcher.end(code)
-    except LostRank as error:
-        if error.reports:
-            complain(str(error))
-        if not error.store_answers:
-            exit_process(1)  # the others cannot be told
-        watcher.end(1)
-    except (ConfigError, RunError) as error:
-        code = _exit_code(error)
-        if not dist.is_initialized() or dist.get_rank() == 0:  # a replica's ranks have the same one
-            complain(str(error))
-        watcher.end(code)
-    except BaseException:
-        watcher.end(1)
-        raise
-    finally:
-        watcher.close()
-        missing = leave_job(job, timeout if code == 0 else 10)
-    if missing and code == 0:
-        complain(f"the run is done, but after {timeout:.0f} s ranks {missing} have not ended")
-        return 1
-    return code
-
-
-def _exit_code(error: ConfigError | RunError) -> int:
-    return 2 if isinstance(error, ConfigError) else 1
-
-
 def warn(message: str) -> None:
     print(f"WARNING: {one_line(message)}", file=sys.stderr, flush=True)
-
-
-def complain(message: str) -> None:
-    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)

@@ -16,10 +16,10 @@ from shardes import launch
 from shardes.clock import Clock
 from shardes.config.schema import Noise, Restore
 from shardes.distributed.device import choose_device, device_name
-from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
-from shardes.errors import RunError
+from shardes.errors import RunError, Stopped
 from shardes.evaluator import Evaluator, PrimaryEvaluator
 from shardes.launch import PreparedRun
 from shardes.replicas.consistency import ConsistencyCheck
@@ -36,9 +36,11 @@ from shardes.replicas.protocol import MemberResult, RunStore
 from shardes.replicas.validation import ResultLimits
 from shardes.reporting.reporter import (
     ConsoleReporter,
+    OnMetrics,
     Reporter,
     RunReporter,
     add_recorded_evaluations,
+    ignore,
 )
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.weight_files import WeightFiles
@@ -50,10 +52,13 @@ from shardes.words import counted
 
 @dataclass
 class PreparedTraining(PreparedRun):
-    """`prompts` are token ids by split; `run` is set on rank 0 of the job only."""
+    """`prompts` are token ids by split; `run` is set on rank 0 of the job only; `on_metrics` is
+    called on the primary rank.
+    """
 
     prompts: dict[str, list[list[int]]]
     run: RunDirectory | JoinedRun | None
+    on_metrics: OnMetrics = ignore
 
     def abandon(self) -> None:
         if isinstance(self.run, RunDirectory):
@@ -128,6 +133,9 @@ class JobRoles(ABC):
         reporter = self.reporter()
         self.stack.callback(reporter.close)
         coordinator = self.coordinator(reporter)
+        snapshots = self._snapshots(reporter)
+        if not self.watcher.owns_process:  # elsewhere a stop does not wait for a snapshot
+            self.stack.callback(snapshots.close)
         trace = self.directory / f"trace_rank{self.job.rank}.json.gz"
         return Trainer(
             config,
@@ -141,7 +149,7 @@ class JobRoles(ABC):
             self._evaluator(coordinator, reporter),
             coordinator,
             self._consistency(),
-            self._snapshots(reporter),
+            snapshots,
             reporter,
             self.resume,
             self.clock,
@@ -245,7 +253,8 @@ class PrimaryJob(JobRoles):
     def reporter(self) -> Reporter:
         if not self.world.is_primary:
             return Reporter()
-        return RunReporter(self.config, self.resume, self.world.layout, self.head)
+        layout, on_metrics = self.world.layout, self.prepared.on_metrics
+        return RunReporter(self.config, self.resume, layout, self.head, on_metrics)
 
     def coordinator(self, reporter: Reporter) -> Coordinator:
         world, store, run = self.world, self.store, self.prepared.run
@@ -282,6 +291,7 @@ class PrimaryJob(JobRoles):
             heartbeats,
             run.journal,
             self.config.es,
+            self.prepared.rule.name if self.prepared.rule else "",
             reporter,
             **shared,
         )

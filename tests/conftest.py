@@ -1,5 +1,6 @@
 """Small models that many tests share."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,26 @@ def uneven_llama(tmp_path_factory) -> Path:
 def tied_llama(tmp_path_factory) -> Path:
     """See `models.tied_llama`."""
     return _saved("tied_llama", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def judging_llama(tmp_path_factory) -> Path:
+    """See `models.judging_llama`."""
+    return _saved("judging_llama", tmp_path_factory)
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A running `judge.Judge`, which the environment names."""
+    from judge import KEY, Judge
+
+    with Judge() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("JUDGE_URL", server.url)
+        monkeypatch.setenv("JUDGE_MODEL", "small-judge")
+        monkeypatch.setenv("JUDGE_API_KEY", KEY)
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,10 @@ from types import ModuleType
 
 import pytest
 
+from shardes.distributed.ports import free_port
+
 ROOT = Path(__file__).parent.parent
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # for a process on the CPU
-
-
-def free_port() -> int:
-    from shardes.distributed import world  # imports torch, after environment.prepare()
-
-    return world.free_port()
 
 
 def run(

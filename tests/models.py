@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -67,6 +68,15 @@ def tied_llama(directory: Path) -> Path:
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
     return save_model(directory, model)
+
+
+def judging_llama(directory: Path) -> Path:
+    """A Llama that classifies sequences, with one output."""
+    torch.manual_seed(5)
+    config = LlamaConfig(**SIZES, num_labels=1, pad_token_id=257)
+    LlamaForSequenceClassification(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def biased_qwen(directory: Path) -> Path:

@@ -19,8 +19,19 @@ EXAMPLES = ROOT / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*/*.yaml"))
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.parent.name)
-def test_an_example_runs(file, uneven_llama, tmp_path):
+# Those of judge and reward_model are scored in test_example_rewards.py.
+QUICK = ("facts", "three_words")
+RUNS = [
+    pytest.param(
+        file, id=file.parent.name, marks=[] if file.parent.name in QUICK else pytest.mark.slow
+    )
+    for file in CONFIGS
+]
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_an_example_runs(file, uneven_llama, judge, judging_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("REWARD_MODEL", str(judging_llama))
     directory = tmp_path / "run"
     keys = [
         f"model.path={uneven_llama}",

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from shardes.config.loading import load
-from shardes.distributed.world import free_port
+from shardes.distributed.ports import free_port
 from shardes.errors import ConfigError
 from shardes.es.statistics import mean, std
 

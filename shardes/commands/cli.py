@@ -1,8 +1,8 @@
 """The command `shardes`: it runs a subcommand, and starts the ranks of those that need several.
 
-`shardes train`, `shardes probe` and `shardes evaluate` start their ranks on this host with
-deepspeed's launcher. Its exit code is that of the rank that failed. Under a launcher (torchrun,
-srun), each is one rank.
+`shardes train`, `shardes probe` and `shardes evaluate` start their ranks on this host. The exit
+code is that of the rank that failed. Under a launcher (deepspeed, torchrun, srun), each is one
+rank.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from typing import NoReturn
 from shardes import __version__
 from shardes.commands.arguments import reports_errors
 from shardes.distributed import environment
-from shardes.errors import ConfigError, suggestion
+from shardes.distributed.local_ranks import run_ranks
+from shardes.errors import ConfigError, Stopped, suggestion
 
 COMMANDS = {
     "train": "fine-tune a model",
@@ -71,13 +72,20 @@ def start(name: str, argv: list[str]) -> int:
         raise ConfigError(f"{error}; see shardes {name} --help") from error
     launched = "RANK" in os.environ
     _check(name, options, launched)
-    ranks = options.ranks or (1 if launched and not options.dry_run else _default_ranks())
-    if ranks > 1 and not options.dry_run:
-        sys.stdout.flush()
-        # Not this process's environment: each rank takes its own share of the host's cores.
-        os.execve(sys.executable, launcher(name, ranks, arguments), environment.INHERITED)
-    command = import_module(f"shardes.commands.{name}")
-    return command.dry_run(arguments, ranks) if options.dry_run else command.main(arguments)
+    try:
+        ranks = options.ranks or (1 if launched and not options.dry_run else _default_ranks())
+        if ranks > 1 and not options.dry_run:
+            run_ranks([sys.executable, "-m", f"shardes.commands.{name}", *arguments], ranks)
+            return 0
+        command = import_module(f"shardes.commands.{name}")
+        return command.dry_run(arguments, ranks) if options.dry_run else command.main(arguments)
+    except KeyboardInterrupt:  # before anything began
+        stopped = Stopped(0)
+    except Stopped as error:
+        stopped = error
+    if not stopped.said:
+        print(stopped, flush=True)
+    return stopped.code
 
 
 def _check(name: str, options: argparse.Namespace, launched: bool) -> None:
@@ -89,21 +97,6 @@ def _check(name: str, options: argparse.Namespace, launched: bool) -> None:
         )
     if options.dry_run and name != "train":
         raise ConfigError("--dry-run: only for train")
-
-
-def launcher(name: str, ranks: int, argv: list[str]) -> list[str]:
-    """The command line that starts a command's ranks on this host."""
-    from shardes.distributed.world import free_port  # imports torch, which most commands skip
-
-    started = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    return [
-        *started,
-        "--master_port",
-        str(free_port()),
-        "--module",
-        f"shardes.commands.{name}",
-        *argv,
-    ]
 
 
 def _default_ranks() -> int:

@@ -1,14 +1,15 @@
 """Evaluate a model on a task's prompts: rewards, accuracy, and divergence from its base model.
 
-    shardes evaluate CONFIG.yaml --gpus 2 --model DIR [--split test ...] [--samples 4] [--out FILE]
+    shardes evaluate CONFIG.yaml --gpus 2 --model DIR [--base] [--split test ...] [--samples 4]
     deepspeed --num_gpus 2 launchers/evaluate.py CONFIG.yaml --model DIR [options]
 
 CONFIG.yaml is the training run's; its model.path is the base model. DIR is the tuned model: a
-snapshot or an export. Every prompt gets the greedy response and, with --samples n, n responses
-sampled at temperature 1, each a function of es.seed, prompt and sample number. On the sampled
-responses the tuned model is compared with the base: KL by the k3 estimator (the paper's equation
-1), in nats per token. FILE (default: evaluation.json in the working directory) holds the figures
-with 95 % confidence intervals, and every response.
+snapshot or an export. With --base both answer, and are printed side by side. Every prompt gets the
+greedy response and, with --samples n, n responses sampled at temperature 1, each a function of
+es.seed, prompt and sample number. On the sampled responses the tuned model is compared with the
+base: KL by the k3 estimator (the paper's equation 1), in nats per token. --out FILE (default:
+evaluation.json in the working directory) holds the figures with 95 % confidence intervals, and
+every response.
 """
 
 import json
@@ -17,8 +18,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,23 +32,24 @@ with environment.quiet():
 
 import torch.distributed as dist
 
-from shardes import launch
+from shardes import launch, lifecycle
 from shardes.commands.arguments import LaunchParser, path
+from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.errors import ConfigError, RunError, mistakes_in
-from shardes.es.statistics import interval, mean, proportion_interval
+from shardes.errors import ConfigError, RunError, Stopped, mistakes_in
 from shardes.inference.log_probs import k3
 from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.launch import PreparedRun
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
 from shardes.reporting import json_lines
+from shardes.reporting.evaluation import KINDS, differences, figures, print_comparison, summary
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.weight_files import WeightFiles, load
 from shardes.storage.resume import recorded_date
-from shardes.tasks import prompts_of
+from shardes.tasks import Task, prompts_of
 
 EXAMPLES = """examples:
   shardes evaluate configs/quickstart.yaml --model exported
@@ -53,18 +57,22 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 2 launchers/evaluate.py configs/quickstart.yaml --model exported
 """
 PIECE = 64  # prompts that a replica claims at a time
+OUT = Path("evaluation.json")
+OPTIONS = ("model", "base", "split", "samples", "out")
 
 
 @dataclass
 class PreparedEvaluation(PreparedRun):
     """`prompts` are the token ids of each split's.
 
-    `base` is None if the model is not compared with one.
+    `base` is None if the model is not compared with one. With `side_by_side` the base answers the
+    prompts, too.
     """
 
     prompts: dict[str, list[list[int]]]
     samples: int
     base: WeightFiles | None
+    side_by_side: bool
     out: Path
 
 
@@ -81,19 +89,26 @@ class Piece:
 
 @dataclass
 class PieceResult:
-    """Responses as token ids; their log-probabilities under the tuned and the base model."""
+    """Responses as token ids; their log-probabilities under the tuned and the base model; the
+    base's own responses.
+    """
 
     tokens: list[list[int]]
     tuned: list[list[float]] = field(default_factory=list)
     base: list[list[float]] = field(default_factory=list)
+    base_tokens: list[list[int]] = field(default_factory=list)
 
 
 def parser() -> LaunchParser:
     summary = __doc__.splitlines()[0]
-    parser = LaunchParser("evaluate", "[--gpus N] [--model DIR] [options]", summary, EXAMPLES)
+    parser = LaunchParser(
+        "evaluate", "[--gpus N] [--model DIR [--base]] [options]", summary, EXAMPLES
+    )
     add = parser.add_argument
     help = "the model to evaluate; default: model.path itself"
     add("--model", metavar="DIR", type=expanduser, help=help)
+    help = "let the base model answer, too, and print both side by side; needs --model"
+    add("--base", action="store_true", help=help)
     add(
         "--split",
         nargs="+",
@@ -101,29 +116,60 @@ def parser() -> LaunchParser:
         help="the task's prompts: train, test, names of task.tests; default: test",
     )
     add("--samples", type=int, default=0, help="sampled responses per prompt; default: %(default)s")
-    add("--out", type=path, default=Path("evaluation.json"), help="default: %(default)s")
+    add("--out", type=path, default=OUT, help="default: %(default)s")
     return parser
 
 
 def prepare(argv: list[str], job: Job) -> PreparedEvaluation:
     arguments, config = parser().read(argv)
-    if arguments.samples < 0:
-        raise ConfigError(f"--samples {arguments.samples}: must not be negative")
+    options = {name: getattr(arguments, name) for name in OPTIONS}
+    return prepare_evaluation(config, job, **options)
+
+
+def prepare_evaluation(
+    config: Config,
+    job: Job,
+    task: Task | None = None,
+    *,
+    model: str | None = None,
+    base: bool = False,
+    split: Sequence[str] = ("test",),
+    samples: int = 0,
+    out: Path = OUT,
+) -> PreparedEvaluation:
+    """Make the cheap checks.
+
+    Args:
+        task: the user's object, in place of the task that the settings name.
+        model, base, split, samples, out: see `shardes evaluate --help`.
+
+    Raises:
+        ConfigError: the evaluation cannot start.
+    """
+    if samples < 0:
+        raise ConfigError(f"--samples {samples}: must not be negative")
     base_path = config.model.path
-    config.model.path = arguments.model or base_path
-    prepared = launch.check(config, job)
-    base = None
-    if arguments.model and arguments.samples:
+    if base and model is None:
+        raise ConfigError(f"--base: compares model.path={base_path} with --model DIR; give that")
+    config.model.path = model or base_path
+    prepared = launch.check(config, job, task)
+    base_files = None
+    if model and (samples or base):
         with mistakes_in(f"model.path={base_path}"):
-            base = WeightFiles(model_directory(base_path))
-            base.map_names(prepared.module)
-            base.check({name: param.shape for name, param in prepared.module.named_parameters()})
-    if not arguments.out.parent.is_dir():
-        raise ConfigError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
+            base_files = WeightFiles(model_directory(base_path))
+            base_files.map_names(prepared.module)
+            base_files.check({name: p.shape for name, p in prepared.module.named_parameters()})
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no directory {out.parent}")
     date = launch.shared_date(job, lambda: recorded_date(config))
-    prompts = {split: _encode_split(prepared, split, date) for split in arguments.split}
+    prompts = {name: _encode_split(prepared, name, date) for name in split}
     return PreparedEvaluation(
-        **vars(prepared), prompts=prompts, samples=arguments.samples, base=base, out=arguments.out
+        **vars(prepared),
+        prompts=prompts,
+        samples=samples,
+        base=base_files,
+        side_by_side=base,
+        out=out,
     )
 
 
@@ -144,6 +190,16 @@ def _encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[lis
 
 
 def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> None:
+    """Evaluate; a stop leaves no report."""
+    try:
+        evaluate(job, prepared, watcher)
+    except Stopped as stopped:
+        print("stopped as asked; no report was written", flush=True)
+        stopped.said = True
+        raise
+
+
+def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> None:
     """Generate, score, and compare with the base model; the primary rank writes the report."""
     started = time.monotonic()
     store = RunStore.of_job(job)  # before weights are read: ranks may take different times
@@ -165,17 +221,24 @@ def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> No
         prepared.config.run.timeout,
         poll=watcher.poll,
     )
-    results = {
-        number: _generate(prepared, pieces[number], sampler, watcher.poll)
-        for number in queue.claims()
-    }
+    poll = watcher.poll
+    results = {}
+    for number in queue.claims():
+        piece = pieces[number]
+        results[number] = result = PieceResult(_generate(prepared, piece, sampler, poll))
+        if piece.sample and prepared.base:
+            prompts = _piece_prompts(prepared, piece)
+            result.tuned = sampler.log_probs(prompts, result.tokens, poll)
     if prepared.base:
         load(prepared.base, engine.shards)
         prepared.base.load_buffers(prepared.module)
     for number, result in results.items():
+        piece = pieces[number]
         if result.tuned:
-            prompts = _piece_prompts(prepared, pieces[number])
-            result.base = sampler.log_probs(prompts, result.tokens, watcher.poll)
+            prompts = _piece_prompts(prepared, piece)
+            result.base = sampler.log_probs(prompts, result.tokens, poll)
+        if prepared.side_by_side:
+            result.base_tokens = _generate(prepared, piece, sampler, poll)
         queue.post(number, json.dumps(asdict(result)))
     if world.is_primary:
         texts = queue.collect()
@@ -190,7 +253,11 @@ def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> No
                 for split in prepared.prompts
             }
         _write(prepared, splits, time.monotonic() - started)
-        print(summary(splits), f"every response: {prepared.out}", sep="\n", flush=True)
+        if prepared.side_by_side:
+            print_comparison(splits)
+        else:
+            print(summary(splits))
+        print(f"every response: {prepared.out}", flush=True)
     dist.barrier()
 
 
@@ -200,15 +267,12 @@ def _piece_prompts(prepared: PreparedEvaluation, piece: Piece) -> list[list[int]
 
 def _generate(
     prepared: PreparedEvaluation, piece: Piece, sampler: Sampler, poll: Callable[[], None]
-) -> PieceResult:
-    """The responses of a piece, and of sampled ones the tuned model's log-probabilities."""
-    prompts, seeds = _piece_prompts(prepared, piece), None
+) -> list[list[int]]:
+    """The responses of a piece, as token ids."""
+    seeds = None
     if piece.sample:
         seeds = [_seed(prepared.config.es.seed, row, piece.sample) for row in piece.rows]
-    result = PieceResult(sampler.generate(prompts, seeds, poll))
-    if piece.sample and prepared.base:
-        result.tuned = sampler.log_probs(prompts, result.tokens, poll)
-    return result
+    return sampler.generate(_piece_prompts(prepared, piece), seeds, poll)
 
 
 def _seed(run_seed: int, prompt: int, sample: int) -> int:
@@ -222,29 +286,66 @@ def _split_report(
     sampler: Sampler,
     pieces: Sequence[Piece],
     results: Sequence[PieceResult],
-) -> dict:
+) -> dict[str, Any]:
     """A split's report: figures of greedy and sampled responses, and all responses."""
-    task = prepared.task
-    responses = []
-    for sample in range(1 + prepared.samples):
-        parts = [
-            result
-            for piece, result in zip(pieces, results, strict=True)
-            if (piece.split, piece.sample) == (split, sample)
-        ]
-        tokens = [row for part in parts for row in part.tokens]
-        divergences = [
-            k3(tuned, base) if tuned else None  # a response that is not complete has none
-            for part in parts
-            for tuned, base in zip(part.tuned, part.base, strict=True)
-        ]
+    tuned: dict[int, list[list[int]]] = {}  # responses by sample
+    base: dict[int, list[list[int]]] = {}
+    divergences: dict[int, list[float | None]] = {}
+    for piece, result in zip(pieces, results, strict=True):
+        if piece.split == split:
+            tuned.setdefault(piece.sample, []).extend(result.tokens)
+            base.setdefault(piece.sample, []).extend(result.base_tokens)
+            divergences.setdefault(piece.sample, []).extend(
+                k3(mine, theirs) if mine else None  # a response that is not complete has none
+                for mine, theirs in zip(result.tuned, result.base, strict=True)
+            )
+    score = partial(_scored, prepared, scorer, split, sampler)
+    rows = score(prepared.files.directory, tuned, divergences)
+    report = _figures(rows) | scorer.take_failures()
+    if prepared.side_by_side:
+        assert prepared.base
+        base_rows = score(prepared.base.directory, base, {})
+        report["base"] = _figures(base_rows) | scorer.take_failures() | dict(responses=base_rows)
+        report["difference"] = {
+            kind: differences(_of_kind(rows, kind), _of_kind(base_rows, kind))
+            for kind in KINDS
+            if kind in report
+        }
+    return report | dict(prompts=prompts_of(prepared.task, split), responses=rows)
+
+
+def _figures(rows: list[dict]) -> dict[str, Any]:
+    return {kind: figures(found) for kind in KINDS if (found := _of_kind(rows, kind))}
+
+
+def _of_kind(rows: list[dict], kind: str) -> list[dict]:
+    return [row for row in rows if (row["sample"] > 0) == (kind == "sampled")]
+
+
+def _scored(
+    prepared: PreparedEvaluation,
+    scorer: Scorer,
+    split: str,
+    sampler: Sampler,
+    model: Path,
+    responses: dict[int, list[list[int]]],
+    divergences: dict[int, list[float | None]],
+) -> list[dict]:
+    """A model's responses to a split's prompts, with their rewards, by sample and prompt.
+
+    Args:
+        responses: token ids, by sample number.
+        divergences: from the base, likewise; empty for those that have none.
+    """
+    rows = []
+    for sample, tokens in sorted(responses.items()):
         texts = sampler.texts(tokens)
-        config = prepared.config
-        failures = invalid_logits(tokens, config.model.path, config.model.dtype)
+        failures = invalid_logits(tokens, str(model), prepared.config.model.dtype)
         rewards = scorer(split, texts, failures=failures)
         correct = scorer.correct(split, texts)
+        kl = divergences.get(sample)
         for row, text in enumerate(texts):
-            responses.append(
+            rows.append(
                 dict(
                     prompt=row,
                     sample=sample,
@@ -253,14 +354,9 @@ def _split_report(
                     response=text,
                 )
                 | ({"correct": correct[row]} if correct else {})
-                | ({"kl": divergences[row]} if divergences and tokens[row] else {})
+                | ({"kl": kl[row]} if kl and tokens[row] else {})
             )
-    report = dict(greedy=figures([row for row in responses if row["sample"] == 0]))
-    if prepared.samples:
-        report["sampled"] = figures([row for row in responses if row["sample"]])
-    return (
-        report | scorer.take_failures() | dict(prompts=prompts_of(task, split), responses=responses)
-    )
+    return rows
 
 
 def _write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float) -> None:
@@ -277,53 +373,8 @@ def _write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float
         raise RunError(f"--out {prepared.out}: cannot be written: {error}") from error
 
 
-def figures(rows: list[dict]) -> dict[str, float | tuple[float, float]]:
-    """Means with 95 % confidence intervals.
-
-    Reward and KL are averaged over prompts, each prompt by its samples' mean; accuracy over
-    responses.
-    """
-    report: dict[str, float | tuple[float, float]] = {
-        "responses": len(rows),
-        "tokens": mean([row["tokens"] for row in rows]),
-    }
-    for key in ("reward", "kl"):
-        if any(key in row for row in rows):
-            by_prompt: dict[int, list[float]] = {}
-            for row in rows:
-                if key in row:
-                    by_prompt.setdefault(row["prompt"], []).append(row[key])
-            means = [mean(values) for values in by_prompt.values()]
-            report |= {key: mean(means), f"{key}_interval": interval(means)}
-    if "correct" in rows[0]:
-        correct = sum(row["correct"] for row in rows)
-        report |= {
-            "accuracy": correct / len(rows),
-            "accuracy_interval": proportion_interval(correct, len(rows)),
-        }
-    return report
-
-
-def summary(splits: dict[str, dict]) -> str:
-    """A line of figures each for the greedy and the sampled responses of a split."""
-    lines = []
-    for split, report in splits.items():
-        for kind in ("greedy", "sampled"):
-            values = report.get(kind, {})
-            parts = [
-                f"{key} {values[key]:.4g} "
-                f"[{values[f'{key}_interval'][0]:.4g}, {values[f'{key}_interval'][1]:.4g}]"
-                for key in ("reward", "accuracy", "kl")
-                if key in values
-            ]
-            if parts:
-                count = values["responses"]
-                lines.append(f"{split}, {kind}: {', '.join(parts)} ({count} responses)")
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> int:
-    return launch.launch(argv, parser(), prepare, work)
+    return lifecycle.launch(argv, parser(), prepare, work)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from shardes.distributed import environment
@@ -29,11 +30,11 @@ from rich.console import Console
 from shardes.commands.arguments import CommandParser, reports_errors
 from shardes.commands.plan_table import print_plans
 from shardes.config import loading as settings
-from shardes.config.schema import Config
+from shardes.config.schema import Config, EngineName
 from shardes.errors import ConfigError, unusable_files
 from shardes.planning.devices import GPUS, Device, gpu, measured_cpu, slowest_gpu, with_rates
 from shardes.planning.layouts import Machine
-from shardes.planning.planner import ESTIMATED, Planner
+from shardes.planning.planner import Plan, Planner
 from shardes.planning.shapes import config_file
 from shardes.planning.workload import CHARACTERS_PER_TOKEN, read_workload
 
@@ -69,6 +70,10 @@ WITHOUT_CONFIG = (
     "them: N = {es.population_size}, {es.iterations} iterations, "
     "{generation.max_new_tokens} new tokens, {model.dtype.value}"
 )
+VLLM = (
+    "engine=vllm: the times are those of the project's own decoder with batches of "
+    "generation.batch_tokens. Memory does not count compiled code and CUDA graphs"
+)
 
 
 @reports_errors
@@ -78,8 +83,36 @@ def main(argv: list[str]) -> int:
     return run(parse(argv), console)
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
-    planner, notes = _planner(options)
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the configured and the suggested settings, and the best few."""
+
+    planner: Planner
+    assessments: dict[str, dict[str, Any]]
+    best: list[Plan]
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the configured settings fit; without a config, whether any do."""
+        configured = self.assessments.get("configured")
+        return configured["fits"] if configured else bool(self.best)
+
+    def to_json(self) -> dict[str, Any]:
+        others = [self.planner.assess(plan) for plan in self.best]
+        return {"notes": self.notes} | self.assessments | {"best": others}
+
+
+def find_plans(options: argparse.Namespace, given: Config | None = None) -> Found:
+    """Search as the options say.
+
+    Args:
+        given: the settings, in place of those that the options name.
+
+    Raises:
+        ConfigError: an option, or a setting, is not possible.
+    """
+    planner, notes = _planner(options, given)
     assessments: dict[str, dict[str, Any]] = {}
     configured = None if options.model else planner.configured()
     if configured:
@@ -87,19 +120,22 @@ def run(options: argparse.Namespace, console: Console) -> int:
     best = planner.search()
     if best and best[0] != configured:
         assessments["suggested"] = planner.assess(best[0])
-    fits = assessments["configured"]["fits"] if configured else bool(best)
+    return Found(planner, assessments, best, notes)
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    found = find_plans(options)
     if options.json:
-        others = [planner.assess(plan) for plan in best]
-        print(json.dumps({"notes": notes} | assessments | {"best": others}, indent=2))
-        return 0 if fits else 1
-    print_plans(console, planner, assessments, best)
-    if not best:
-        nodes = planner.nodes_needed()
+        print(json.dumps(found.to_json(), indent=2))
+        return 0 if found.fits else 1
+    print_plans(console, found.planner, found.assessments, found.best)
+    if not found.best:
+        nodes = found.planner.nodes_needed()
         sufficient = f"; {nodes} such nodes would be enough" if nodes else ""
         console.print(f"nothing fits{sufficient}")
-    for note in notes:
+    for note in found.notes:
         console.print(note)
-    return 0 if fits else 1
+    return 0 if found.fits else 1
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -139,7 +175,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
+def _planner(options: argparse.Namespace, given: Config | None) -> tuple[Planner, list[str]]:
     """The planner, and notes on what it assumes."""
     for flag in RATES:
         value = getattr(options, flag)
@@ -150,21 +186,18 @@ def _planner(options: argparse.Namespace) -> tuple[Planner, list[str]]:
         if value is not None and not 1 <= value <= most:
             name = flag.replace("_", "-")
             raise ConfigError(f"--{name} {value}: must be at least 1 and at most {most}")
-    config, notes = _config(options)
+    config, notes = (given, []) if given else _config(options)
     longest = config.generation.max_new_tokens
     if options.response_tokens is not None and options.response_tokens > longest:
         raise ConfigError(
             f"--response-tokens {options.response_tokens}: no response is longer than "
             f"generation.max_new_tokens={longest}"
         )
-    if config.engine not in ESTIMATED:
-        raise ConfigError(
-            f"engine={config.engine.value}: shardes plan estimates the project's own decoder; plan "
-            "with engine=deepspeed or engine=fsdp"
-        )
     config_file(config.model.path)  # a wrong path is reported before the task is loaded
     device, note = _device(options, config)
     notes.append(note)
+    if config.engine is EngineName.vllm:
+        notes.append(VLLM)
     on_cpu = not device.capacity
     host_memory = _size(options.host_memory or HOST_MEMORY, "--host-memory")
     if on_cpu and not options.host_memory:

@@ -28,12 +28,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from shardes import launch
+from shardes import launch, lifecycle
 from shardes.clock import Clock
 from shardes.commands.arguments import LaunchParser
-from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.errors import ConfigError, RunError
+from shardes.errors import ConfigError, RunError, Stopped
 from shardes.es.probing import Answered, CenterAnswers, Plan, default_sigmas
 from shardes.es.tuning import LEAST_PAIRS
 from shardes.launch import PreparedRun
@@ -154,7 +154,8 @@ def work(job: Job, prepared: PreparedProbe, watcher: ShutdownWatcher) -> None:
         try:
             probe.answer_with_members()
             results = probe.results() if world.is_primary else {}
-        except Stopped:
+        except Stopped as stopped:
+            stopped.said = True
             stack.close()
             _report(prepared, plan, center_answers, probe.results_so_far(), rms)
             raise
@@ -199,7 +200,7 @@ def _report(
 
 
 def main(argv: list[str]) -> int:
-    return launch.launch(argv, parser(), prepare, work)
+    return lifecycle.launch(argv, parser(), prepare, work)
 
 
 if __name__ == "__main__":

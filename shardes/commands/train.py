@@ -21,13 +21,13 @@ with environment.quiet():
 import torch
 import torch.distributed as dist
 
-from shardes import launch
+from shardes import launch, lifecycle
 from shardes.commands.arguments import LaunchParser, reports_errors
 from shardes.config import loading as settings
 from shardes.config.schema import Config
-from shardes.distributed.signals import ShutdownWatcher, Stopped
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.errors import ConfigError, RunError, one_line, unusable_files
+from shardes.errors import ConfigError, RunError, Stopped, one_line, unusable_files
 from shardes.es.population import held_out_numbers, select
 from shardes.es.side_by_side import members_together
 from shardes.launch import PreparedRun
@@ -37,6 +37,7 @@ from shardes.planning.shapes import read_shapes
 from shardes.planning.workload import Workload
 from shardes.replicas.joining import JoinedRun, connect_to_run, join_run
 from shardes.reporting.attempts import record_failure
+from shardes.reporting.reporter import OnMetrics, ignore
 from shardes.roles import ClientJob, PreparedTraining, PrimaryJob
 from shardes.storage.resume import (
     RunDirectory,
@@ -45,6 +46,7 @@ from shardes.storage.resume import (
     recorded_date,
 )
 from shardes.storage.sources import run_sources
+from shardes.tasks import Task
 from shardes.words import counted
 
 EXAMPLES = """examples:
@@ -61,19 +63,41 @@ def parser() -> LaunchParser:
 
 
 def prepare(argv: list[str], job: Job) -> PreparedTraining:
-    _, config = parser().read(argv)
+    """The settings of the command line, checked; of a rank of `--gpus`, metrics are reported."""
+    return prepare_run(parser().read(argv)[1], job, on_metrics=report_metrics)
+
+
+def report_metrics(metrics: dict[str, float]) -> None:
+    environment.report(metrics=metrics)
+
+
+def prepare_run(
+    config: Config, job: Job, task: Task | None = None, on_metrics: OnMetrics = ignore
+) -> PreparedTraining:
+    """Make the cheap checks, and open the run directory.
+
+    Args:
+        task: the user's object, in place of the task that the settings name.
+        on_metrics: is called, on the primary rank, with the metrics of each iteration.
+
+    Raises:
+        ConfigError: the run cannot start.
+    """
     joins = config.replicas.join is not None
     connection = connect_to_run(config) if joins and job.rank == 0 else None
     date = launch.shared_date(job, lambda: connection.date if connection else recorded_date(config))
-    prepared = launch.check(config, job)
+    prepared = launch.check(config, job, task)
     prompts = encode_prompts(prepared, date)
-    prepared.sources = run_sources(config.task, prompts)
+    prepared.sources = run_sources(config.task, prompts, task, config.es.update)
+    stateful = prepared.rule is not None and prepared.rule.buffers > 0
     run: RunDirectory | JoinedRun | None = None
     if connection:
-        run = join_run(connection, config, prepared.files, prepared.sources)
+        run = join_run(connection, config, prepared.files, prepared.sources, stateful)
     elif job.rank == 0:
-        run = open_run_directory(config, prepared.files, prepared.sources, date.isoformat())
-    return PreparedTraining(**vars(prepared), prompts=prompts, run=run)
+        run = open_run_directory(
+            config, prepared.files, prepared.sources, date.isoformat(), stateful
+        )
+    return PreparedTraining(**vars(prepared), prompts=prompts, run=run, on_metrics=on_metrics)
 
 
 @reports_errors
@@ -84,7 +108,9 @@ def dry_run(argv: list[str], ranks: int) -> int:
     prepared = launch.check(config, Job(0, ranks, dist.HashStore()))
     date = datetime.fromisoformat(recorded_date(config) or launch.now())
     prompts = encode_prompts(prepared, date)
-    state = describe_run_directory(config, run_sources(config.task, prompts))
+    state = describe_run_directory(
+        config, run_sources(config.task, prompts, update=config.es.update)
+    )
     sharding, generation = config.sharding, config.generation
     shard, tensor = sharding.shard, sharding.tensor
     layout = Layout(prepared.replicas, shard, tensor, sharding.gather, sharding.offload)
@@ -158,6 +184,7 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
             trainer.train()
         except Stopped as stopped:
             trainer.reporter.say(str(stopped))
+            stopped.said = True
             raise
         except Exception as error:
             if is_client and isinstance(error, dist.DistError):
@@ -177,7 +204,7 @@ def work(job: Job, prepared: PreparedTraining, watcher: ShutdownWatcher) -> None
 
 
 def main(argv: list[str]) -> int:
-    return launch.launch(argv, parser(), prepare, work)
+    return lifecycle.launch(argv, parser(), prepare, work)
 
 
 if __name__ == "__main__":

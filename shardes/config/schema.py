@@ -225,8 +225,8 @@ class ESConfig:
     members_per_batch: int | None = _setting(
         None,
         "members of low-rank noise that answer side by side in one batch; 1: one after another, "
-        "with perturbed weights; null: as many as generation.batch_tokens holds, but with several "
-        "replicas at most half of a replica's share",
+        "with perturbed weights; null: as many as generation.batch_tokens holds (with engine=vllm "
+        "16), but with several replicas at most half of a replica's share",
         limit=at_least(1),
         decides_center=False,
     )
@@ -277,6 +277,13 @@ class ESConfig:
         "regular expression; only parameters with a matching name are trained; null: all",
         limit=Limit("must be a regular expression, or null", is_pattern),
         decides_center=True,
+    )
+    update: str | None = _setting(
+        None,
+        "your own rule of how the center moves, file.py:Class, see docs/variants.md; null: by the "
+        "members' weighted noise, as in the paper",
+        decides_center=True,
+        is_path=True,
     )
 
 
@@ -548,7 +555,7 @@ class Config:
     engine: EngineName = _setting(
         EngineName.deepspeed,
         "engine that holds the model: deepspeed (ZeRO-3 × AutoTP), "
-        "fsdp (FSDP2 × transformers' tensor parallel) or vllm (vLLM, one rank per replica)",
+        "fsdp (FSDP2 × transformers' tensor parallel) or vllm (vLLM and its tensor parallelism)",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)

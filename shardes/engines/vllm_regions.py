@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from shardes.distributed.world import all_gather
 from shardes.sharding.regions import ParameterShard, Region, strided_regions
 from shardes.sharding.weight_files import WeightFiles
 
@@ -123,6 +126,9 @@ def find_shards(
 ) -> dict[str, tuple[str, ParameterShard]]:
     """This rank's shards over vLLM's storage, each with the name of vLLM's parameter, by name.
 
+    Under tensor parallelism each is the rank's slice of a parameter. `count_once` says which ranks
+    count it.
+
     Args:
         model: of vLLM.
         pieces: see `find_pieces`.
@@ -134,7 +140,7 @@ def find_shards(
     by_tensor = defaultdict(list)
     for piece in pieces:
         by_tensor[piece.tensor].append(piece)
-    storage = dict(model.named_parameters())
+    storage = parameters(model)
     shards = {}
     for name, param in module.named_parameters():
         found, offset = [], 0
@@ -153,11 +159,8 @@ def find_shards(
             for piece, shift in found
             for region in piece.regions
         )
-        shape = tuple(param.shape)
-        if end - first != prod(shape):
-            raise NoPlace(f"vLLM's model has no place for all of {name}")
         flat = live.data.view(-1)[first:end]
-        shards[name] = owner, ParameterShard(name, shape, flat, regions, regions)
+        shards[name] = owner, ParameterShard(name, tuple(param.shape), flat, regions, regions)
     filled = {piece.param for piece in pieces}
     used = {owner for owner, _ in shards.values()}
     for name in storage:
@@ -168,6 +171,11 @@ def find_shards(
     return shards
 
 
+def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a model of vLLM, by the names that they have without adapters."""
+    return {name.replace(".base_layer.", "."): param for name, param in model.named_parameters()}
+
+
 def _stretch(name: str, pieces: Sequence[Piece]) -> tuple[str, int, int]:
     """The parameter of vLLM that pieces lie in without gaps, the first element and the end."""
     if not pieces:
@@ -176,3 +184,57 @@ def _stretch(name: str, pieces: Sequence[Piece]) -> tuple[str, int, int]:
         if one.param != following.param or one.end != following.first:
             raise NoPlace(f"vLLM holds {name} in several places")
     return pieces[0].param, pieces[0].first, pieces[-1].end
+
+
+def count_once(shards: Sequence[ParameterShard], device: torch.device) -> None:
+    """Let the first of the ranks that hold the same slice of a parameter count it; collective over
+    the default process group.
+
+    Args:
+        shards: of this rank, of the same parameters as on the other ranks.
+
+    Raises:
+        NoPlace: on every rank, if the ranks' slices of a parameter leave out elements or overlap.
+    """
+    rank = dist.get_rank()
+    holders: list[dict[tuple, int]] = [{} for _ in shards]
+    for holder, slices in enumerate(_slices(shards, device)):
+        for by_slice, regions in zip(holders, slices, strict=True):
+            by_slice.setdefault(regions, holder)
+    for shard, by_slice in zip(shards, holders, strict=True):
+        if not _is_partition([row for regions in by_slice for row in regions], prod(shard.shape)):
+            raise NoPlace(f"vLLM's ranks do not hold each element of {shard.name} once")
+        own = tuple((r.start, r.rows, r.cols, r.stride) for r in shard.regions)
+        shard.counted = by_slice[own] == rank
+
+
+def _slices(
+    shards: Sequence[ParameterShard], device: torch.device
+) -> Iterator[list[tuple[tuple[int, ...], ...]]]:
+    """Each rank's regions of each of its shards, as tuples of numbers."""
+    rows = [
+        (i, region.start, region.rows, region.cols, region.stride)
+        for i, shard in enumerate(shards)
+        for region in shard.regions
+    ]
+    own, ranks = torch.tensor(rows, device=device).view(-1, 5), dist.get_world_size()
+    lengths = torch.zeros(ranks, dtype=torch.long, device=device)
+    all_gather(lengths, torch.tensor([len(rows)], device=device))
+    longest = int(lengths.max())
+    tables = own.new_zeros(ranks * longest, 5)
+    all_gather(tables, torch.nn.functional.pad(own, (0, 0, 0, longest - len(rows))))
+    for length, table in zip(lengths.tolist(), tables.view(ranks, longest, 5), strict=True):
+        slices: list[list[tuple[int, ...]]] = [[] for _ in shards]
+        for number, *region in table[:length].tolist():
+            slices[number].append(tuple(region))
+        yield list(map(tuple, slices))
+
+
+def _is_partition(regions: Sequence[tuple[int, ...]], numel: int) -> bool:
+    """Whether regions (start, rows, cols, stride) hold each of `numel` elements once."""
+    starts = [start + np.arange(rows) * stride for start, rows, _, stride in regions]
+    lengths = [np.full(rows, cols) for _, rows, cols, _ in regions]
+    first = np.concatenate([*starts, [numel]])
+    last = first + np.concatenate([*lengths, [0]])
+    order = np.argsort(first, kind="stable")
+    return np.array_equal(first[order], np.concatenate([[0], last[order][:-1]]))

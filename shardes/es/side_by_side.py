@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shardes.clock import Clock
-from shardes.config.schema import Config, ESConfig, Noise
+from shardes.config.schema import Config, EngineName, ESConfig, Noise
 from shardes.engines.linear import TERM, are_experts
 from shardes.errors import ConfigError
 from shardes.es.matrix_layers import is_embedding, is_router, kind_of, matrix_layers
@@ -37,6 +37,8 @@ from shardes.es.population import Member
 from shardes.inference.generation import rows_of_batch
 from shardes.noise import LowRank, factors
 from shardes.sharding.regions import ParameterShard, Region
+
+ADAPTERS = 16  # members that answer together with engine=vllm, unless a setting says otherwise
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def answer_side_by_side(es: ESConfig) -> bool:
 
 def members_together(config: Config, lengths: Sequence[int], replicas: int) -> int:
     """How many members answer together: `es.members_per_batch`, by default as many as
-    `generation.batch_tokens` holds.
+    `generation.batch_tokens` holds, or with engine=vllm `ADAPTERS`.
 
     If there are several replicas, or may be, that is at most half a replica's share of the members,
     so that a fast one can take more than a slow one.
@@ -238,10 +240,13 @@ def members_together(config: Config, lengths: Sequence[int], replicas: int) -> i
         return es.members_per_batch
     tokens = max(lengths) + generation.max_new_tokens
     rows = rows_of_batch(tokens, generation.batch_tokens, generation.decode)
+    most = rows * config.sharding.shard // len(lengths)
+    if config.engine is EngineName.vllm:  # which forms its batches itself
+        most = ADAPTERS
     share = es.population_size
     if replicas > 1 or config.replicas.port is not None or config.replicas.join is not None:
         share = -(-share // (2 * replicas))
-    return max(min(rows * config.sharding.shard // len(lengths), share), 1)
+    return max(min(most, share), 1)
 
 
 def _matrix_slice(layer: nn.Module, shard: ParameterShard) -> MatrixSlice:

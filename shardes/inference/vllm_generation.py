@@ -8,7 +8,7 @@ from typing import Any
 from shardes.clock import Clock
 from shardes.distributed.store import no_poll
 from shardes.engines.vllm import VLLMEngine
-from shardes.errors import ConfigError, RunError, described
+from shardes.errors import ConfigError, described
 from shardes.inference.engine_generation import Generation
 from shardes.inference.generation import Decoder, ignore_members, ignore_response
 
@@ -51,7 +51,6 @@ class VLLMGeneration(Generation):
         set_members: Callable[[Sequence[int]], Hashable] = ignore_members,
         ended: Callable[[int, list[int]], None] = ignore_response,
     ) -> list[list[int]]:
-        assert members is None, "members answer one after another"
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -76,6 +75,7 @@ class VLLMGeneration(Generation):
                         detokenize=False,
                         output_kind=RequestOutputKind.DELTA,
                     ),
+                    None if members is None else self._engine.requests[members[number]],
                 )
             going = set(range(len(prompts)))
             while going:
@@ -134,16 +134,16 @@ class VLLMGeneration(Generation):
         return self._decoder.is_complete(response)
 
     @contextmanager
-    def _requests(self) -> Iterator[Callable[[int, Sequence[int], Any], None]]:
+    def _requests(self) -> Iterator[Callable[..., None]]:
         """A context for requests, of which none is left on exit; yields what adds one."""
-        # It holds what other weights computed.
-        if not self._llm.reset_prefix_cache():
-            raise RunError("engine=vllm: vLLM keeps its prefix cache, which other weights filled")
+        self._engine.take_weights()
         added: list[str] = []
 
-        def add(number: int, prompt: Sequence[int], params: Any) -> None:
+        def add(number: int, prompt: Sequence[int], params: Any, adapter: Any = None) -> None:
             added.append(str(number))
-            self._llm.add_request(str(number), {"prompt_token_ids": list(prompt)}, params)
+            self._llm.add_request(
+                str(number), {"prompt_token_ids": list(prompt)}, params, lora_request=adapter
+            )
 
         try:
             with self._clock("generate"):

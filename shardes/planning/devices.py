@@ -17,6 +17,7 @@ from shardes.engines.linear import linear, use_own_forward
 from shardes.errors import ConfigError
 from shardes.inference.generation import Decoder
 from shardes.noise import add_noise
+from shardes.sharding.digest import digest
 from shardes.sharding.regions import Region
 
 LAYERS, STEPS = 12, 8  # of the model that `measured_cpu` times, and its decode steps
@@ -43,6 +44,9 @@ class Device:
     # Bytes that a row's low-rank term moves per element of its factors, on average over both: they
     # are gathered, one of them is scaled, and both are cast and read.
     term: float = 20.0
+    # Elements per second of the center's digest in host memory. Of GPUs' hosts, it is assumed: a
+    # core made 0.4e9.
+    digests: float = 5e9
 
 
 def _gpu(capacity: float, bandwidth: float, flops: float, *rates: float) -> Device:
@@ -123,6 +127,7 @@ def measured_cpu(
     values = torch.zeros(1 << 22)
     whole = (Region.contiguous(0, values.numel()),)
     normals = values.numel() / fastest(lambda: add_noise(values, "measured", whole, [1], [0.1]))
+    digests = values.numel() / fastest(lambda: digest("measured", whole, values))
     return Device(
         capacity=0,
         bandwidth=bandwidth / ranks,
@@ -135,6 +140,7 @@ def measured_cpu(
         overhead=_layer_overhead(fastest),
         overlaps=False,
         term=4.0,  # read in place
+        digests=digests / ranks,
     )
 
 

@@ -10,7 +10,16 @@ from functools import lru_cache
 
 from transformers import PreTrainedConfig
 
-from shardes.config.schema import Config, EngineName, ESConfig, Gather, Offload, Restore
+from shardes.config.schema import (
+    Config,
+    EngineName,
+    ESConfig,
+    Gather,
+    Offload,
+    Restore,
+    VLLMConfig,
+)
+from shardes.engines.vllm_adapters import Slots
 from shardes.es.center import SAMPLE
 from shardes.es.staging import MARGIN, lies_on_device, needed_bytes
 from shardes.planning.layouts import Layout, Machine
@@ -31,6 +40,10 @@ SHARED_SUMS = 32 << 20
 # Measured on a CPU: Python, torch, deepspeed, compiled kernels and a tiny model
 LIBRARIES = 720_000_000
 SCORE = 8  # bytes of an attention score: two float32 numbers, or one and two 16-bit numbers
+# Measured on a CPU with a tiny model: what engine=vllm takes beyond engine=fsdp, without its cache
+VLLM_LIBRARIES = 240_000_000
+# The tokens and the sequences of a step of vLLM at most, where it has the largest GPUs
+STEP_TOKENS, STEP_ROWS = 16384, 1024
 PREFETCH = 50_000_000  # elements that ZeRO-3 gathers ahead: DeepSpeed's default
 
 
@@ -130,6 +143,39 @@ def center_on_device(
     free = (1 - MARGIN) * gpu_memory - allocated * model.itemsize
     needed = needed_bytes(config, sizes, held, model.itemsize, slices)
     return lies_on_device(config, lambda: needed <= free)
+
+
+def vllm_memory(
+    model: ModelShapes,
+    layout: Layout,
+    workload: Workload,
+    es: ESConfig,
+    vllm: VLLMConfig,
+    gpu_memory: float | None,
+) -> Memory:
+    """The peak memory of a rank with engine=vllm; `gpu_memory` is None on CPUs.
+
+    vLLM allocates the key-value cache at the start. Compiled code and graphs come on top.
+    """
+    held = held_elements(model, layout.tensor, 1)
+    logits = 3 * 4 * STEP_ROWS * model.vocab_size  # float32, and what choosing a token makes
+    step = temporaries(model, layout.tensor, STEP_ROWS, STEP_TOKENS // STEP_ROWS)
+    live = {"live shard": held * model.itemsize}
+    center = {"center": held * 4}
+    computing = {
+        "key-value cache": int(vllm.cache_size * 1e9),
+        "largest temporaries": max(step, logits),
+    }
+    if workload.members > 1:  # each has a slot for its adapter, of a rank that vLLM has
+        slots = Slots(workload.members, es.rank).arguments()
+        factors = sum(factor_elements(model, 1, slots["max_lora_rank"], es.evolve))
+        computing["low-rank factors"] = slots["max_loras"] * factors * model.itemsize
+    libraries = {"libraries": LIBRARIES + VLLM_LIBRARIES}
+    if gpu_memory is None:
+        packed = {"packed experts": model.experts_numel // layout.tensor * model.itemsize}
+        return Memory({}, live | center | computing | packed | libraries)
+    reserve = {"reserve": int(MARGIN * gpu_memory)}
+    return Memory(live | computing | reserve, center | libraries)
 
 
 def _only_on_cpu(

@@ -9,18 +9,19 @@ from transformers import PreTrainedModel
 
 from shardes.config.schema import CenterDevice, Config, EngineName, Noise, Offload, Restore
 from shardes.errors import ConfigError
+from shardes.es.adapted_members import check_adapters
 from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank
-from shardes.es.side_by_side import members_together
+from shardes.es.side_by_side import answer_side_by_side, members_together
 from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine, configured_layout, possible_layouts
-from shardes.planning.memory import Memory, center_on_device, rank_memory
+from shardes.planning.memory import Memory, center_on_device, rank_memory, vllm_memory
 from shardes.planning.run import whole_run
 from shardes.planning.shapes import ModelShapes, read_shapes, splits_experts
 from shardes.planning.time import Estimate
 from shardes.planning.workload import Workload
 
-ESTIMATED = (EngineName.deepspeed, EngineName.fsdp)
+DECODING = (EngineName.deepspeed, EngineName.fsdp)  # engines with the project's decoder
 NEAR = 1.1  # plans that take at most this times the shortest time count as equally fast
 STEPS = 8  # of the search for the largest batch
 
@@ -59,6 +60,8 @@ class Plan:
             "sharding.offload": layout.offload.value,
             "generation.batch_tokens": self.batch_tokens,
         }
+        if self.engine is EngineName.vllm:  # which refuses the others' keys, or ignores them
+            values = {"sharding.tensor": layout.tensor}
         if config.es.noise is Noise.low_rank:
             values["es.members_per_batch"] = self.members
         if self.engine is not config.engine:
@@ -138,15 +141,12 @@ class Planner:
         }
 
     def memory(self, plan: Plan) -> Memory:
-        model, workload = self._read(plan.engine)[0], self._work(plan)
-        return rank_memory(
-            model,
-            plan.layout,
-            workload,
-            self.config.es,
-            self.machine.gpu_memory,
-            center_on_device=plan.center_on_device,
-        )
+        model, workload, es = self._read(plan.engine)[0], self._work(plan), self.config.es
+        gpu_memory = self.machine.gpu_memory
+        if plan.engine is EngineName.vllm:
+            return vllm_memory(model, plan.layout, workload, es, self.config.vllm, gpu_memory)
+        on_device = plan.center_on_device
+        return rank_memory(model, plan.layout, workload, es, gpu_memory, center_on_device=on_device)
 
     def estimate(self, plan: Plan) -> Estimate:
         return Estimate(
@@ -194,7 +194,9 @@ class Planner:
 
     def _fitting(self) -> Iterator[Plan]:
         """The plans that fit, each with the largest batches that fit."""
-        for engine in sorted(ESTIMATED, key=lambda engine: engine is not self.config.engine):
+        own = self.config.engine
+        engines = sorted(DECODING, key=lambda engine: engine is not own)
+        for engine in engines if own in DECODING else [own]:
             config = replace(self.config, engine=engine)
             for layouts in possible_layouts(config, self._read(engine)[1], self.machine):
                 for layout in layouts:  # offloads only if it does not fit otherwise
@@ -204,6 +206,11 @@ class Planner:
                         break
 
     def _filled(self, engine: EngineName, layout: Layout) -> Iterator[Plan]:
+        if engine is EngineName.vllm:
+            only = self._with_vllm(layout)
+            if self.memory(only).fits(self.machine):
+                yield only
+            return
         row = self.workload.length(max(self.workload.train + self.workload.test))
         for center in self._centers(layout):
             start = Plan(engine, layout, row, center=center)
@@ -222,6 +229,13 @@ class Planner:
                 filled = replace(plan, batch_tokens=tokens)
                 if self.memory(filled).fits(self.machine):
                     yield filled
+
+    def _with_vllm(self, layout: Layout) -> Plan:
+        """The plan of a layout with vLLM, which forms its batches itself."""
+        config, members = self.config, 1
+        if answer_side_by_side(config.es) and self._can_share:
+            members = members_together(config, self.workload.train, layout.replicas)
+        return Plan(config.engine, layout, config.generation.batch_tokens, members)
 
     def _centers(self, layout: Layout) -> list[CenterDevice | None]:
         """Where a float32 center may lie; None: there is no choice."""
@@ -259,7 +273,10 @@ class Planner:
         return True
 
     def _check_sharing(self) -> None:
-        check_members_can_share(self._read(self.config.engine)[1], self.config.es)
+        module, es = self._read(self.config.engine)[1], self.config.es
+        check_members_can_share(module, es)
+        if self.config.engine is EngineName.vllm:
+            check_adapters(module, es)
 
     def _room(self, plan: Plan) -> float:
         return self.memory(plan).room(self.machine)

@@ -31,7 +31,8 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
     rates = f"{SHARE:.0%} of the peak rates: an assumption"
     if on_cpu:
         rates = (
-            "measured rates of this CPU; iterations took 1.05 to 1.6 times that: docs/scaling.md"
+            "measured rates of this CPU; iterations of runs took 1.1 to 1.6 times that: "
+            "docs/plan.md"
         )
     figures = {
         "hours, at least": (

@@ -25,6 +25,9 @@ EXCHANGED = 337
 # The time of an element's low-rank noise relative to full noise, and what each rank adds, in the
 # update: fitted to ranks 1, 2 and 4 on a CPU (docs/performance.md), and assumed of GPUs
 LOW_RANK, LOW_RANK_EACH = 0.08, 0.06
+# Elements per second of a digest on a GPU: some 20 kernels for 2**20 elements, of which each takes
+# 5 µs to launch: an assumption
+DIGESTS = 1e10
 FACTORS = 1e9  # elements of low-rank factors that a rank's host makes per second: an assumption
 
 
@@ -116,23 +119,30 @@ class Estimate:
         return sum(sum(self._generation(alone, lengths)) for lengths in lists)
 
     def _perturb_and_update(self) -> tuple[float, float]:
-        """The seconds of one member's perturbation, and of the update."""
+        """The seconds of one member's perturbation, and of the update with the new digest."""
         es, device, elements = self.es, self.device, self._held
         pair = 2 if es.antithetic else 1  # members of one seed
         noise = elements * noise_cost(es) / device.normals  # of one seed
-        seeds = es.population_size / pair
-        if es.restore is Restore.subtract:
+        update = es.population_size / pair * noise
+        on_cpu = self.machine.gpu_memory is None
+        subtracts = es.restore is Restore.subtract
+        if on_cpu or not (subtracts or self.center_on_device):
+            update += elements / device.digests
+        else:
+            update += elements / DIGESTS
+        if subtracts:
             moved = elements * 2 * self.model.itemsize / device.bandwidth
-            return 2 * (moved + noise), moved + seeds * noise
+            return 2 * (moved + noise), update + moved
         if self.center_on_device:
             perturb = elements * (4 + self.model.itemsize) / device.bandwidth + noise
-            update = elements * (8 + self.model.itemsize) / device.bandwidth + seeds * noise
-        elif self.machine.gpu_memory is None:
-            perturb, update = elements * 4 / device.host + noise, 8 * elements / device.host
-            update += seeds * noise
+            update += elements * (8 + self.model.itemsize) / device.bandwidth
+        elif on_cpu:
+            perturb = elements * 4 / device.host + noise
+            update += elements * 8 / device.host
         else:  # a block comes from the host while another's noise is made
             copied = elements * 4 / device.host
-            perturb, update = max(copied, noise), copied + seeds * noise
+            perturb = max(copied, noise)
+            update += copied
         if self.workload.members > 1:
             perturb = self._factors / pair * (1 / FACTORS + 4 / device.host)
         return perturb, update

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from shardes.distributed.signals import PRIMARY_LOST
+from shardes.errors import PRIMARY_LOST
 from shardes.replicas.protocol import RunStore
 
 BEATS = 12  # heartbeats per `replicas.timeout`

@@ -23,6 +23,11 @@ from shardes.storage.resume import ResumePoint
 
 METRICS, SAMPLES, EXTREMES = "metrics.jsonl", "samples.jsonl", "extremes.jsonl"
 BETTER = {"best": operator.gt, "worst": operator.lt}
+OnMetrics = Callable[[dict[str, float]], None]
+
+
+def ignore(metrics: dict[str, float]) -> None:
+    """What is called with metrics by default."""
 
 
 class Reporter:
@@ -97,6 +102,7 @@ class RunReporter(Reporter):
         resume: where this start begins.
         layout: how the ranks are laid out.
         printed: the lines that this start has printed already; they go to output.log.
+        on_metrics: is called with the metrics of each iteration, once they are in the files.
     """
 
     def __init__(
@@ -105,7 +111,9 @@ class RunReporter(Reporter):
         resume: ResumePoint,
         layout: dict | None = None,
         printed: Sequence[str] = (),
+        on_metrics: OnMetrics = ignore,
     ):
+        self._on_metrics = on_metrics
         self._directory = directory = Path(config.run.dir)
         warnings: list[str] = []
         self._recorded = _trim_files(directory, resume, warnings.append)
@@ -173,6 +181,7 @@ class RunReporter(Reporter):
         self._tokens = 0
         self._loggers.log(metrics, iteration)
         self._attempt.log_line(self._terminal.log_iteration(metrics))
+        self._on_metrics(metrics)
 
     def repair_iteration(self, metrics: dict[str, float]) -> None:
         if int(metrics["iteration"]) not in self._recorded:

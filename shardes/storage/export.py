@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from shardes.engines import empty_model, open_model
 from shardes.errors import ConfigError
+from shardes.es.rule import Rule
 from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.regions import Region
@@ -55,9 +56,16 @@ class ExportSource:
 
 
 def center_of_run(
-    directory: Path, history: History, base: str | None, iteration: int | None
+    directory: Path,
+    history: History,
+    base: str | None,
+    iteration: int | None,
+    rule: Rule | None = None,
 ) -> ExportSource:
     """The center of a run before `iteration`, by default the newest.
+
+    Args:
+        rule: the code of es.update; not needed if there is a snapshot of that center.
 
     Raises:
         ConfigError: the run has no such center, or the base model is not the run's.
@@ -80,7 +88,7 @@ def center_of_run(
         )
     snapshot, warnings = latest_valid_snapshot([directory], iteration, history.digest, history.run)
     source, first = files, 0
-    if snapshot:
+    if snapshot and (snapshot.iteration == iteration or not (rule and rule.buffers)):
         source, first = WeightFiles(snapshot.directory), snapshot.iteration
         source.map_names(module)
     dtype = DTYPES_BY_NAME[history.settings["model.dtype"]]
@@ -96,6 +104,7 @@ def center_of_run(
             torch.float32 if exact else dtype,
             files,
             _shapes(module),
+            rule,
         ),
         dtype,
         iteration,
@@ -193,14 +202,16 @@ def _replay(
     dtype: torch.dtype,
     base: WeightFiles,
     shapes: dict[str, tuple[int, ...]],
+    rule: Rule | None,
 ) -> Callable[[str, int], torch.Tensor]:
     """A reader of the values of `source` with the updates of `records` applied."""
 
     def read(name: str, numel: int) -> torch.Tensor:
         theta, regions = torch.empty(numel, dtype=dtype), [Region.contiguous(0, numel)]
         source.read(name, regions, theta)
+        kept = [torch.zeros_like(theta) for _ in range(rule.buffers if rule else 0)]
         for record in records:
-            record.update.apply(theta, name, shapes[name], regions, base)
+            record.update.apply(theta, name, shapes[name], regions, base, rule=rule, kept=kept)
         return theta
 
     return read

@@ -153,7 +153,13 @@ class Snapshots(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait until the snapshot that was begun has been published or given up."""
+        """Wait until the snapshot that was begun has been published or given up; a stop of the run
+        ends the wait.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """As `finish`, but nothing ends the wait."""
 
 
 class NoSnapshots(Snapshots):
@@ -172,6 +178,9 @@ class NoSnapshots(Snapshots):
         pass
 
     def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -232,6 +241,11 @@ class SnapshotWriter(Snapshots):
     def keep_best(self, iteration: int) -> None:
         self._best = iteration
         self._link_best()
+
+    def close(self) -> None:
+        if self._thread:
+            self._thread.join()  # each of its waits has a limit
+            self._thread = None
 
     def finish(self) -> None:
         while self._thread and self._thread.is_alive():

@@ -11,7 +11,7 @@ from shardes.tasks.countdown import Countdown
 from shardes.tasks.extraction import Extraction
 from shardes.tasks.jsonl import Jsonl
 from shardes.tasks.math import Math
-from shardes.tasks.user_code import load_reward_function, load_user_task
+from shardes.tasks.user_code import check_own_task, load_reward_function, load_user_task
 
 Split = str  # "train", "test", or a name in task.tests
 Message = dict[str, str]
@@ -105,8 +105,22 @@ def prompts_of(task: Task, split: Split) -> list[str | list[Message]]:
         raise ConfigError(f"task: prompts({split!r}) raised {described(error)}") from error
 
 
-def configured_task(settings: TaskConfig) -> Task:
-    """The task that the settings name; ConfigError as from `load_task`."""
+def configured_task(settings: TaskConfig, own: Task | None = None) -> Task:
+    """The task that the settings name; ConfigError as from `load_task`.
+
+    Args:
+        own: the user's object, in place of a task that the settings name.
+    """
+    if own is not None:
+        for key in ("name", "path", *USED_BY):
+            value, default = getattr(settings, key), getattr(TaskConfig(), key)
+            if value != default:
+                raise ConfigError(
+                    f"task.{key}={value}: is not used with a task object; leave it out, or leave "
+                    "out the object"
+                )
+        check_own_task(own)
+        return own
     return load_task(
         settings.name,
         settings.path,

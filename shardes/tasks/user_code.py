@@ -43,6 +43,29 @@ def load_user_task(reference: str) -> Any:
             raise
         except BaseException as error:  # sys.exit, too
             raise ConfigError(f"{setting}: {name}() raised {described(error)}") from error
+    _check_methods(setting, name, task)
+    return task
+
+
+def check_own_task(task: Any) -> None:
+    """Raise ConfigError for an object that cannot be the task of a run in this process.
+
+    Its `reward` could not be called: the worker processes that do so make their own object, and
+    know only task.path.
+    """
+    name = type(task).__name__
+    if isinstance(task, type):
+        raise ConfigError(f"task={task.__name__}: a class; pass an object, {task.__name__}()")
+    if not callable(getattr(task, "score", None)):
+        raise ConfigError(
+            f"task={name}: has no score(split, responses), which an object needs; a task with "
+            f"reward() runs in worker processes: put it in a file and set task.path=file.py:{name}"
+        )
+    _check_methods(f"task={name}", name, task)
+
+
+def _check_methods(setting: str, name: str, task: Any) -> None:
+    """Raise ConfigError if an object lacks a method of tasks."""
     if not callable(getattr(task, "prompts", None)):
         raise ConfigError(f"{setting}: {name} has no prompts(); see shardes.tasks.Task")
     if not any(callable(getattr(task, method, None)) for method in ("score", "reward")):
@@ -53,7 +76,6 @@ def load_user_task(reference: str) -> Any:
         _check_parameters(f"{setting}: score", task.score, ("split", "responses"))
     else:
         _check_parameters(f"{setting}: reward", task.reward, ("split", "number", "response"))
-    return task
 
 
 @contextmanager

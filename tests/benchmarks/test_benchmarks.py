@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, plan_error
 from benchmarks.measure import Row, ratios, slope
 from benchmarks.noise import _extra_bytes
 from launch import run
+from shardes.config.schema import Noise
 
 
 @pytest.mark.slow
@@ -113,3 +114,12 @@ def test_a_part_that_fails_or_has_no_time_leaves_the_others(monkeypatch, tmp_pat
     assert made["ratio"] == 2.0
     table = (tmp_path / "gpu_rehearsal.md").read_text()
     assert "| decode | speed | 2 x/s | 1 to 4 | another: 1 | 2 |  |" in table
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_planned_and_measured(tmp_path, monkeypatch):
+    """Its marks are one for each member, and two for the evaluations of the center."""
+    monkeypatch.setattr(plan_error, "RUN_LOAD", (2, 4))
+    plan_error.make(tmp_path, (2, 64, 128, 4, 2))
+    planned, each = plan_error.train(tmp_path, Noise.full)
+    assert planned > 0 and len(each) == plan_error.ITERATIONS - 2 and min(each) > 0

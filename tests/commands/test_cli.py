@@ -2,8 +2,15 @@
 
 import importlib
 import json
+import os
+import pty
+import re
+import select
 import shutil
+import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,6 +135,50 @@ def test_ranks_are_started_on_this_host(config, tmp_path):
     assert call(cli.main, "journal", tmp_path / "run").returncode == 0
     done = call(cli.main, "report", tmp_path / "run")
     assert done.returncode == 0 and "attempt_1" in Path(done.stdout.strip()).read_text()
+
+
+def test_ctrl_c_stops_the_ranks_in_one_line(config, tmp_path):
+    command = [sys.executable, "-m", "shardes.commands.cli", "train", config, "--gpus", "2"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [*command, "es.iterations=100000", "eval.every=0"], environ)
+    try:
+        output = read_until(terminal, "iteration 1 ")
+        ranks = {int(path.name) for path in Path("/proc").glob("[0-9]*") if parent(path) == pid}
+        os.write(terminal, b"\x03")
+        output += read_until(terminal, None)
+        _, status = os.waitpid(pid, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # and with it its ranks
+    assert os.waitstatus_to_exitcode(status) == 0, output
+    said = "stopped as asked; nothing is lost: start the same command again to go on"
+    assert output.count(said) == 1, output
+    assert not re.search("Traceback|error|WARNING|INFO|interrupt", output), output
+    assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    done = call(cli.main, "journal", tmp_path / "run", "verify")
+    assert done.returncode == 0, done.stderr
+
+
+def read_until(terminal: int, text: str | None, seconds: float = 120) -> str:
+    """A terminal's output up to a text, or to its end."""
+    output, deadline = "", time.monotonic() + seconds
+    while text is None or text not in output:
+        assert time.monotonic() < deadline, output
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                output += os.read(terminal, 1 << 16).decode(errors="replace")
+            except OSError:  # all processes have closed it
+                break
+    return output
+
+
+def parent(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def test_env_hides_secrets(monkeypatch):

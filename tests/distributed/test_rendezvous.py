@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from shardes.distributed import rendezvous
 from shardes.distributed.job_store import keys_of_this_start
+from shardes.distributed.ports import free_port
 from shardes.distributed.rendezvous import wait_for_ranks, wait_for_store
-from shardes.distributed.world import free_port, join_job
+from shardes.distributed.world import join_job
 from shardes.errors import ConfigError, RunError
 
 LIMIT = timedelta(seconds=20)

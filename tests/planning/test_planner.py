@@ -12,6 +12,7 @@ from launch import ROOT, call, run
 from shardes.commands.plan import main
 from shardes.config.schema import (
     Config,
+    Decode,
     EngineName,
     ESConfig,
     Gather,
@@ -149,6 +150,23 @@ def test_times_follow_the_bounds(models):
     assert layer.gather > 100 * member.gather > 0
 
 
+def test_rows_and_tokens_that_fill_fixed_shapes_take_time(models):
+    """65 rows are decoded as 96, each with 256 tokens; the prompts' pass has 65."""
+    model, layout = models("llama-3.1-8b"), Layout(8, 1, 1, Gather.member)
+    work = Workload((120,) * 65, (), 136, 10**6)
+    eager, graph, full = (
+        estimate(model, layout, response=136, workload=each).seconds()
+        for each in (
+            work,
+            replace(work, decode=Decode.graph),
+            replace(work, decode=Decode.graph, train=(120,) * 96),
+        )
+    )
+    step = 2 * (model.numel - 128256 * 4096) + 96 * 256 * 32 * 2 * 8 * 128 * 2
+    assert graph.decode == full.decode == pytest.approx(4 * 135 * step / 3.35e12)
+    assert eager.decode < graph.decode and eager.prefill == graph.prefill < full.prefill
+
+
 NODE_OF_8 = ["--gpus", 8, "--gpu", "H100"]
 CASES = {  # model, sharding, further arguments, exit code, the suggested layout
     "8B fits": ("llama-3.1-8b", {}, [], 0, None),
@@ -191,7 +209,7 @@ def test_the_printed_table(config):
     ):
         assert part in done.stdout
     pasted = "2 × 1 × 4: sharding.shard=1 sharding.tensor=4 sharding.gather=member"
-    assert "suggested: 294.6 s" in done.stdout and pasted in done.stdout
+    assert "suggested: 298.3 s" in done.stdout and pasted in done.stdout
     done = call(main, config(DATA / "llama-3.1-405b", tensor=8), *NODE_OF_8)
     assert done.returncode == 1 and "nothing fits; 2 such nodes would be enough" in done.stdout
 
@@ -281,4 +299,27 @@ def test_sizes_that_no_model_has_are_named(sizes, message, tmp_path):
 
 
 def test_the_docs_have_the_tools_table():
-    assert markdown() in (ROOT / "docs" / "scaling.md").read_text()
+    assert markdown() in (ROOT / "docs" / "plan.md").read_text()
+
+
+def test_vllm_is_planned_with_its_cache_and_its_layouts():
+    model = str(DATA / "llama-3.1-8b")
+    command = ["--model", model, "--gpus", "8", "--gpu", "H100", "--prompt-tokens", "100"]
+    command += ["--prompts", "10", "--json", "engine=vllm"]
+
+    def planned(*overrides):
+        done = call(main, *command, *overrides)
+        return done.returncode, json.loads(done.stdout)
+
+    code, plan = planned("vllm.cache_size=20")
+    assert code == 0 and any(note.startswith("engine=vllm: the times") for note in plan["notes"])
+    for best in plan["best"]:
+        assert best["gpu"]["key-value cache"] == 20e9
+        assert best["layout"]["engine"] == "vllm" and best["layout"]["shard"] == 1
+        assert best["settings"] == f"sharding.tensor={best['layout']['tensor']}"
+    assert {8, 4, 2, 1} == {best["layout"]["tensor"] for best in plan["best"]}
+    code, plan = planned("vllm.cache_size=79")
+    assert code == 1 and plan["best"] == []
+    code, plan = planned("es.noise=low_rank", "sharding.tensor=1")
+    assert {best["members_per_batch"] for best in plan["best"]} == {16, 8, 4, 2}  # half a share
+    assert all(best["gpu"]["low-rank factors"] for best in plan["best"])
