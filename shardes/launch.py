@@ -36,7 +36,7 @@ from shardes.inference.limits import beyond_context, check_decoding, check_promp
 from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
-from shardes.inference.vllm_generation import VLLMGeneration
+from shardes.inference.vllm_generation import VLLMGeneration, check_rotary
 from shardes.reporting import loggers
 from shardes.reporting.progress import slow_step
 from shardes.sharding.model_directory import model_directory, open_tokenizer
@@ -137,6 +137,7 @@ def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
         )
     if config.engine is EngineName.vllm:
         check_processors(decode.applied)
+        check_rotary(config, module)
     rule = load_rule(config.es.update)
     return PreparedRun(config, replicas, files, module, tokenizer, task, decode, rule)
 
