@@ -67,6 +67,7 @@ class PreparedRun:
     decoder: Decoder
     rule: Rule | None  # es.update
     sources: dict[str, str] = field(default_factory=dict, kw_only=True)  # see `run_sources`
+    longest: int = field(default=0, kw_only=True)  # tokens of an encoded prompt and its response
 
     def abandon(self) -> None:
         """Leave everything as it was: another rank cannot start."""
@@ -203,6 +204,8 @@ def encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list
     """
     model, new_tokens = prepared.config.model.path, prepared.config.generation.max_new_tokens
     prompts = encode(prepared.tokenizer, prompts_of(prepared.task, split), date)
+    longest = max(map(len, prompts), default=0) + new_tokens
+    prepared.longest = max(prepared.longest, longest)
     with mistakes_in(f"model.path={model}"):
         check_prompts(model, prepared.module, split, prompts, new_tokens)
         if prepared.config.engine is EngineName.vllm:
@@ -256,7 +259,7 @@ def _engine(prepared: PreparedRun, world: World, clock: Clock | None) -> tuple[E
     config, module = prepared.config, prepared.module
     if config.engine is EngineName.vllm:
         slots = adapter_slots(config.es)
-        vllm = VLLMEngine(config, module, prepared.files, world, slots)
+        vllm = VLLMEngine(config, module, prepared.files, world, slots, prepared.longest)
         generation = VLLMGeneration(vllm, prepared.decoder, clock)
         generation.check_writes()
         return vllm, generation

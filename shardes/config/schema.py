@@ -335,8 +335,8 @@ class VLLMConfig:
     )
     max_model_len: int | None = _setting(
         None,
-        "engine=vllm: more tokens than the longest prompt and its response have; null: the model's "
-        "context",
+        "engine=vllm: more tokens than the longest prompt and its response have; null: as many "
+        "as these need",
         limit=at_least(2),
     )
     enforce_eager: bool = _setting(

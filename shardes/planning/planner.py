@@ -15,7 +15,13 @@ from shardes.es.population import check_rank
 from shardes.es.side_by_side import answer_side_by_side, members_together
 from shardes.planning.devices import Device
 from shardes.planning.layouts import Layout, Machine, configured_layout, possible_layouts
-from shardes.planning.memory import Memory, center_on_device, rank_memory, vllm_memory
+from shardes.planning.memory import (
+    Memory,
+    cached_tokens,
+    center_on_device,
+    rank_memory,
+    vllm_memory,
+)
 from shardes.planning.run import whole_run
 from shardes.planning.shapes import ModelShapes, read_shapes, splits_experts
 from shardes.planning.time import Estimate
@@ -102,6 +108,8 @@ class Planner:
         model, module = self._read(engine)
         check_rank(self.config.es, ((p.name, p.shape) for p in model.parameters))
         layout = configured_layout(self.config, module, self.machine)
+        if engine is EngineName.vllm and (problem := self._beyond_cache(layout)):
+            raise ConfigError(problem)
         members = members_together(self.config, self.workload.train, layout.replicas)
         if members > 1:
             self._check_sharing()
@@ -208,7 +216,7 @@ class Planner:
     def _filled(self, engine: EngineName, layout: Layout) -> Iterator[Plan]:
         if engine is EngineName.vllm:
             only = self._with_vllm(layout)
-            if self.memory(only).fits(self.machine):
+            if self.memory(only).fits(self.machine) and not self._beyond_cache(layout):
                 yield only
             return
         row = self.workload.length(max(self.workload.train + self.workload.test))
@@ -243,6 +251,19 @@ class Planner:
         if self.machine.gpu_memory is None or not copies or layout.offload is Offload.cpu:
             return [None]
         return [CenterDevice.device, CenterDevice.host]
+
+    def _beyond_cache(self, layout: Layout) -> str:
+        """Why vLLM would refuse its cache, if it would: a request must fit."""
+        vllm, workload = self.config.vllm, self.workload
+        longest = max(workload.train + workload.test) + workload.max_new_tokens
+        held = cached_tokens(self.model, layout.tensor, vllm)
+        tokens = vllm.max_model_len or longest
+        if tokens <= held:
+            return ""
+        return (
+            f"vllm.cache_size={vllm.cache_size:g}: holds {held} tokens with sharding.tensor="
+            f"{layout.tensor}, and a request may have {tokens}; raise it"
+        )
 
     def _member_counts(self, plan: Plan) -> list[int]:
         """How many members may answer side by side: all of a replica's, or as many as one batch

@@ -323,3 +323,5 @@ def test_vllm_is_planned_with_its_cache_and_its_layouts():
     code, plan = planned("es.noise=low_rank", "sharding.tensor=1")
     assert {best["members_per_batch"] for best in plan["best"]} == {16, 8, 4, 2}  # half a share
     assert all(best["gpu"]["low-rank factors"] for best in plan["best"])
+    code, plan = planned("vllm.max_model_len=131072")  # of which a token takes 131 kB
+    assert {best["layout"]["tensor"] for best in plan["best"]} == {8}
