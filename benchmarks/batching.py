@@ -20,7 +20,13 @@ from shardes.distributed import environment
 environment.prepare()
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from benchmarks.generation import prompts
 from benchmarks.measure import seconds
@@ -34,6 +40,7 @@ from shardes.inference.prompts import encode
 from shardes.inference.vllm_generation import VLLMGeneration
 from shardes.sharding.weight_files import load
 
+PAGE, STEP_TOKENS = 32, 1024  # of generate_batch: a page of its cache, and a step at most
 Answer = Callable[[], list[list[int]]]
 
 
@@ -69,7 +76,16 @@ def _generate_batch(
     config = GenerationConfig(
         max_new_tokens=longest, do_sample=False, eos_token_id=sorted(eos), pad_token_id=min(eos)
     )
-    outputs = module.generate_batch(asked, generation_config=config, progress_bar=False)
+    longest_row = max(map(len, asked)) + longest
+    cache = ContinuousBatchingConfig(  # by itself it takes most of the memory that is free
+        page_size=PAGE,
+        num_blocks=len(asked) * (-(-longest_row // PAGE) + 1),
+        max_batch_tokens=STEP_TOKENS,
+        use_cuda_graph=False,
+    )
+    outputs = module.generate_batch(
+        asked, generation_config=config, continuous_batching_config=cache, progress_bar=False
+    )
     by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     return [by_prompt[tuple(prompt)] for prompt in asked]
 

@@ -7,7 +7,7 @@ the update with its digest. With `--runs`, models of three other sizes, which th
 fitted to, are trained by `shardes train`, and the time from one iteration to the next is compared
 with the plan of the same config. Both sides are in CPU seconds, so that a busy machine disturbs
 them less, and the CPU's rates are measured anew. The weights are random, and every response has all
-of its tokens. Prints the tables of docs/scaling.md.
+of its tokens. Prints the tables of docs/plan.md.
 """
 
 import json

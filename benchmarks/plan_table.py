@@ -1,4 +1,4 @@
-"""Print the table of docs/scaling.md: plans for models of three sizes on H100s.
+"""Print the table of docs/plan.md: plans for models of three sizes on H100s.
 
 python -m benchmarks.plan_table
 """
@@ -22,7 +22,7 @@ def row(cells: list[str]) -> str:
 
 
 def markdown() -> str:
-    """The table of docs/scaling.md: Countdown with the paper's settings, on up to 64 H100s."""
+    """The table of docs/plan.md: Countdown with the paper's settings, on up to 64 H100s."""
     head = ["model", "GPUs", "layout", "batch_tokens", "GPU", "host, per node", "an iteration, ≥"]
     lines = [row(head), row(["---"] * len(head))]
     for name, directory in MODELS.items():

@@ -1,28 +1,45 @@
-"""Hooks of mkdocs: tables of settings, pages from outside docs/, and links that leave docs/."""
+"""Hooks of mkdocs: tables of settings, pages and pictures from outside docs/, and links that leave
+docs/.
+"""
 
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File
+
 from shardes.config import schema
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 ELSEWHERE = {
+    "benchmarks.md": "benchmarks/README.md",
     "contribute.md": "CONTRIBUTING.md",
+    "examples.md": "examples/README.md",
+    "results.md": "results/README.md",
+    "slurm.md": "launchers/slurm/README.md",
     "security.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",
 }
+PICTURES = ("results", "benchmarks/results")
 KEYS = re.compile(r"<!-- keys(?: of (\w+))? -->")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]+)((?:#[^)]*)?)\)")
+
+
+def on_files(files: Any, config: Any, **_: object) -> None:
+    """Called by mkdocs with the site's files: adds the measured pictures, at their own paths."""
+    for directory in PICTURES:
+        for picture in sorted((ROOT / directory).rglob("*.png")):
+            name = picture.relative_to(ROOT).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(picture)))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
     """Called by mkdocs with each page's text."""
     source = ELSEWHERE.get(page.file.src_uri)
     return (
-        rendered((ROOT / source).read_text(encoding="utf-8"), ROOT)
+        rendered((ROOT / source).read_text(encoding="utf-8"), (ROOT / source).parent)
         if source
         else rendered(markdown, DOCS)
     )
@@ -63,5 +80,8 @@ def _link(match: re.Match[str], directory: Path) -> str:
     pages = {ROOT / file: page for page, file in ELSEWHERE.items()}
     if path in pages:
         return f"[{text}]({pages[path]}{anchor})"
-    name = str(path.relative_to(ROOT))
+    name = path.relative_to(ROOT).as_posix()
+    if image:
+        assert name.startswith(PICTURES) and path.is_file(), f"no picture of the site: {name}"
+        return f"![{text}]({name})"
     return text if name in text else f"{text} (`{name}`)"

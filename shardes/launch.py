@@ -25,6 +25,7 @@ from shardes.es.adapted_members import AdaptedMembers, adapter_slots, check_adap
 from shardes.es.center import Center, open_center
 from shardes.es.matrix_layers import check_members_can_share
 from shardes.es.population import check_rank, noise_rank
+from shardes.es.rule import Rule, load_rule
 from shardes.es.side_by_side import SideBySide, answer_side_by_side
 from shardes.es.staging import center_device
 from shardes.es.update import evolves
@@ -35,7 +36,7 @@ from shardes.inference.limits import beyond_context, check_decoding, check_promp
 from shardes.inference.processors import checkpoint_generation_config
 from shardes.inference.prompts import encode
 from shardes.inference.sampler import Sampler
-from shardes.inference.vllm_generation import VLLMGeneration
+from shardes.inference.vllm_generation import VLLMGeneration, check_rotary
 from shardes.reporting import loggers
 from shardes.reporting.progress import slow_step
 from shardes.sharding.model_directory import model_directory, open_tokenizer
@@ -64,6 +65,7 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     decoder: Decoder
+    rule: Rule | None  # es.update
     sources: dict[str, str] = field(default_factory=dict, kw_only=True)  # see `run_sources`
 
     def abandon(self) -> None:
@@ -135,7 +137,9 @@ def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
         )
     if config.engine is EngineName.vllm:
         check_processors(decode.applied)
-    return PreparedRun(config, replicas, files, module, tokenizer, task, decode)
+        check_rotary(config, module)
+    rule = load_rule(config.es.update)
+    return PreparedRun(config, replicas, files, module, tokenizer, task, decode, rule)
 
 
 def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:
@@ -280,7 +284,7 @@ def open_replica(
         joined: see `build_replica`.
     """
     world, engine, sampler = build_replica(job, prepared, clock, joined)
-    config, es = prepared.config, prepared.config.es
+    config, es, rule = prepared.config, prepared.config.es, prepared.rule
     together = _members_together(engine, prepared) if answer_side_by_side(es) else None
     files = source()
     with slow_step(f"loading the weights of {files.directory}", job.rank == 0):
@@ -293,7 +297,14 @@ def open_replica(
             es.evolve,
             clock,
             noise_rank(es),
-            center_device(config, world, engine.shards, prepared.module.config),
+            center_device(
+                config,
+                world,
+                engine.shards,
+                prepared.module.config,
+                rule.buffers if rule else 0,
+            ),
+            rule,
         )
     answers: Answers = (
         OneBatch(config, world, center, sampler, together, clock)

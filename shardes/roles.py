@@ -291,6 +291,7 @@ class PrimaryJob(JobRoles):
             heartbeats,
             run.journal,
             self.config.es,
+            self.prepared.rule.name if self.prepared.rule else "",
             reporter,
             **shared,
         )

@@ -1,6 +1,8 @@
 """Everything that the documentation names exists: pages, anchors, files, settings, tests."""
 
 import ast
+import html
+import json
 import re
 from itertools import chain
 
@@ -85,6 +87,10 @@ def test_links_that_leave_the_site_become_names():
         "loop (`shardes/trainer.py`) `tools/sweep.py` [here](start.md#install) ![p](regions.svg)"
     )
     assert rendered("[s](SECURITY.md) [t](docs/tasks.md)", ROOT) == "[s](security.md) [t](tasks.md)"
+    text = "![c](quickstart/curves.png) [e](../examples/README.md)"
+    assert (
+        rendered(text, ROOT / "results") == "![c](results/quickstart/curves.png) [e](examples.md)"
+    )
 
 
 def test_every_marker_is_explained():
@@ -119,6 +125,27 @@ def test_the_reliability_page_says_which_settings_can_change():
         assert {f"{section}.{name}" for name in re.findall(r"`(\w+)`", changeable)} == (
             keys - set(CENTER_SETTINGS)
         )
+
+
+def test_the_readme_shows_the_first_answers_of_the_quickstarts_run():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr><td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td></tr>", text, re.S)
+    run = (ROOT / "results/quickstart/seed0/samples.jsonl").read_text(encoding="utf-8")
+    samples = [json.loads(line) for line in run.splitlines()]
+    iterations = sorted({sample["iteration"] for sample in samples})
+    before, after = ([row for row in samples if row["iteration"] == k] for k in iterations)
+    assert len(rows) == 5
+    for row, old, new in zip(rows, before, after, strict=False):
+        assert row[0] == old["prompt"][-1]["content"] == new["prompt"][-1]["content"]
+        for cell, sample in zip(row[1:], (old, new), strict=True):
+            answer = f"{sample['reward']:.2f}{sample['response']}"
+            cell = html.unescape(re.sub("</?code>", "", cell))
+            assert "".join(cell.split()) == "".join(answer.split())
+
+
+def test_the_readme_is_narrow_and_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) < 100
 
 
 def test_every_page_is_in_the_sites_contents():

@@ -58,7 +58,7 @@ def block(language: str, holding: str) -> str:
 
 def test_from_installation_to_a_tuned_model_in_transformers(shell):
     (quickstart,) = re.findall(
-        r"^    (pip install .*configs/quickstart\.yaml)$", README, re.MULTILINE
+        r"^    (pip install .*\\\n.*configs/quickstart\.yaml --gpus 2)$", README, re.MULTILINE
     )
     told = shell(f"{quickstart} {FEWER}", 1800)
     assert "done: member reward" in told

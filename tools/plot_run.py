@@ -1,11 +1,11 @@
 """Plot the rewards of runs, with a band over run seeds.
 
-    python tools/plot_run.py RUN... [--out plot] [--title TEXT]
+    python tools/plot_run.py RUN... [--out plot] [--title TEXT] [--reward]
 
 RUN is a run directory. LABEL=RUN,RUN,... are runs with one setting and several run seeds, drawn as
 their mean and the range from the lowest to the highest. Writes OUT.png and OUT.svg: the members'
-mean reward by iteration, and the center's reward on held-out prompts (or its accuracy, if the task
-defines correct responses).
+mean reward by iteration, and the center's accuracy on held-out prompts, or its reward if the task
+does not define correct responses or with --reward.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def curve(directory: Path, key: str) -> dict[int, float]:
     summary = directory / "summary.json"
     if summary.exists():
         last = json.loads(summary.read_text(encoding="utf-8"))
-        if f"{key}_last" in last:
+        if key != "reward_mean" and f"{key}_last" in last:  # the members' last is in metrics.jsonl
             values[last["iterations"]] = last[f"{key}_last"]
     return values
 
@@ -37,12 +37,14 @@ def band(curves: list[dict[int, float]]) -> tuple[list[int], np.ndarray]:
     return shared, np.array([[values[i] for i in shared] for values in curves])
 
 
-def draw(groups: dict[str, list[Path]], title: str, out: Path) -> None:
+def draw(groups: dict[str, list[Path]], title: str, out: Path, reward: bool = False) -> None:
     """Plot two panels: the members' mean reward, and the center on held-out prompts."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    accuracy = all(curve(run, "held_out_accuracy") for runs in groups.values() for run in runs)
+    accuracy = not reward and all(
+        curve(run, "held_out_accuracy") for runs in groups.values() for run in runs
+    )
     held_out = ("held_out_accuracy", "accuracy") if accuracy else ("held_out_reward", "reward")
     panels = [
         ("reward_mean", "members' mean reward"),
@@ -61,9 +63,9 @@ def draw(groups: dict[str, list[Path]], title: str, out: Path) -> None:
                     iterations, values.min(0), values.max(0), color=line.get_color(), alpha=0.2
                 )
         panel.set(xlabel="iteration", ylabel=label)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="lower right")
     figure.suptitle(title)
     for kind in ("png", "svg"):
         figure.savefig(out.with_suffix(f".{kind}"), dpi=150)
@@ -81,6 +83,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("plot"), help="default: %(default)s")
     parser.add_argument("--title", default="", help="title above the panels")
+    parser.add_argument(
+        "--reward", action="store_true", help="the held-out reward, although there is an accuracy"
+    )
     options = parser.parse_args(argv)
     groups = {}
     for argument in options.runs:
@@ -89,7 +94,7 @@ def main(argv: list[str]) -> int:
     for run in (run for runs in groups.values() for run in runs):
         if not (run / "metrics.jsonl").is_file():
             parser.error(f"{run}: no run directory: it has no metrics.jsonl")
-    draw(groups, options.title, options.out)
+    draw(groups, options.title, options.out, options.reward)
     print(f"{options.out.with_suffix('.png')}, {options.out.with_suffix('.svg')}")
     return 0
 

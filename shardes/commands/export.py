@@ -22,6 +22,7 @@ from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.config.limits import is_size
 from shardes.distributed import environment
 from shardes.errors import ConfigError, RunError
+from shardes.es.rule import load_rule
 from shardes.storage import journal
 from shardes.storage.checkpoint import PARTIAL, is_free
 from shardes.storage.export import (
@@ -62,6 +63,12 @@ def parser() -> CommandParser:
         type=expanduser,
         help="the base model; default: the run's model.path",
     )
+    parser.add_argument(
+        "--update",
+        metavar="FILE:CLASS",
+        type=expanduser,
+        help="the code of the run's es.update, if it has one and no snapshot of that center",
+    )
     return parser
 
 
@@ -85,7 +92,8 @@ def main(argv: list[str]) -> int:
     try:
         history = journal.read(options.source / journal.JOURNAL)
         if history:
-            source = center_of_run(options.source, history, options.base, options.iteration)
+            rule = load_rule(options.update)
+            source = center_of_run(options.source, history, options.base, options.iteration, rule)
         else:
             source = external_checkpoint(options.source, options.base)
         for warning in source.warnings:

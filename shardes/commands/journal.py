@@ -17,6 +17,7 @@ from rich.table import Table
 from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
 from shardes.errors import ConfigError, unusable_files
+from shardes.es.rule import load_rule
 from shardes.es.statistics import mean, std
 from shardes.storage import snapshots
 from shardes.storage.journal import JOURNAL, History, read
@@ -73,7 +74,7 @@ def iteration_table(history: History, saved: dict[int, Path]) -> Table:
     return table
 
 
-def verify(directory: Path, base: str | None, console: Console) -> bool:
+def verify(directory: Path, base: str | None, update: str | None, console: Console) -> bool:
     """Print what is valid and what is not; returns whether all is valid."""
     history = read_history(directory)
     incomplete = f"; {history.incomplete_line}" if history.incomplete_line else ""
@@ -89,7 +90,7 @@ def verify(directory: Path, base: str | None, console: Console) -> bool:
             "does not record"
         )
         return valid
-    digests = replayed_digests(history, base)
+    digests = replayed_digests(history, base, load_rule(update))
     for iteration, replayed in enumerate(digests):
         recorded = history.digest(iteration)
         if recorded not in (None, replayed):
@@ -130,6 +131,12 @@ def main(argv: list[str]) -> int:
         type=expanduser,
         help="for verify: the base model; default: the run's model.path",
     )
+    parser.add_argument(
+        "--update",
+        metavar="FILE:CLASS",
+        type=expanduser,
+        help="for verify: the code of the run's es.update, if it has one",
+    )
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     options = parser.parse_args(argv)
     if (options.other is not None) != (options.action == "diff"):
@@ -138,7 +145,7 @@ def main(argv: list[str]) -> int:
         show(options.run, console)
         return 0
     if options.action == "verify":
-        valid = verify(options.run, options.base, console)
+        valid = verify(options.run, options.base, options.update, console)
     else:
         valid = diff(options.run, options.other, console)
     return 0 if valid else 1

@@ -88,12 +88,15 @@ def prepare_run(
     date = launch.shared_date(job, lambda: connection.date if connection else recorded_date(config))
     prepared = launch.check(config, job, task)
     prompts = encode_prompts(prepared, date)
-    prepared.sources = run_sources(config.task, prompts, task)
+    prepared.sources = run_sources(config.task, prompts, task, config.es.update)
+    stateful = prepared.rule is not None and prepared.rule.buffers > 0
     run: RunDirectory | JoinedRun | None = None
     if connection:
-        run = join_run(connection, config, prepared.files, prepared.sources)
+        run = join_run(connection, config, prepared.files, prepared.sources, stateful)
     elif job.rank == 0:
-        run = open_run_directory(config, prepared.files, prepared.sources, date.isoformat())
+        run = open_run_directory(
+            config, prepared.files, prepared.sources, date.isoformat(), stateful
+        )
     return PreparedTraining(**vars(prepared), prompts=prompts, run=run, on_metrics=on_metrics)
 
 
@@ -105,7 +108,9 @@ def dry_run(argv: list[str], ranks: int) -> int:
     prepared = launch.check(config, Job(0, ranks, dist.HashStore()))
     date = datetime.fromisoformat(recorded_date(config) or launch.now())
     prompts = encode_prompts(prepared, date)
-    state = describe_run_directory(config, run_sources(config.task, prompts))
+    state = describe_run_directory(
+        config, run_sources(config.task, prompts, update=config.es.update)
+    )
     sharding, generation = config.sharding, config.generation
     shard, tensor = sharding.shard, sharding.tensor
     layout = Layout(prepared.replicas, shard, tensor, sharding.gather, sharding.offload)

@@ -160,6 +160,12 @@ def check(config: Config) -> None:
     )
     _demand(
         config,
+        "es.update",
+        es.update is None or es.restore is Restore.copy,
+        "is for es.restore=copy, in which the center is exact",
+    )
+    _demand(
+        config,
         "center.device",
         config.center.device is not CenterDevice.device or config.sharding.offload is Offload.none,
         "the live shards are in host memory with sharding.offload=cpu, and so is the center; "

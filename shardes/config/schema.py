@@ -278,6 +278,13 @@ class ESConfig:
         limit=Limit("must be a regular expression, or null", is_pattern),
         decides_center=True,
     )
+    update: str | None = _setting(
+        None,
+        "your own rule of how the center moves, file.py:Class, see docs/variants.md; null: by the "
+        "members' weighted noise, as in the paper",
+        decides_center=True,
+        is_path=True,
+    )
 
 
 @dataclass

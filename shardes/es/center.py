@@ -19,6 +19,7 @@ from shardes.config.schema import Restore
 from shardes.distributed.world import World
 from shardes.errors import RunError
 from shardes.es.population import Member
+from shardes.es.rule import Rule
 from shardes.es.staging import Stager, block_size
 from shardes.es.update import Update, evolves, noise_kind
 from shardes.noise import add_noise
@@ -187,8 +188,15 @@ class CopyCenter(Center):
         rank: int,
         clock: Clock,
         device: torch.device,
+        rule: Rule | None,
     ):
         super().__init__(shards, world, base, evolve, rank, clock)
+        self._rule = rule
+        buffers = rule.buffers if rule else 0
+        self._kept = {  # by the user's rule
+            shard.name: [torch.zeros(shard.numel, device=device) for _ in range(buffers)]
+            for shard in self._evolving
+        }
         live = shards[0].tensor.device
         self._stager = Stager(live, self._block) if device != live else None
         self._thetas = {
@@ -237,7 +245,14 @@ class CopyCenter(Center):
         for (shard, block, regions), theta in self._on_device(self._shards, size):
             live = shard.values[block]
             before = theta.to(live.dtype) if self._lossy and shard.counted else None
-            update.apply(theta, shard.name, shard.shape, regions, self._base)
+            stored = [kept[block] for kept in self._kept.get(shard.name, ())]
+            kept = [part.to(theta.device) for part in stored]  # the same where they lie there
+            update.apply(
+                theta, shard.name, shard.shape, regions, self._base, rule=self._rule, kept=kept
+            )
+            if self._stager:
+                for part, changed in zip(stored, kept, strict=True):
+                    part.copy_(changed)
             live.copy_(theta)
             if before is not None:
                 unchanged = unchanged + torch.sum(live == before)
@@ -281,8 +296,10 @@ class SubtractCenter(Center):
         rank: int,
         clock: Clock,
         device: torch.device,
+        rule: Rule | None,
     ):
         assert rank == 0, "es.restore=subtract is for full noise"
+        assert rule is None, "es.restore=subtract is for the rule of the paper"
         super().__init__(shards, world, base, evolve, rank, clock)
         load(source, shards)
         self._perturbed: list[ParameterShard] = []
@@ -346,11 +363,13 @@ def open_center(
     clock: Clock | None = None,
     rank: int = 0,
     device: torch.device = HOST,
+    rule: Rule | None = None,
 ) -> Center:
     """The center with the weights of `source`.
 
     `base`, by default the same, is where training began. `restore: subtract` is for full noise, and
-    its center lies where the live weights are. Any other lies on `device`.
+    its center lies where the live weights are. Any other lies on `device`. `rule` is the user's;
+    one that has buffers begins with a `source` that is the base model.
     """
     kind = {Restore.copy: CopyCenter, Restore.subtract: SubtractCenter}[mode]
-    return kind(shards, world, source, base or source, evolve, rank, clock or Clock(), device)
+    return kind(shards, world, source, base or source, evolve, rank, clock or Clock(), device, rule)

@@ -23,12 +23,17 @@ def block_size(device: torch.device) -> int:
 
 
 def center_device(
-    config: Config, world: World, shards: Sequence[ParameterShard], model: PreTrainedConfig
+    config: Config,
+    world: World,
+    shards: Sequence[ParameterShard],
+    model: PreTrainedConfig,
+    buffers: int = 0,
 ) -> torch.device:
     """Where the center lies, from `center.device`; collective, and the same on all ranks.
 
     `auto` is the device if, with all that is allocated now, generation and `MARGIN` leave room for
-    the float32 center on every rank of the replica. The choice changes no bit.
+    the float32 center, and as many further values per element as `buffers`, on every rank of the
+    replica. The choice changes no bit.
     """
 
     def fits() -> bool:
@@ -37,7 +42,7 @@ def center_device(
             sum(region.numel for region in shard.tensor_regions) * itemsize
             for shard, itemsize in zip(shards, itemsizes, strict=True)
         ]
-        held = sum(shard.numel for shard in shards)
+        held = (1 + buffers) * sum(shard.numel for shard in shards)
         needed = needed_bytes(config, model, held, itemsizes[0], slices)
         fit, ranks = world.sum(float(needed <= free_bytes(world)), 1.0)
         return fit == ranks

@@ -9,24 +9,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shardes.errors import ConfigError
 from shardes.noise import LowRank, add_noise
 
 if TYPE_CHECKING:  # journals are read without torch
     import torch
 
+    from shardes.es.rule import Rule
     from shardes.sharding.regions import Region
     from shardes.sharding.weight_files import WeightFiles
 
 
 @dataclass
 class Update:
-    """θ ← θ − λ·(θ − anchor) + Σ c_n·ε(s_n).
+    """θ ← θ − λ·(θ − anchor) + Σ c_n·ε(s_n); a user's rule can take the place of adding the sum.
 
     Attributes:
         weight_decay: λ.
         decay_to: the anchor: "zero" for 0, "base" for the base model (arXiv 2605.30148).
         evolve: a regular expression: only parameters with a match in their names change. None: all.
         rank: r of noise of low rank, with which vectors do not change; 0: full noise.
+        rule: the name of the user's rule; "": none.
+        alpha: α, which only such a rule is given.
     """
 
     seeds: Sequence[int]
@@ -35,6 +39,8 @@ class Update:
     decay_to: str = "zero"
     evolve: str | None = None
     rank: int = 0
+    rule: str = ""
+    alpha: float = 0.0
 
     def apply(
         self,
@@ -44,6 +50,8 @@ class Update:
         regions: Sequence[Region],
         base: WeightFiles,
         out: torch.Tensor | None = None,
+        rule: Rule | None = None,
+        kept: Sequence[torch.Tensor] = (),
     ) -> None:
         """Write to `out` the update of `theta`, the flat elements of `regions` of a parameter.
 
@@ -55,7 +63,13 @@ class Update:
             shape: of the full parameter.
             base: the base model.
             out: None: `theta`.
+            rule: the user's, with which `theta` is float32 and `out` is None.
+            kept: the values that the rule keeps for these elements; they change.
+
+        Raises:
+            ConfigError: `rule` is not that of the update.
         """
+        self._check_rule(rule)
         if not evolves(self.evolve, self.rank, name, shape):
             return
         import torch
@@ -71,7 +85,22 @@ class Update:
             decay *= float(np.float32(self.weight_decay))
             theta -= decay
         low_rank = noise_kind(self.rank, shape)
-        add_noise(theta, name, regions, self.seeds, self.coefficients, out, low_rank)
+        if rule is None:
+            add_noise(theta, name, regions, self.seeds, self.coefficients, out, low_rank)
+            return
+        assert out is theta and theta.dtype == torch.float32
+        step = torch.zeros_like(theta)
+        add_noise(step, name, regions, self.seeds, self.coefficients, step, low_rank)
+        rule.update(theta, step, self.alpha, kept)
+
+    def _check_rule(self, rule: Rule | None) -> None:
+        name = rule.name if rule else ""
+        if name != self.rule:
+            raise ConfigError(
+                f"the run's es.update is {self.rule or 'not set'}, and the code given is "
+                f"{name or 'none'}; pass the file that the run had as --update FILE:Class, or "
+                "nothing if it had none"
+            )
 
 
 def evolves(pattern: str | None, rank: int, name: str, shape: tuple[int, ...]) -> bool:

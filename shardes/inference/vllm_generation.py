@@ -5,14 +5,40 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from shardes.clock import Clock
+from shardes.config.schema import Config
 from shardes.distributed.store import no_poll
 from shardes.engines.vllm import VLLMEngine
 from shardes.errors import ConfigError, described
+from shardes.inference import rope
 from shardes.inference.engine_generation import Generation
 from shardes.inference.generation import Decoder, ignore_members, ignore_response
 
 PROBE = [1, 2, 3, 4, 5, 6]  # token ids with which `check_writes` asks
+
+
+def check_rotary(config: Config, module: PreTrainedModel) -> None:
+    """Raise ConfigError if vLLM would rotate a request by other frequencies than transformers.
+
+    Where these change with the length, vLLM takes those of its longest request for all.
+    """
+    scaling = rope.length_scaling(module)
+    if scaling is None:
+        return
+    if scaling.dynamic:
+        raise ConfigError(
+            f"model.path={config.model.path}: its rotary frequencies change with every length, and "
+            "vLLM's do not; use another engine"
+        )
+    limit = min(scaling.boundaries)
+    if (config.vllm.max_model_len or limit + 1) > limit:
+        raise ConfigError(
+            f"vllm.max_model_len: the rotary frequencies of {config.model.path} change at {limit} "
+            f"tokens, and vLLM takes the later ones for all; set vllm.max_model_len={limit}, or "
+            "use another engine"
+        )
 
 
 class VLLMGeneration(Generation):

@@ -32,7 +32,7 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
     if on_cpu:
         rates = (
             "measured rates of this CPU; iterations of runs took 1.1 to 1.6 times that: "
-            "docs/scaling.md"
+            "docs/plan.md"
         )
     figures = {
         "hours, at least": (

@@ -116,11 +116,12 @@ class PrimaryCoordinator(Coordinator):
         heartbeats: Heartbeats,
         journal: Journal,
         es: ESConfig,
+        rule: str,
         observer: MemberObserver,
         **shared,
     ):
         super().__init__(world, store, heartbeats, **shared)
-        self._journal, self._es, self._observer = journal, es, observer
+        self._journal, self._es, self._rule, self._observer = journal, es, rule, observer
         self._queues: list[tuple[int, str, int]] = []  # iteration, name and pieces
         self._announced = -1  # iteration
 
@@ -148,7 +149,7 @@ class PrimaryCoordinator(Coordinator):
         return PrimaryMemberQueue(work, iteration, size, self._poll, self._journal, self._observer)
 
     def _commit(self, iteration: Iteration, results: IterationResults) -> Record:
-        record = iteration_record(self._es, iteration, results.members)
+        record = iteration_record(self._es, self._rule, iteration, results.members)
         self._journal.append(record)
         self._store.publish(record)
         self._delete_queues(iteration.index - KEPT_QUEUES)
@@ -210,9 +211,14 @@ class ClientLeader(ClientCoordinator):
         return record
 
 
-def iteration_record(es: ESConfig, iteration: Iteration, results: list[MemberResult]) -> Record:
+def iteration_record(
+    es: ESConfig, rule: str, iteration: Iteration, results: list[MemberResult]
+) -> Record:
     """What the journal says of an iteration: the members' rewards and the update that follows from
     them.
+
+    Args:
+        rule: the name of the user's, or "".
     """
     weights = fitness(es, [result.scores or [result.reward] for result in results])
     failures: Counter[str] = Counter()
@@ -234,6 +240,7 @@ def iteration_record(es: ESConfig, iteration: Iteration, results: list[MemberRes
         dict(+failures),  # those that happened
         noise_rank(es),
         mean_parts([result.parts for result in results]),
+        rule,
     )
 
 

@@ -123,11 +123,16 @@ class JoinedRun:
 
 
 def join_run(
-    connection: RunConnection, config: Config, base: WeightFiles, sources: dict[str, str]
+    connection: RunConnection,
+    config: Config,
+    base: WeightFiles,
+    sources: dict[str, str],
+    stateful: bool = False,
 ) -> JoinedRun:
     """Join a run; for rank 0 of a job.
 
-    The center is rebuilt from a snapshot, if `run.dir` is the run's own, or from the base model.
+    The center is rebuilt from a snapshot, if `run.dir` is the run's own, or from the base model:
+    always with `stateful`, see `open_run_directory`.
 
     Raises:
         ConfigError: the run has another base model, other noise, settings, code, data or prompts.
@@ -141,7 +146,8 @@ def join_run(
         current = store.wait_current(config.run.timeout)
         records = [store.record(number) for number in range(current.iteration)]
     digests = [*(record.digest for record in records), current.digest]
-    snapshot, notes = latest_valid_snapshot([directory], current.iteration, digests.__getitem__)
+    runs = [] if stateful else [directory]
+    snapshot, notes = latest_valid_snapshot(runs, current.iteration, digests.__getitem__)
     evaluations: dict = {current.iteration: {}} if current.evaluated else {}
     resume = ResumePoint.after(records, snapshot, current.digest, evaluations=evaluations)
     with _reachable(address):

@@ -4,9 +4,11 @@ import importlib.util
 import os
 import secrets
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from textwrap import indent
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
@@ -14,8 +16,24 @@ from torch.utils.tensorboard import SummaryWriter
 from shardes.errors import ConfigError, suggestion
 from shardes.reporting import json_lines
 from shardes.tasks.user_code import user_class
+from shardes.words import prompt_text
 
 CLOSE_TIMEOUT = 60.0  # seconds that a logger may take to finish
+SHOWN = 16  # samples of a split that TensorBoard and W&B show of an evaluation, the first ones
+GROUPS = {  # what a metric's name begins with, and what it begins with in TensorBoard and W&B
+    "reward/": "reward_parts/",  # names that a task gives
+    "reward_": "reward/",
+    "center_": "center/",
+    "held_out_": "center/held_out_",
+    "distance": "center/distance",
+    "drift": "center/drift",
+    "unmoved": "center/unmoved",
+    "seconds_": "seconds/",
+    "seconds": "seconds/iteration",
+    "generated_tokens": "tokens/generated",
+    "scoring_": "failures/scoring_",
+    "evaluation_": "failures/evaluation_",
+}
 
 
 class Logger(Protocol):
@@ -38,6 +56,28 @@ class Logger(Protocol):
         ...
 
 
+class SampleLogger(Logger, Protocol):
+    """A logger that receives samples too."""
+
+    def log_samples(self, samples: list[dict[str, Any]], step: int) -> None:
+        """Log the rows of samples.jsonl of one split, as the center before iteration `step` has
+        answered; before the metrics of that step.
+        """
+        ...
+
+
+def grouped(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics by group/name, without their iteration."""
+    return {_grouped(name): value for name, value in metrics.items() if name != "iteration"}
+
+
+def _grouped(name: str) -> str:
+    for start, group in GROUPS.items():
+        if name.startswith(start):
+            return group + name.removeprefix(start)
+    return f"system/{name}"
+
+
 class TensorBoard:
     """Event files in the run directory.
 
@@ -49,11 +89,26 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
+        if self._writer is None:  # the purge takes the samples of this step too
+            for rows in _samples(self._directory)[step].values():
+                self.log_samples(rows, step)
+        writer = self._open(step)
+        for key, value in grouped(metrics).items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    def log_samples(self, samples: list[dict[str, Any]], step: int) -> None:
+        parts = []
+        for row in samples[:SHOWN]:
+            text = f"{prompt_text(row['prompt'])}\n\n→ {row['response']}"
+            # Markdown that begins a line with four spaces is shown as it is.
+            parts.append(f"reward {row['reward']:.4g}\n\n{indent(text, ' ' * 4, bool)}")
+        self._open(step).add_text(f"samples/{samples[0]['split']}", "\n\n".join(parts), step)
+
+    def _open(self, step: int) -> SummaryWriter:
         if self._writer is None:
             self._writer = SummaryWriter(str(self._directory), purge_step=step)
-        for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+        return self._writer
 
     def close(self) -> None:
         if self._writer:
@@ -85,15 +140,37 @@ class WandB:
             allow_val_change=True,
             settings=wandb.Settings(console="off", silent=True),
         )
+        self._table = wandb.Table
         if self._run.offline:
-            for row in json_lines.read(directory / "metrics.jsonl"):
-                self.log(row, int(row["iteration"]))
+            self._repeat(directory)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self._run.log(metrics, step=step)
+        self._run.log(grouped(metrics), step=step)
+
+    def log_samples(self, samples: list[dict[str, Any]], step: int) -> None:
+        rows = [[prompt_text(row["prompt"]), row["response"], row["reward"]] for row in samples]
+        table = self._table(columns=["prompt", "response", "reward"], data=rows[:SHOWN])
+        self._run.log({f"samples/{samples[0]['split']}": table}, step=step)
+
+    def _repeat(self, directory: Path) -> None:
+        """Log samples and metrics of the iterations before this start."""
+        metrics = {row["iteration"]: row for row in json_lines.read(directory / "metrics.jsonl")}
+        samples = _samples(directory)
+        for step in sorted(samples.keys() | metrics.keys()):
+            for rows in samples[step].values():
+                self.log_samples(rows, step)
+            self.log(metrics.get(step, {}), step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _samples(directory: Path) -> defaultdict[int, defaultdict[str, list[dict[str, Any]]]]:
+    """The rows of samples.jsonl, by iteration and split."""
+    samples: defaultdict = defaultdict(lambda: defaultdict(list))
+    for row in json_lines.read(directory / "samples.jsonl"):
+        samples[row["iteration"]][row["split"]].append(row)
+    return samples
 
 
 LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Logger]] = {
@@ -150,7 +227,12 @@ class Loggers:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Queue metrics for every logger."""
         for queue in self._queues.values():
-            queue.put((dict(metrics), step))
+            queue.put(("log", dict(metrics), step))
+
+    def log_samples(self, samples: Sequence[dict[str, Any]], step: int) -> None:
+        """Queue a split's samples for every logger that takes samples."""
+        for queue in self._queues.values():
+            queue.put(("log_samples", list(map(dict, samples)), step))
 
     def close(self) -> None:
         """Wait until every logger has finished, for CLOSE_TIMEOUT seconds each."""
@@ -168,7 +250,9 @@ class Loggers:
         try:
             logger = self._create(name)
             while (entry := self._queues[name].get()) is not None:
-                logger.log(*entry)
+                method, values, step = entry
+                if method == "log" or hasattr(logger, method):
+                    getattr(logger, method)(values, step)
             logger.close()
         except (Exception, SystemExit) as error:
             self._warn(

@@ -6,7 +6,6 @@ the page's policy lets it run and load nothing: it allows only the page's own tw
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+
+from shardes.words import prompt_text
 
 HERE = Path(__file__).parent
 
@@ -79,7 +80,7 @@ class Answers:
 
     @property
     def text(self) -> str:
-        return _as_text(self.prompt)
+        return prompt_text(self.prompt)
 
 
 @dataclass
@@ -127,13 +128,3 @@ def _printable(value: Any) -> Any:
 
 def _hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _as_text(prompt: Any) -> str:
-    """A prompt as text, with a line for each message of a chat."""
-    if isinstance(prompt, str):
-        return prompt
-    try:
-        return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    except (TypeError, KeyError):
-        return json.dumps(prompt, ensure_ascii=False)

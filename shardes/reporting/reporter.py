@@ -196,10 +196,12 @@ class RunReporter(Reporter):
         responses: Sequence[str],
         rewards: Sequence[float],
     ) -> None:
-        json_lines.append(self._samples, [
+        rows = [
             dict(iteration=iteration, split=split, prompt=prompt, response=response, reward=reward)
             for prompt, response, reward in zip(prompts, responses, rewards, strict=True)
-        ], durable=True)  # fmt: skip
+        ]
+        json_lines.append(self._samples, rows, durable=True)
+        self._loggers.log_samples(rows, iteration)
 
     def summary(
         self,

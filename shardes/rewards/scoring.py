@@ -12,6 +12,7 @@ and decide nothing. All rewards of a task have the same parts.
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,6 @@ from typing import Any, cast
 from shardes.config.limits import REWARD_RANGE, is_reward
 from shardes.config.schema import TaskConfig
 from shardes.errors import ConfigError, described
-from shardes.es.statistics import mean
 from shardes.rewards.worker import split_parts
 from shardes.rewards.worker_pool import JobResult, Results, Scored, WorkerPool
 from shardes.rewards.worker_process import ScoringFailure
@@ -181,7 +181,9 @@ class Scorer:
                     "have the same named numbers"
                 )
         names = sorted(scored[0].parts) if scored else []
-        return {name: mean([value.parts[name] for value in scored]) for name in names}
+        return {
+            name: math.fsum(value.parts[name] for value in scored) / len(scored) for name in names
+        }
 
     def correct(
         self, split: str, responses: list[str], which: Sequence[int] | None = None

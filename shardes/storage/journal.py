@@ -72,7 +72,8 @@ class Record:
     members of an antithetic pair share a seed, so there are half as many seeds and coefficients as
     rewards. `prompts` are the numbers of the training prompts used; None: all. `tokens` and
     `failures` are sums over the members, and `parts` the means over them of the other named numbers
-    of rewards. `rank` is that of the noise; 0: full noise.
+    of rewards. `rank` is that of the noise; 0: full noise. `rule` names the code of es.update, if
+    it is set.
     """
 
     kind: ClassVar = "iteration"
@@ -91,17 +92,13 @@ class Record:
     failures: dict[str, int] = field(default_factory=dict)
     rank: int = 0
     parts: dict[str, float] = field(default_factory=dict)
+    rule: str = ""
 
     @property
     def update(self) -> Update:
-        return Update(
-            self.seeds,
-            self.coefficients,
-            self.weight_decay,
-            self.decay_to,
-            self.evolve,
-            self.rank,
-        )
+        decay, alpha = (self.weight_decay, self.decay_to), self.alpha if self.rule else 0.0
+        noise = self.seeds, self.coefficients
+        return Update(*noise, *decay, self.evolve, self.rank, self.rule, alpha)
 
 
 @dataclass

@@ -33,8 +33,9 @@ from shardes.storage.snapshots import Snapshot, latest_valid_snapshot
 from shardes.storage.sources import PROMPTS, check_sources
 from shardes.words import counted
 
-UNCHANGEABLE = ("es.noise", "es.rank")  # a run has one kind of noise, which its header names
-ANOTHER_NOISE = "for another noise, export the center (shardes export) and start a run from it"
+# A run has one kind of noise, which its header names, and one rule, which replays all its updates.
+UNCHANGEABLE = ("es.noise", "es.rank", "es.update")
+ANOTHER_RUN = "for another value, export the center (shardes export) and start a run from it"
 
 
 @dataclass
@@ -161,13 +162,19 @@ def recorded_date(config: Config) -> str:
 
 
 def open_run_directory(
-    config: Config, base: WeightFiles, sources: dict[str, str] | None = None, date: str = ""
+    config: Config,
+    base: WeightFiles,
+    sources: dict[str, str] | None = None,
+    date: str = "",
+    stateful: bool = False,
 ) -> RunDirectory:
     """Lock the run directory, open its journal, and find where the run starts or resumes.
 
     Args:
-        sources: what decides the rewards besides settings and model: see `run_sources`.
+        sources: what decides the run besides settings and model: see `run_sources`.
         date: the one that chat templates show, in ISO format.
+        stateful: whether es.update keeps values. Snapshots do not have them, so the center is
+            rebuilt from the base model.
 
     Raises:
         ConfigError: the directory cannot be written, is in use, is damaged, or holds a run with
@@ -180,19 +187,14 @@ def open_run_directory(
         lock = Lock(directory)
         history, runs = read_history(config, directory)
         notes: list[str] = []
-        header = Header(
-            str(base.directory.resolve()),
-            fingerprint(base),
-            center_settings(config),
-            noise=noise_name(config),
-            sources=sources,
-            date=date,
-        )
+        model, settings = str(base.directory.resolve()), center_settings(config)
+        known: dict[str, Any] = dict(noise=noise_name(config), sources=sources, date=date)
+        header = Header(model, fingerprint(base), settings, **known)
         if history is None:
             resume = ResumePoint()
             entry: Header | Resumption = header
         else:
-            resume, notes, entry = _resume(config, history, header, runs)
+            resume, notes, entry = _resume(config, history, header, runs, stateful)
         run_journal = Journal(directory / JOURNAL, history)
     except Exception as error:
         if lock:
@@ -209,7 +211,7 @@ def open_run_directory(
 
 
 def _resume(
-    config: Config, history: History, header: Header, runs: list[Path]
+    config: Config, history: History, header: Header, runs: list[Path], stateful: bool
 ) -> tuple[ResumePoint, list[str], Resumption]:
     """Where the run resumes, notes for the user, and the journal's next entry.
 
@@ -221,7 +223,7 @@ def _resume(
     date = "" if history.date else header.date
     history.change_sources(sources, date)
     snapshots.remove_partial(Path(config.run.dir))
-    resume, notes = _resume_point(config, history, runs)
+    resume, notes = _resume_point(config, history, [] if stateful else runs)
     notes += source_notes
     resumption = Resumption(resume.iteration, changes, sources, date)
     return resume, [*notes, *resumption.change_notes()], resumption
@@ -257,7 +259,7 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
     for key in allowed:
         if key in UNCHANGEABLE:
             raise ConfigError(
-                f"resume.allow_changes: {key} cannot change within a run; {ANOTHER_NOISE}"
+                f"resume.allow_changes: {key} cannot change within a run; {ANOTHER_RUN}"
             )
         if key not in known:
             raise ConfigError(
@@ -280,7 +282,7 @@ def _setting_changes(config: Config, history: History, header: Header) -> dict[s
             if key in UNCHANGEABLE:
                 raise ConfigError(
                     f"{key}={value}: the run in {history.path.parent} has {settings.get(key)}; use "
-                    f"that value, since {key} cannot change within a run, or {ANOTHER_NOISE}"
+                    f"that value, since {key} cannot change within a run, or {ANOTHER_RUN}"
                 )
             # A run that had no schedule so far has recorded nothing for these.
             if key not in allowed and key in settings:

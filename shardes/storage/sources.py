@@ -1,4 +1,4 @@
-"""What decides a run's rewards besides its settings and its model: code, data and prompts.
+"""What decides a run besides its settings and its model: code, data and prompts.
 
 Each is known by its SHA-256, so that a run is not resumed, joined, or computed by several ranks
 with an edited reward function, other data or other prompts without a word.
@@ -16,28 +16,35 @@ from shardes.errors import ConfigError
 from shardes.storage.files import differing, sha256s
 from shardes.tasks.user_code import code_files
 
+UPDATE = "es.update"
 PROMPTS = "task.prompts"  # stands for the prompts in resume.allow_changes
 EVALUATION = ("task.test", "task.prompts/test")  # decide evaluations, but not the center
 
 
 def run_sources(
-    task: TaskConfig, prompts: Mapping[str, Sequence[list[int]]], own: object = None
+    task: TaskConfig,
+    prompts: Mapping[str, Sequence[list[int]]],
+    own: object = None,
+    update: str | None = None,
 ) -> dict[str, str]:
-    """The SHA-256 of the task's or the reward's code, of data files, and of the prompts.
+    """The SHA-256 of the task's, the reward's or the update's code, of data files, and of the
+    prompts.
 
     Keys are the settings that name a file, followed by the file's name where there are several, and
-    `task.prompts/SPLIT`. Call it after the task was loaded.
+    `task.prompts/SPLIT`. Call it after the code was loaded.
 
     Args:
         prompts: token ids by split.
         own: the user's task object, if it is not the settings' task. Its methods' source counts
             as that of task.path.
+        update: es.update.
     """
     sources = {
         f"{PROMPTS}/{split}": hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
         for split, rows in prompts.items()
     }
-    for key, reference in (("task.path", task.path), ("task.reward", task.reward)):
+    code = {"task.path": task.path, "task.reward": task.reward, UPDATE: update}
+    for key, reference in code.items():
         if reference is not None:
             file, *imported = code_files(reference)
             sources[key] = _sha256(file)
@@ -96,6 +103,11 @@ def check_sources(
             notes.append(f"{key}: changed, as resume.allow_changes permits")
         else:
             old, new = (sources.get(key, "missing")[:16] for sources in (before, now))
+            if setting == UPDATE:
+                raise ConfigError(
+                    f"{_described(key)} changed since the run in {run} began (SHA-256 {new}, "
+                    f"before {old}); restore it: the journal's updates are computed with it"
+                )
             raise ConfigError(
                 f"{_described(key)} changed since the run in {run} began (SHA-256 {new}, before "
                 f"{old}); restore it, or list {setting} in resume.allow_changes to change it on "

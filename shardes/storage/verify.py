@@ -6,6 +6,7 @@ import torch
 
 from shardes.engines import open_model
 from shardes.errors import ConfigError
+from shardes.es.rule import Rule
 from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.regions import Region
@@ -26,16 +27,17 @@ def snapshot_problems(directory: Path, history: History) -> dict[int, str | None
     return problems
 
 
-def replayed_digests(history: History, base: str | None) -> list[str]:
+def replayed_digests(history: History, base: str | None, rule: Rule | None = None) -> list[str]:
     """The digests of all centers, that of the base model first, by replaying the journal.
 
     One parameter is in memory at a time.
 
     Args:
         base: directory of the base model; None: the one that the run began with.
+        rule: the code of es.update.
 
     Raises:
-        ConfigError: it is not the run's base model.
+        ConfigError: it is not the run's base model, or not the run's rule.
     """
     files, module = open_model(model_directory(base or history.header.model), torch.float32)
     if names := differing(history.header.files, fingerprint(files)):
@@ -48,8 +50,11 @@ def replayed_digests(history: History, base: str | None) -> list[str]:
         theta, regions = torch.empty(param.numel()), [Region.contiguous(0, param.numel())]
         files.read(name, regions, theta)
         totals[0] += digest(name, regions, theta)
+        kept = [torch.zeros_like(theta) for _ in range(rule.buffers if rule else 0)]
         for number, record in enumerate(history.records, 1):
-            record.update.apply(theta, name, tuple(param.shape), regions, files)
+            record.update.apply(
+                theta, name, tuple(param.shape), regions, files, rule=rule, kept=kept
+            )
             totals[number] += digest(name, regions, theta)
     return [format_digest(total) for total in totals]
 

@@ -29,6 +29,7 @@ DECIDE_THE_CENTER = [
     "es.weight_decay",
     "es.decay_to",
     "es.evolve",
+    "es.update",
     "generation.max_new_tokens",
     "generation.stop",
     "generation.logits_processors",

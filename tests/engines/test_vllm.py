@@ -45,6 +45,7 @@ from shardes.engines.vllm_regions import NoPlace, Piece, _is_partition, find_pie
 from shardes.errors import ConfigError
 from shardes.es.adapted_members import adapter_slots, check_adapters
 from shardes.es.side_by_side import members_together
+from shardes.inference.vllm_generation import check_rotary
 from shardes.sharding.regions import Region
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -54,6 +55,9 @@ GPT2 = dict(vocab_size=263, n_embd=128, n_head=4, n_layer=2, n_inner=50, n_posit
 MODELS = {  # vLLM makes groups for experts with the first model of a process, or never
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**HEADS_OF_32, **EXPERTS, head_dim=32)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**HEADS_OF_32, tie_word_embeddings=True)),
+    "one_head": lambda: LlamaForCausalLM(  # that tensor ranks have copies of
+        LlamaConfig(**HEADS_OF_32 | dict(num_key_value_heads=1))
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS_OF_32, tie_word_embeddings=False)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**HEADS_OF_32, head_dim=32)),
     "gemma2": lambda: Gemma2ForCausalLM(
@@ -149,6 +153,30 @@ def test_an_older_vllm(monkeypatch):
 def test_processors_are_refused():
     with pytest.raises(ConfigError, match=r"does not apply repetition_penalty=1.1; set"):
         check_processors("repetition_penalty=1.1")
+
+
+def test_rotary_frequencies_that_change_with_the_length():
+    model = MODELS["llama"]()
+    check_rotary(config(), model)
+    factors = dict(short_factor=[1.0] * 16, long_factor=[2.0] * 16)
+    scaled = dict(rope_type="longrope", original_max_position_embeddings=64, rope_theta=1e4)
+    sizes = HEADS_OF_32 | dict(pad_token_id=0, original_max_position_embeddings=64)
+    phi3 = Phi3ForCausalLM(Phi3Config(**sizes, rope_parameters=scaled | factors))
+    for length, message in (
+        ("null", "change at 64 tokens"),
+        ("65", "set vllm.max_model_len=64, or"),
+        ("64", ""),
+    ):
+        settings = config(f"vllm.max_model_len={length}")
+        if not message:
+            check_rotary(settings, phi3)
+            continue
+        with pytest.raises(ConfigError, match=f"^vllm.max_model_len: .*{message}"):
+            check_rotary(settings, phi3)
+    dynamic = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    llama = LlamaForCausalLM(LlamaConfig(**HEADS_OF_32, rope_parameters=dynamic))
+    with pytest.raises(ConfigError, match=r"^model.path=m: its rotary frequencies change"):
+        check_rotary(config(), llama)
 
 
 def test_experts_cannot_be_shared():

@@ -120,7 +120,7 @@ def test_a_run_from_start_to_end(config, layout, tmp_path, runs):
         (i, s) for i in (0, 2, 3) for s in ("train", "test")
     }
     board = EventAccumulator(str(directory)).Reload()
-    assert [event.step for event in board.Scalars("reward_mean")] == [0, 1, 2]
+    assert [event.step for event in board.Scalars("reward/mean")] == [0, 1, 2]
 
     # In float32 this small model answers alike on every layout, so the whole run is the same to the
     # bit.

@@ -299,7 +299,7 @@ def test_sizes_that_no_model_has_are_named(sizes, message, tmp_path):
 
 
 def test_the_docs_have_the_tools_table():
-    assert markdown() in (ROOT / "docs" / "scaling.md").read_text()
+    assert markdown() in (ROOT / "docs" / "plan.md").read_text()
 
 
 def test_vllm_is_planned_with_its_cache_and_its_layouts():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shardes.config.schema import Config, ModelConfig, RunConfig
@@ -37,6 +38,8 @@ class Recorder:
         self.file.write(json.dumps(["settings", settings["es"]["sigma"]]) + "\\n")
     def log(self, metrics, step):
         self.file.write(json.dumps([step, metrics]) + "\\n")
+    def log_samples(self, samples, step):
+        self.file.write(json.dumps(["samples", step, samples]) + "\\n")
     def close(self):
         self.file.close()
 
@@ -122,15 +125,29 @@ def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
         assert environment["versions"]["torch"] and environment["host"]
 
     recorded = lines(directory / "recorded.jsonl")
+    samples = [entry for entry in recorded if entry[0] == "samples"]
+    recorded = [entry for entry in recorded if entry[0] != "samples"]
     assert [entry[0] for entry in recorded] == ["settings", 0, 1, 2, "settings", 2, 3]
     assert recorded[0][1] == 0.05
+    assert [row for _, _, rows in samples for row in rows] == lines(directory / "samples.jsonl")
+    assert [step for _, step, _ in samples] == [0, 0, 2, 2, 3, 3]
     metrics = lines(directory / "metrics.jsonl")
     assert [entry[1] for entry in recorded if entry[0] in (0, 1)] == metrics[:2]
     summary = json.loads((directory / "summary.json").read_text())
     assert recorded[-1][1]["held_out_reward"] == summary["held_out_reward_last"]
     board = EventAccumulator(str(directory)).Reload()
-    assert [event.step for event in board.Scalars("reward_mean")] == [0, 1, 2]
-    assert board.Scalars("held_out_reward")[-1].step == 3
+    assert [event.step for event in board.Scalars("reward/mean")] == [0, 1, 2]
+    assert board.Scalars("center/held_out_reward")[-1].step == 3
+    shown = plugin_event_accumulator.EventAccumulator(str(directory)).Reload()
+    for split in ("train", "test"):
+        events = shown.Tensors(f"samples/{split}/text_summary")
+        assert [event.step for event in events] == [0, 2, 3]
+        for event in events:
+            text = event.tensor_proto.string_val[0].decode()
+            rows = next(r for _, s, r in samples if s == event.step and r[0]["split"] == split)
+            for row in rows:
+                assert f"reward {row['reward']:.4g}\n\n    {row['prompt']}\n" in text
+                assert f"    → {(row['response'].splitlines() or [''])[0]}" in text
 
     extremes = lines(directory / "extremes.jsonl")
     assert [(row["iteration"], row["kind"]) for row in extremes] == [
@@ -150,7 +167,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
     warnings = []
     for _ in range(2):
         logger = Loggers(["wandb"], tmp_path, {"es": {"sigma": 0.1}}, warnings.append)
+        row = {"split": "test", "prompt": [{"role": "user", "content": "q"}], "reward": 0.5}
         for step in range(3):
+            logger.log_samples([row | {"response": f"answer {step}"}], step)
             logger.log({"reward_mean": step / 7}, step)
         logger.close()
     assert warnings == []
@@ -159,28 +178,50 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert files
     deadline = time.monotonic() + 30  # W&B's service writes them in a process of its own
     for file in files:
-        while b"reward_mean" not in file.read_bytes() and time.monotonic() < deadline:
+        while b"reward/mean" not in file.read_bytes() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert b"reward_mean" in file.read_bytes() and b"sigma" in file.read_bytes()
+        assert b"reward/mean" in file.read_bytes() and b"sigma" in file.read_bytes()
+        tables = (file.parent / "files" / "media" / "table" / "samples").glob("test_*.json")
+        assert sorted(json.loads(table.read_text())["data"] for table in tables) == [
+            [["user: q", f"answer {step}", 0.5]] for step in range(3)
+        ]
 
 
 def test_wandb_offline_begins_with_the_iterations_before(tmp_path, monkeypatch):
     """The directory that is synchronized last replaces the others."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logged: list[tuple[int, float]] = []
+    logged: list[tuple[str, int]] = []
     rows = [{"iteration": step, "reward_mean": step / 7} for step in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = loggers.WandB.log
+    sample = {"split": "test", "prompt": "q", "response": "a", "reward": 1.0}
+    rows = [sample | {"iteration": step} for step in (0, 2, 3)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def spy(self, metrics, step):
-        logged.append((step, metrics["reward_mean"]))
-        log(self, metrics, step)
+    class Spy:
+        offline = True
 
-    monkeypatch.setattr(loggers.WandB, "log", spy)
-    logger = Loggers(["wandb"], tmp_path, {}, lambda line: None)
+        def log(self, values, step):
+            logged.extend((name, step) for name in values)
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr("wandb.init", lambda **_: Spy())
+    warnings: list[str] = []
+    logger = Loggers(["wandb"], tmp_path, {}, warnings.append)
     logger.log({"reward_mean": 3 / 7}, 3)
     logger.close()
-    assert logged == [(step, step / 7) for step in range(4)]
+    assert warnings == []
+    table, mean = "samples/test", "reward/mean"
+    assert logged == [
+        (table, 0),
+        (mean, 0),
+        (mean, 1),
+        (table, 2),
+        (mean, 2),
+        (table, 3),
+        (mean, 3),
+    ]
 
 
 def test_a_logger_that_hangs_does_not_stop_the_end(tmp_path, monkeypatch):
@@ -193,6 +234,20 @@ def test_a_logger_that_hangs_does_not_stop_the_end(tmp_path, monkeypatch):
     hanging.log({"reward_mean": 1.0}, 0)
     hanging.close()
     assert len(warnings) == 1 and "slow.py:Slow: not done after" in warnings[0]
+
+
+def test_metrics_are_grouped_and_none_hides_another():
+    """A task names the parts of a reward: one may be called as a metric is."""
+    names = ["reward_mean", "reward/mean", "reward/a", "center_reward", "held_out_accuracy",
+             "distance", "distance_relative", "seconds", "seconds_idle", "generated_tokens",
+             "scoring_failures", "evaluation_scoring_failures", "exchanged_bytes"]  # fmt: skip
+    found = loggers.grouped(dict.fromkeys(["iteration", *names], 1.0))
+    assert list(found) == [
+        "reward/mean", "reward_parts/mean", "reward_parts/a", "center/reward",
+        "center/held_out_accuracy", "center/distance", "center/distance_relative",
+        "seconds/iteration", "seconds/idle", "tokens/generated", "failures/scoring_failures",
+        "failures/evaluation_scoring_failures", "system/exchanged_bytes",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

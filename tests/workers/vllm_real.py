@@ -28,17 +28,15 @@ from shardes.inference.generation import decoder
 from shardes.inference.prompts import encode
 from shardes.inference.vllm_generation import VLLMGeneration
 
-COUNT, NEW_TOKENS = 32, 32
+NEW_TOKENS = 32
+COUNTS = {DType.float32: 32, DType.bfloat16: 4}  # of prompts; a CPU is slow in 16 bits
 MEMBER = Member(7, 0.002)
 UPDATE = Update(member_seeds(5, 0, 3), [0.001, -0.002, 0.003])
 
 
 def main(directory: Path) -> None:
     world = form_replica(join_job(60), 1, 1, 1, 60)
-    report({"rank": 0} | {dtype.value: compared(directory, world, dtype) for dtype in DTYPES})
-
-
-DTYPES = (DType.float32, DType.bfloat16)
+    report({"rank": 0} | {dtype.value: compared(directory, world, dtype) for dtype in COUNTS})
 
 
 def compared(directory: Path, world: World, dtype: DType) -> dict:
@@ -48,7 +46,7 @@ def compared(directory: Path, world: World, dtype: DType) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     generation = GenerationConfig.from_pretrained(directory)
     plain = decoder(tokenizer, generation, max_new_tokens=NEW_TOKENS)
-    asked = encode(tokenizer, prompts(COUNT))
+    asked = encode(tokenizer, prompts(COUNTS[dtype]))
     files, module = open_model(directory, getattr(torch, dtype.value))
     vllm = VLLMEngine(config, module, files, world)
     config.engine = EngineName.fsdp
