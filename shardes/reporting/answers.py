@@ -95,8 +95,8 @@ def _groups(asked: Sequence[Asked], name: str) -> list[Block]:
     blocks: list[Block] = [
         Text(
             f"{counted(len(asked), name.removesuffix('s')).capitalize()}: mean reward "
-            f"{', '.join(rewards)}. {gained} answers are worth more than before, {lost} less, "
-            f"{same} the same; up to {SHOWN} of each are shown, the largest changes first."
+            f"{', '.join(rewards)}. {gained} gained reward, {lost} lost, {same} kept it; up to "
+            f"{SHOWN} of each are shown, the largest changes first."
         )
     ]
     for title, group in groups.items():

@@ -25,6 +25,7 @@ DEQUANTISED = {
     "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
 }
+CARD = "README.md"  # says what licence a model has
 TEMPLATES = f"{CHAT_TEMPLATE_DIR}/*.jinja"
 
 
@@ -60,7 +61,7 @@ def download(path: str, fetch: Callable[[], str]) -> Path:
 
 def _fetch(path: str) -> str:
     """Download what is read of a model on the hub: its small files first, then its weights."""
-    directory = _fetch_files(path, [*COMPANIONS, *VOCABULARIES], ["config.json"])
+    directory = _fetch_files(path, [*COMPANIONS, *VOCABULARIES, CARD], ["config.json"])
     check_unquantised(directory)
     config = read_config(directory)
     single = config.get("transformers_weights") or SINGLE

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from shardes.engines import empty_model, open_model
 from shardes.errors import ConfigError
 from shardes.es.rule import Rule
-from shardes.es.statistics import mean
 from shardes.sharding.digest import digest, format_digest
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.regions import Region
@@ -21,11 +20,10 @@ from shardes.storage.checkpoint import DTYPES, Checkpoint, Manifest
 from shardes.storage.external import ExternalCheckpoint
 from shardes.storage.files import differing, fingerprint
 from shardes.storage.journal import History, Record
+from shardes.storage.model_card import model_card
 from shardes.storage.snapshots import latest_valid_snapshot
-from shardes.words import counted
 
 DTYPES_BY_NAME = {name: dtype for dtype, (_, name) in DTYPES.items()}
-MAX_ROWS = 12  # of the model card's table of rewards
 
 
 @dataclass
@@ -78,7 +76,9 @@ def center_of_run(
         raise ConfigError(
             f"--iteration {iteration}: the run in {directory} has the centers 0 to {newest}"
         )
-    files, module = open_model(model_directory(base or history.header.model), torch.float32)
+    path = base or history.header.model
+    hub_id = None if Path(path).is_dir() else path
+    files, module = open_model(model_directory(path), torch.float32)
     model = fingerprint(files)
     if model not in (history.header.files, history.files):
         names = ", ".join(differing(history.header.files, model))
@@ -109,7 +109,7 @@ def center_of_run(
         dtype,
         iteration,
         history.digest(iteration) if exact or first == iteration else None,
-        model_card(history, iteration, dtype),
+        model_card(history, iteration, files.directory, hub_id),
         warnings,
         run=history.run,
     )
@@ -219,53 +219,3 @@ def _replay(
 
 def _shapes(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(param.shape) for name, param in module.named_parameters()}
-
-
-def model_card(history: History, iteration: int, dtype: torch.dtype) -> str:
-    """The text of a README.md: base model, task, loading, settings, rewards."""
-    records = history.records[:iteration]
-    last, rows = len(records) - 1, MAX_ROWS
-    rewards = "\n".join(
-        f"| {i} | {mean(records[i].rewards):.4g} | {max(records[i].rewards):.4g} |"
-        for i in sorted({round(row * last / (rows - 1)) for row in range(rows)} if records else ())
-    )
-    settings = "\n".join(
-        f"| `{key}` | {value} |" for key, value in history.settings.items() if key != "task.path"
-    )
-    task = (
-        history.settings["task.name"] or Path(history.settings["task.path"].rpartition(":")[0]).name
-    )
-    name = Path(history.header.model).name
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [evolution-strategies, shardes]
----
-
-# {name}, fine-tuned with evolution strategies
-
-The base model `{name}` after {counted(iteration, "iteration")} of training with shardes, as in
-[Evolution Strategies at Scale](https://arxiv.org/abs/2509.24372). The base model's licence applies
-to this model too. Task: {task}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="{DTYPES[dtype][1]}")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
-
-The run computed in {DTYPES[dtype][1]}, with greedy decoding.
-
-## Settings
-
-| | |
-| --- | --- |
-{settings}
-
-## Rewards
-
-| iteration | members' mean | best member |
-| --- | --- | --- |
-{rewards}
-"""

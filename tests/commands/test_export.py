@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -118,13 +119,15 @@ def test_the_model_card_says_what_it_is(export, trained, biased_qwen, tmp_path):
     for part in (
         biased_qwen.name,
         "task.py",
-        "| `es.sigma` | 0.05 |",
+        "| `es.sigma` | `0.05` |",
         "from_pretrained",
         "| 3 |",
         "4 iterations",
     ):
         assert part in card
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.library_name, data.base_model) == ("transformers", None)  # a directory's model
+    assert str(biased_qwen.parent) not in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

@@ -85,7 +85,7 @@ def test_a_report_is_complete_and_self_contained(run, tmp_path):
     for part in (
         "<b>run", "3 of 3", "0 → 1.25", "held-out accuracy",
         "before training", "after 2 iterations",
-        "1 answers are worth more than before, 1 less, 1 the same", "best, by member 1",
+        "1 gained reward, 1 lost, 1 kept it", "best, by member 1",
         "es.alpha: 0.1 → 0.2", "attempt_1", "torch", "generate", "4.5 s", "75.0%", "conciseness",
         "f" * 16, "(nothing)",
         "</pre><script>alert(1)</script><img src=x onerror=alert(2)>␀␛[31m & \"quoted\" 'too'",
