@@ -463,3 +463,17 @@ def test_a_killed_run_goes_on_with_another_engine(tmp_path):
         for rows in (mine, theirs)
     ]
     assert greedy[0] == greedy[1]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_every_way_of_batching_runs(tmp_path):
+    pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
+    model = str(saved("llama", tmp_path / "model"))
+    options = ["--toy", "--model", model, "--out", str(tmp_path)]
+    done = run([sys.executable, "-m", "benchmarks.batching", *options], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-3000:]
+    ways = json.loads((tmp_path / "batching.json").read_text())["ways"]
+    assert {name: values["same"] for name, values in ways.items()} == dict.fromkeys(
+        ("decoder", "vllm", "generate_batch"), 4
+    )
