@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
     add("--out", type=Path, default=Path("benchmarks/results"))
     add("--toy", action="store_true", help="small sizes, to check that every way runs")
     options = parser.parse_args(argv)
-    count, longest, repeats = (4, 8, 2) if options.toy else (64, 256, 5)
+    count, longest, repeats = (4, 8, 2) if options.toy else (32, 128, 5)
     found = measure(ways(options.model, count, longest), repeats)
     print(*summary(found, count), sep="\n", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from shardes.reporting.progress import slow_step
 CHECKING = "checking the settings, the prompts and the SHA-256s of the model's files"
 RENDEZVOUS = 300.0  # seconds that the launcher's processes wait for each other
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_occupied = Lock()  # by a run in this process
 
 Prepared = TypeVar("Prepared", bound=PreparedRun)
 
@@ -140,6 +143,8 @@ def run_alone(
             work(job, prepared, watcher)
         finally:
             watcher.close()
+        if watcher.asked is not None:  # too late for the work to notice
+            raise Stopped(watcher.asked)
 
 
 @contextmanager
@@ -148,6 +153,17 @@ def _alone() -> Iterator[Job]:
 
     It leaves neither a process group nor a launcher's variables.
     """
+    if not _occupied.acquire(blocking=False):
+        raise ConfigError("another run takes place in this process: wait for it, or start ranks")
+    try:
+        with _as_rank() as job:
+            yield job
+    finally:
+        _occupied.release()
+
+
+@contextmanager
+def _as_rank() -> Iterator[Job]:
     if "RANK" in os.environ:
         raise ConfigError(
             "RANK is set: a launcher started this process as a rank; from Python, start without "

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import shardes
 from launch import run
 from shardes import launch
+from shardes.trainer import Trainer
 
 
 class Letters:
@@ -44,8 +45,8 @@ def nothing_is_left(monkeypatch):
 
     def state():
         handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-        hook, threads = sys.excepthook, threading.active_count()
-        return handlers, dist.is_initialized(), "RANK" in os.environ, hook, threads
+        threads = {t.name for t in threading.enumerate() if "ThreadPool" not in t.name}
+        return handlers, dist.is_initialized(), "RANK" in os.environ, sys.excepthook, threads
 
     before = state()
     yield
@@ -172,6 +173,7 @@ def test_ctrl_c_stops_a_run_that_can_go_on(finished, settings, monkeypatch, wher
         def callback(metrics):
             if metrics["iteration"] == 0:
                 interrupt()
+                time.sleep(1)
     else:
         task = Interrupted()
     again, started = settings(), time.monotonic()
@@ -183,6 +185,13 @@ def test_ctrl_c_stops_a_run_that_can_go_on(finished, settings, monkeypatch, wher
     result = shardes.train(again, task=task, callback=callback)
     if where != "scoring":  # its class has another source
         assert result.summary["digest"] == finished[0].summary["digest"]
+
+
+def test_ctrl_c_in_the_last_moment_is_not_lost(settings, monkeypatch):
+    finish = Trainer.finish
+    monkeypatch.setattr(Trainer, "finish", lambda self: finish(self) or interrupt())
+    with pytest.raises(KeyboardInterrupt, match="stopped as asked"):
+        shardes.train(settings(), task=Letters())
 
 
 def test_what_a_callback_raises_ends_the_run(settings):

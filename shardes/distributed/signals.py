@@ -84,6 +84,11 @@ class ShutdownWatcher:
         finally:
             self._in_users_code = self._raises = False
 
+    @property
+    def asked(self) -> int | None:
+        """The exit code with which the job was asked to end, if it was."""
+        return self._code
+
     def end(self, code: int) -> None:
         """Tell the other ranks, from rank 0, to exit with `code`."""
         if self._job.rank == 0:
@@ -97,6 +102,8 @@ class ShutdownWatcher:
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            for number in self._received():  # after the thread's last look
+                self._code = CODES[number]
             os.close(self._signals)
             os.close(self._written)
 

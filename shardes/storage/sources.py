@@ -35,8 +35,8 @@ def run_sources(
 
     Args:
         prompts: token ids by split.
-        own: the user's task object, if it is not the settings' task. Its class's source counts as
-            that of task.path, where Python knows it.
+        own: the user's task object, if it is not the settings' task. Its methods' source counts
+            as that of task.path.
         update: es.update.
     """
     sources = {
@@ -50,12 +50,23 @@ def run_sources(
             sources[key] = _sha256(file)
             sources |= {f"{key}/{other.name}": _sha256(other) for other in imported}
     if own is not None:
-        with suppress(OSError, TypeError):  # a class that was typed in has no source
-            sources["task.path"] = hashlib.sha256(getsource(type(own)).encode()).hexdigest()
+        sources["task.path"] = hashlib.sha256(_methods(type(own)).encode()).hexdigest()
     for key, source in (("task.train", task.train), ("task.test", task.test)):
         if source is not None and Path(source).exists():
             sources[key] = _sha256(Path(source))
     return sources
+
+
+def _methods(kind: type) -> str:
+    """The source of a class's methods; Python knows it of a notebook's cells, too, and there not
+    that of the class.
+    """
+    text = ""
+    for one in kind.__mro__[:-1]:
+        for name, function in sorted(vars(one).items()):
+            with suppress(OSError, TypeError):  # generated, written in C, or no function
+                text += f"{name}\n{getsource(function)}"
+    return text
 
 
 def _sha256(path: Path) -> str:

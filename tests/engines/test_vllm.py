@@ -55,6 +55,9 @@ GPT2 = dict(vocab_size=263, n_embd=128, n_head=4, n_layer=2, n_inner=50, n_posit
 MODELS = {  # vLLM makes groups for experts with the first model of a process, or never
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**HEADS_OF_32, **EXPERTS, head_dim=32)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**HEADS_OF_32, tie_word_embeddings=True)),
+    "one_head": lambda: LlamaForCausalLM(  # that tensor ranks have copies of
+        LlamaConfig(**HEADS_OF_32 | dict(num_key_value_heads=1))
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS_OF_32, tie_word_embeddings=False)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**HEADS_OF_32, head_dim=32)),
     "gemma2": lambda: Gemma2ForCausalLM(
@@ -460,3 +463,17 @@ def test_a_killed_run_goes_on_with_another_engine(tmp_path):
         for rows in (mine, theirs)
     ]
     assert greedy[0] == greedy[1]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_every_way_of_batching_runs(tmp_path):
+    pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
+    model = str(saved("llama", tmp_path / "model"))
+    options = ["--toy", "--model", model, "--out", str(tmp_path)]
+    done = run([sys.executable, "-m", "benchmarks.batching", *options], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-3000:]
+    ways = json.loads((tmp_path / "batching.json").read_text())["ways"]
+    assert {name: values["same"] for name, values in ways.items()} == dict.fromkeys(
+        ("decoder", "vllm", "generate_batch"), 4
+    )

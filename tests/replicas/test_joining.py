@@ -31,6 +31,13 @@ class Letters:
     def score(self, split, responses):
         return [float(sum(map(ord, text)) % 97) for text in responses]
 '''
+RULE = """
+class Momentum:
+    buffers = 1
+    def update(self, theta, step, alpha, momentum):
+        momentum.mul_(0.5).add_(step)
+        theta.add_(momentum)
+"""
 TIMEOUT = 1.5  # seconds without a sign of life
 
 
@@ -144,6 +151,21 @@ def test_a_replica_joins_when_the_store_has_few_of_the_records(start, tmp_path):
     assert client.wait() == [0] and primary.wait() == [0], primary.text() + client.text()
     (joined,) = re.findall(r"in iteration (\d+): the base model and (\d+) iter", client.text())
     assert joined[0] == joined[1] and int(joined[0]) > KEPT_RECORDS + 5
+    finish = journal.read(tmp_path / "run" / "journal.jsonl").finish
+    assert f"center {finish.digest}" in client.text()
+
+
+@pytest.mark.slow
+def test_a_replica_joins_a_run_whose_rule_keeps_values(start, tmp_path):
+    """It begins from the base model, although its directory has a snapshot."""
+    (tmp_path / "own.py").write_text(RULE)
+    keys = [f"es.update={tmp_path}/own.py:Momentum", "es.alpha=0.01"]
+    primary = start(*keys, join=False, slow=0.02)
+    await_journal(tmp_path / "run", "iteration", 3)
+    client = start(*keys)
+    assert client.wait() == [0] and primary.wait() == [0], primary.text() + client.text()
+    (joined,) = re.findall(r"in iteration (\d+): the base model and (\d+) iter", client.text())
+    assert joined[0] == joined[1] and int(joined[0]) >= 3
     finish = journal.read(tmp_path / "run" / "journal.jsonl").finish
     assert f"center {finish.digest}" in client.text()
 
