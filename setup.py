@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-KINDS = (".yaml", ".py", ".jsonl")
+KINDS = (".yaml", ".py", ".jsonl", ".ipynb")
 
 
 class BuildWithConfigs(build_py):

@@ -34,7 +34,7 @@ class Browser:
 
     Attributes:
         errors: what the console has shown as an error, and exceptions that no script caught.
-        requests: the addresses that the page has asked for.
+        requests: the addresses that the page has asked for, without `data:`.
     """
 
     def __init__(self, profile: Path):
@@ -98,7 +98,7 @@ class Browser:
         self._events.clear()
         self.send("Page.navigate", url=file.absolute().as_uri())
         end = time.monotonic() + TIMEOUT
-        while not any(event["method"] == "Page.loadEventFired" for event in self._events):
+        while not any(event.get("method") == "Page.loadEventFired" for event in self._events):
             self._note(self._receive(end, "Page.loadEventFired"))
         self.settle()
 
@@ -143,7 +143,8 @@ class Browser:
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.errors.append(params["entry"]["text"])
         elif method == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
+            url = params["request"]["url"]
+            self.requests += [] if url.startswith("data:") else [url]
 
 
 def _pipe() -> tuple[int, int]:

@@ -153,29 +153,32 @@ def test_finished_members_are_scored_while_others_decode(trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "trainer", [["Slow", "task.prompts_per_iteration=null", "task.workers=1"]], indirect=True
+    "trainer, expected",
+    [
+        (["Named"], "answer start answer start wait answer start wait answer start wait wait"),
+        (["Letters"], "answer start wait answer start wait answer start wait answer start wait"),
+    ],
+    indirect=["trainer"],
 )
-def test_a_member_is_scored_while_the_next_one_answers(trainer, tmp_path, monkeypatch):
+def test_workers_score_a_member_while_the_next_one_answers(trainer, expected, monkeypatch):
+    """A class's `score` is called at once: it must not run beside the decoding."""
     trainer.replay_journal()
-    iteration, ends = trainer.iteration(0), []
-    expected = trainer.evaluate_members(replace(iteration, index=1))  # starts the worker, too
-    (tmp_path / "scored").unlink()
-    generate = trainer.sampler.generate
+    events = []
+    generate, start = trainer.sampler.generate, trainer.scorer.start
 
-    def slow(*arguments, **keys):
-        time.sleep(0.4)
-        responses = generate(*arguments, **keys)
-        ends.append(time.monotonic())
-        return responses
+    def answering(*arguments, **keys):
+        events.append("answer")
+        return generate(*arguments, **keys)
 
-    monkeypatch.setattr(trainer.sampler, "generate", slow)
-    started = time.monotonic()
-    results = trainer.evaluate_members(iteration)
-    seconds = time.monotonic() - started
-    assert [member.reward for member in results.members] == [m.reward for m in expected.members]
-    scored = list(map(float, (tmp_path / "scored").read_text().split()))
-    assert len(scored) == 4 and all(when < end for when, end in zip(scored, ends[1:], strict=False))
-    assert seconds < (ends[-1] - started) + 2 * 0.4  # those of all but the last cost nothing
+    def starting(*arguments):
+        events.append("start")
+        wait = start(*arguments)
+        return lambda: events.append("wait") or wait()
+
+    monkeypatch.setattr(trainer.sampler, "generate", answering)
+    monkeypatch.setattr(trainer.scorer, "start", starting)
+    assert len(trainer.evaluate_members(trainer.iteration(0)).members) == 4
+    assert " ".join(events) == expected
 
 
 @pytest.mark.parametrize("trainer", [["Named"]], indirect=True)

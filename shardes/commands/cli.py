@@ -8,6 +8,7 @@ rank.
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from typing import NoReturn
 
@@ -72,20 +73,23 @@ def start(name: str, argv: list[str]) -> int:
         raise ConfigError(f"{error}; see shardes {name} --help") from error
     launched = "RANK" in os.environ
     _check(name, options, launched)
-    try:
+    # A rank's launcher decides what a signal does.
+    with nullcontext() if launched else environment.ended_by_signals():
         ranks = options.ranks or (1 if launched and not options.dry_run else _default_ranks())
         if ranks > 1 and not options.dry_run:
-            run_ranks([sys.executable, "-m", f"shardes.commands.{name}", *arguments], ranks)
-            return 0
+            return _run_ranks(name, arguments, ranks)
         command = import_module(f"shardes.commands.{name}")
         return command.dry_run(arguments, ranks) if options.dry_run else command.main(arguments)
-    except KeyboardInterrupt:  # before anything began
-        stopped = Stopped(0)
-    except Stopped as error:
-        stopped = error
-    if not stopped.said:
-        print(stopped, flush=True)
-    return stopped.code
+
+
+def _run_ranks(name: str, arguments: list[str], ranks: int) -> int:
+    try:
+        run_ranks([sys.executable, "-m", f"shardes.commands.{name}", *arguments], ranks)
+    except Stopped as stopped:
+        if not stopped.said:
+            print(stopped, flush=True)
+        return stopped.code
+    return 0
 
 
 def _check(name: str, options: argparse.Namespace, launched: bool) -> None:

@@ -13,10 +13,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any, NoReturn
 
 from shardes.distributed.hosts import slurm_hosts
-from shardes.errors import ConfigError, one_line
+from shardes.errors import CODES, ConfigError, Stopped, one_line
 
 SLURM_TASK = (  # what SLURM tells each task of a step, after SLURM_
     "JOB_ID",
@@ -131,6 +132,27 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     exit_process(code)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A context in which the signals that stop a job end this process, until a job handles them.
+
+    Nothing has begun yet. A KeyboardInterrupt would be lost where a library's import or a
+    destructor catches it.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # The main thread may be within a print.
+        os.write(1, f"{Stopped(CODES[number])}\n".encode())
+        os._exit(CODES[number])
+
+    before = {number: signal.signal(number, end) for number in CODES}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def exit_process(code: int) -> NoReturn:

@@ -98,6 +98,6 @@ def _figure(xs: Iterable[float], x_label: str, log_x: bool = False) -> go.Figure
             paper_bgcolor="rgba(0,0,0,0)",
             plot_bgcolor="rgba(0,0,0,0)",
             xaxis=axis,
-            yaxis=dict(hoverformat=".4g", exponentformat="power"),
+            yaxis=dict(hoverformat=".4~g", exponentformat="power"),
         )
     )

@@ -1,5 +1,7 @@
 """The figures of an evaluation, with 95 % confidence intervals, and how they are printed."""
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +80,7 @@ def summary(splits: Mapping[str, Mapping[str, Any]]) -> str:
 
 def print_comparison(splits: Mapping[str, Mapping[str, Any]]) -> None:
     """Print base and tuned model side by side, and their difference."""
-    table = Table("split", "responses", "figure", "base", "tuned", "difference", box=None)
+    table = Table("responses", "", "base", "tuned", "difference", box=None, pad_edge=False)
     for split, report in splits.items():
         for kind in (kind for kind in KINDS if kind in report):
             tuned, base, gains = (
@@ -86,24 +88,22 @@ def print_comparison(splits: Mapping[str, Mapping[str, Any]]) -> None:
             )
             for key in (key for key in SHOWN if key in tuned):
                 table.add_row(
-                    split,
-                    f"{tuned['responses']} {kind}",
+                    f"{split}, {tuned['responses']} {kind}",
                     key,
                     _figure(base, key),
                     _figure(tuned, key),
                     _figure(gains, key, "+"),
                 )
-    console = Console(highlight=False)
-    # A terminal's lines wrap; a file's do not.
-    console.print(table, width=None if console.is_terminal else 150)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def _figure(values: Mapping[str, Any], key: str, sign: str = "") -> str:
-    """A figure with its interval; accuracies in percent; "" if there is none."""
+    """A figure with its interval, if that is finite; accuracies in percent; "" if there is none."""
     if key not in values:
         return ""
     scale, unit = (100, " %") if key == "accuracy" else (1, "")
     low, high = values[f"{key}_interval"]
-    return (
-        f"{scale * values[key]:{sign}.4g}{unit} [{scale * low:{sign}.4g}, {scale * high:{sign}.4g}]"
-    )
+    text = f"{scale * values[key]:{sign}.4g}{unit}"
+    if not math.isfinite(low):  # of one prompt
+        return text
+    return f"{text} [{scale * low:{sign}.4g}, {scale * high:{sign}.4g}]"

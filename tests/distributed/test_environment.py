@@ -1,6 +1,7 @@
 """Variables that a process sets for itself before it imports torch."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -52,3 +53,19 @@ def test_a_terminal_that_cannot_encode_a_character_gets_its_code():
     )
     done = run([sys.executable, "-c", program], PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout, done.stderr) == (7, "1 \\xb1 2\n", "")
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_before_anything_began_ends_the_process_whatever_it_is_in(number, code):
+    program = (
+        "import os\nfrom shardes.distributed import environment\n"
+        "with environment.ended_by_signals():\n"
+        f"    try:\n        os.kill(os.getpid(), {int(number)})\n"
+        "    except BaseException:\n        pass\n"
+        "print('went on')"
+    )
+    done = run([sys.executable, "-c", program], PYTHONPATH=str(ROOT))
+    assert done.returncode == code and done.stdout.count("\n") == 1, done.stderr
+    assert "nothing is lost" in done.stdout and not done.stderr

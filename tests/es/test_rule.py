@@ -110,7 +110,7 @@ def runs(zygote, uneven_llama, tmp_path_factory) -> dict[str, Path]:
     (home / "task.py").write_text(TASK)
     (home / "my_update.py").write_text(CODE)
     directories = {}
-    for name, faults in (("one", {}), ("killed", {"kill_in_append": ["reward", 10]})):
+    for name, faults in (("one", {}), ("killed", {"kill_in_append": ["reward", 15]})):
         settings = {
             "model": {"path": str(uneven_llama), "dtype": "float32"},
             "es": {
@@ -144,7 +144,7 @@ def test_a_rule_that_keeps_values_is_exact_on_another_layout_and_after_a_kill(ru
     assert {record.rule.partition(" ")[0] for record in one.records} == {"SignMomentum"}
     # It was rebuilt from the base model, although there was a snapshot.
     text = (runs["killed"].parent / "resumed.log").read_text()
-    assert "the base model and 2 iterations replayed" in text
+    assert "the base model and 3 iterations replayed" in text
     deltas = {
         round(abs(value) / 0.001) for value in moved(runs["one"], killed.header.model).tolist()
     }

@@ -88,6 +88,23 @@ def test_a_change_of_theme_keeps_the_zoom(browser, reports):
     assert browser.run(f"{plot}.layout.xaxis.range") == [0.5, 1.5]
 
 
+def test_values_are_shown_under_the_pointer(browser, reports):
+    browser.show(reports["two"], 1280)
+    x, y = browser.run("""(() => {
+      document.querySelector("figure").scrollIntoView();
+      const box = document.querySelector("figure .point").getBoundingClientRect();
+      return [box.left + box.width / 2, box.top + box.height / 2];
+    })()""")
+    browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    for _ in range(100):
+        browser.settle()
+        shown = browser.run('[...document.querySelectorAll(".hoverlayer text")].map('
+                            "text => text.textContent)")  # fmt: skip
+        if shown:
+            break
+    assert shown[1:] == ["<b>one : 0", "two : 0"], shown
+
+
 def test_a_runs_name_is_text_in_legends_too(browser, reports):
     browser.show(reports["two"], 1280)
     names = browser.run('[...document.querySelectorAll(".legendtext")].map(t => t.textContent)')
