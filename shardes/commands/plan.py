@@ -72,8 +72,8 @@ WITHOUT_CONFIG = (
 )
 VLLM = (
     "engine=vllm: the times are those of the project's own decoder with batches of "
-    "generation.batch_tokens. Memory does not count compiled code and CUDA graphs, and was not "
-    "compared with runs"
+    "generation.batch_tokens. Memory does not count compiled code and CUDA graphs, and was "
+    "compared with one run, on a CPU"
 )
 
 
