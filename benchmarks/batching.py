@@ -12,6 +12,7 @@ three are eager: nothing is compiled. Writes batching.json with every repeat.
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def measure(answers: dict[str, Answer], repeats: int) -> dict[str, dict]:
     for _ in range(repeats):
         for name in running:
             found[name]["seconds"].append(seconds(answers[name]))
+            print(f"{name}: {found[name]['seconds'][-1]:.1f} s", file=sys.stderr, flush=True)
     for values in found.values():
         if responses := values.pop("responses", None):
             lengths = sorted(map(len, responses))
