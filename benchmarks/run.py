@@ -126,8 +126,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     if not options.model.is_dir():
         print(
-            f"--model {options.model}: no such directory; create it with "
-            "python tools/get_smollm2.py",
+            f"--model {options.model}: no such directory; create it with shardes get-smollm2",
             file=sys.stderr,
         )
         return 2

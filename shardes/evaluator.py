@@ -15,7 +15,7 @@ from shardes.config.schema import Config
 from shardes.distributed.world import NOTHING, World
 from shardes.errors import ConfigError
 from shardes.es.center import Center
-from shardes.es.population import Iteration, held_out_numbers, select
+from shardes.es.population import Iteration, evaluated_numbers, held_out_numbers, select
 from shardes.es.statistics import mean
 from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.replicas.coordinator import Coordinator
@@ -47,6 +47,7 @@ class Evaluator:
 
     Args:
         prompts: the token ids of each split's prompts; of the held-out ones, those that are asked.
+            Of the training prompts, the first iteration's are asked.
         distance: returns metrics of the center's distance from the base model; called by every rank
             of a replica.
         poll: called between decode steps.
@@ -71,7 +72,9 @@ class Evaluator:
         best: int | None = None,
     ):
         self._config, self._world, self._center, self._sampler = config, world, center, sampler
-        self._coordinator, self._prompts = coordinator, prompts
+        self._coordinator = coordinator
+        numbers = evaluated_numbers(config, len(prompts["train"]))
+        self._prompts = prompts | {"train": select(prompts["train"], numbers)}
         self._distance, self._poll = distance, poll
         self._pending: PendingEvaluation | None = None
         self.evaluations = dict(known)
@@ -86,7 +89,7 @@ class Evaluator:
         """Answer this replica's share of both splits' prompts with the center."""
         pieces: list[tuple[Split, slice]] = []
         for split in SPLITS:
-            parts = min(self._world.replicas, len(self._split_prompts(iteration, split)))
+            parts = min(self._world.replicas, len(self._prompts[split]))
             pieces += [(split, slice(part, None, parts)) for part in range(parts)]
         queue = self._coordinator.work_queue("evaluation", iteration.index, len(pieces))
         self._pending = PendingEvaluation(iteration, queue, pieces, self._distance())
@@ -128,7 +131,7 @@ class Evaluator:
     def _answer(self, pending: PendingEvaluation, numbers: Iterable[int]) -> None:
         for number in numbers:
             split, part = pending.pieces[number]
-            prompts = self._split_prompts(pending.iteration, split)[part]
+            prompts = self._prompts[split][part]
             self._center.load_into_model()
             responses = self._sampler.generate(prompts, poll=self._poll)
             failures = self._failures(pending, responses)
@@ -139,9 +142,6 @@ class Evaluator:
     def _failures(self, pending: PendingEvaluation, responses: list[list[int]]) -> dict[int, str]:
         model = f"the center before iteration {pending.iteration.index}"
         return invalid_logits(responses, model, self._config.model.dtype)
-
-    def _split_prompts(self, iteration: Iteration, split: Split) -> list[list[int]]:
-        return iteration.prompts if split == "train" else self._prompts[split]
 
 
 class PrimaryEvaluator(Evaluator):
@@ -181,8 +181,8 @@ class PrimaryEvaluator(Evaluator):
         iteration, metrics = pending.iteration, {}
         all_rewards: dict[str, list[float]] = {}
         for split, name in SPLITS.items():
-            numbers = self._numbers(iteration, split)
-            tokens: list[list[int]] = [[] for _ in self._split_prompts(iteration, split)]
+            numbers = self._numbers(split)
+            tokens: list[list[int]] = [[] for _ in self._prompts[split]]
             for (piece_split, part), responses in zip(pending.pieces, results, strict=True):
                 if piece_split == split:
                     tokens[part] = responses
@@ -199,8 +199,9 @@ class PrimaryEvaluator(Evaluator):
         metrics |= failed | pending.distance
         return Evaluation(iteration.index, iteration.digest, metrics, all_rewards)
 
-    def _numbers(self, iteration: Iteration, split: Split) -> list[int] | None:
-        """The numbers of the prompts that the evaluation asks; None for all of the split."""
+    def _numbers(self, split: Split) -> list[int] | None:
+        """The numbers of the prompts that evaluations ask; None for all of the split."""
+        count = len(prompts_of(self._task, split))
         if split == "train":
-            return iteration.prompt_numbers
-        return held_out_numbers(self._config.eval.prompts, len(prompts_of(self._task, split)))
+            return evaluated_numbers(self._config, count)
+        return held_out_numbers(self._config.eval.prompts, count)

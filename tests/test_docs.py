@@ -80,11 +80,12 @@ def test_the_configuration_page_has_every_key():
 def test_links_that_leave_the_site_become_names():
     rendered = script("docs/hooks.py").rendered
     text = (
-        "[loop](../shardes/trainer.py) [`tools/sweep.py`](../tools/sweep.py) "
+        "[loop](../shardes/trainer.py) [`tools/shift_histogram.py`](../tools/shift_histogram.py) "
         "[here](start.md#install) ![p](regions.svg)"
     )
     assert rendered(text, ROOT / "docs") == (
-        "loop (`shardes/trainer.py`) `tools/sweep.py` [here](start.md#install) ![p](regions.svg)"
+        "loop (`shardes/trainer.py`) `tools/shift_histogram.py` [here](start.md#install) "
+        "![p](regions.svg)"
     )
     assert rendered("[s](SECURITY.md) [t](docs/tasks.md)", ROOT) == "[s](security.md) [t](tasks.md)"
     text = "![c](quickstart/curves.png) [e](../examples/README.md)"

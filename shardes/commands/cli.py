@@ -25,15 +25,18 @@ COMMANDS = {
     "export": "write a run's center as a Hugging Face checkpoint",
     "plan": "estimate whether a run fits in memory, and its time",
     "report": "write a run's report, one HTML page",
+    "plot": "plot the rewards of runs, with a band over run seeds",
+    "sweep": "train with several σ, α and run seeds; plot reward against KL",
     "configs": "list the configs that come with shardes",
     "init": "copy one of them, with its data and reward function, to start from",
+    "get-smollm2": "fetch a small model to try shardes with",
     "journal": "show, verify or compare journals",
     "env": "print versions, devices and settings for a bug report",
 }
 LAUNCHED = ("train", "evaluate", "probe")  # on several ranks
 HELP = f"""usage: shardes COMMAND [arguments]
 
-{chr(10).join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())}
+{chr(10).join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())}
 
 examples:
   shardes train configs/quickstart.yaml --gpus 2       start two ranks on this host
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{name}: no such command; {suggestion(name, COMMANDS)}")
     if name in LAUNCHED and not {"-h", "--help"} & set(arguments):
         return start(name, arguments)
-    return import_module(f"shardes.commands.{name}").main(arguments)
+    return import_module(f"shardes.commands.{name.replace('-', '_')}").main(arguments)
 
 
 def start(name: str, argv: list[str]) -> int:

@@ -124,6 +124,13 @@ def prompt_batch(run_seed: int, iteration: int, size: int | None, count: int) ->
     return orders[begin : begin + size]
 
 
+def evaluated_numbers(config: Config, count: int) -> list[int] | None:
+    """The numbers of the training prompts, of `count`, that every evaluation of the center asks:
+    those of the first iteration, so that evaluations can be compared; None for all.
+    """
+    return prompt_batch(config.es.seed, 0, config.task.prompts_per_iteration, count)
+
+
 def held_out_numbers(limit: int | None, count: int) -> list[int] | None:
     """The numbers of the held-out prompts, of `count`, that evaluations ask; None for all.
 

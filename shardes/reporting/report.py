@@ -128,8 +128,6 @@ def _figures(run: Run) -> dict[str, str]:
         "iterations": f"{len(run.history.records)} of {run.settings.get('es.iterations', '?')}"
     }
     for key, name in RESULTS.items():
-        if key == "center_reward" and run.settings.get("task.prompts_per_iteration"):
-            continue  # each evaluation asks others of the training prompts
         values = list(run.curve(key).values())
         if len(values) > 1:
             figures[name] = f"{values[0]:.4g} → {values[-1]:.4g}"

@@ -56,7 +56,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 ## Results
 
-{_results(settings, evaluations)}
+{_results(evaluations)}
 
 ## Training
 
@@ -89,7 +89,7 @@ def _metadata(base: Path, hub_id: str | None) -> ModelCardData:
     )
 
 
-def _results(settings: dict[str, Any], evaluations: Sequence[Evaluation]) -> str:
+def _results(evaluations: Sequence[Evaluation]) -> str:
     """The center's figures before training and at its last evaluation."""
     if not evaluations:
         return "The journal has no evaluation."
@@ -98,8 +98,6 @@ def _results(settings: dict[str, Any], evaluations: Sequence[Evaluation]) -> str
         [name, *(f"{end.metrics[key]:.4g}" if key in end.metrics else "–" for end in ends)]
         for key, name in FIGURES.items()
         if any(key in end.metrics for end in ends)
-        # With batches of prompts, each evaluation asks others of the training prompts.
-        and (key != "center_reward" or settings.get("task.prompts_per_iteration") is None)
     ]
     heads = [
         f"after {counted(end.iteration, 'iteration')}" if end.iteration else "before training"

@@ -43,7 +43,7 @@ def test_every_row_runs(tied_llama, tmp_path):
 def test_a_missing_model_is_named():
     done = run([sys.executable, "-m", "benchmarks.run", "--model", "no/such"], seconds=120)
     assert done.returncode == 2
-    assert "--model no/such" in done.stderr and "get_smollm2" in done.stderr
+    assert "--model no/such" in done.stderr and "get-smollm2" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ LAYOUTS = {  # shard, tensor
 
 @pytest.fixture(scope="module")
 def directory():
-    done = run([sys.executable, "tools/get_smollm2.py"], seconds=300)
+    done = run([sys.executable, "-m", "shardes.commands.cli", "get-smollm2"], seconds=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return ROOT / "models" / "SmolLM2-135M-Instruct"
 

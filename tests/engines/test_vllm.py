@@ -363,7 +363,7 @@ def test_a_matrix_without_adapters_is_named(together, model):
 def real():
     """SmolLM2 on both engines; see workers/vllm_real.py."""
     pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
-    done = run([sys.executable, "tools/get_smollm2.py"], seconds=300)
+    done = run([sys.executable, "-m", "shardes.commands.cli", "get-smollm2"], seconds=300)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = ROOT / "models" / "SmolLM2-135M-Instruct"
     return torchrun(1, "vllm_real.py", str(directory), seconds=900)[0]

