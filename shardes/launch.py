@@ -47,7 +47,7 @@ from shardes.tasks import Task, configured_task, prompts_of
 MODALITIES = re.compile("Vision|Audio|Image|Video|Siglip|MultiModal|Multimodal")
 BUILDING = {  # what is waited for, while the engine is built
     EngineName.deepspeed: "building the model with DeepSpeed, which compiles its operators at its "
-    "first start on a host",
+    "first start on a host (engine=fsdp compiles nothing)",
     EngineName.fsdp: "building the model with FSDP",
     EngineName.vllm: "building the model with vLLM, which compiles it unless vllm.enforce_eager is "
     "true",

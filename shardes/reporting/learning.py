@@ -53,13 +53,13 @@ class LearningWatch:
             return f"{failed} responses could not be scored and got task.on_error"
         if kinds and set(kinds) == {"empty"}:
             return (
-                f"all answers are empty: es.sigma={sigma:g} is too large for this model, or its "
+                f"all answers are empty: es.sigma={sigma:g} may be too large for this model, or its "
                 f"prompts are not of the form that it answers; {PROBE}"
             )
         if same:
-            short = f", or generation.max_new_tokens={longest} is too small to show a difference"
+            short = f", or generation.max_new_tokens={longest} too small to show a difference"
             return (
-                f"the answers do not differ: es.sigma={sigma:g} is too small for this model"
+                f"the answers do not differ: es.sigma={sigma:g} may be too small for this model"
                 f"{'' if kinds['whole'] else short}; {PROBE}"
             )
         if kinds and not kinds["whole"]:

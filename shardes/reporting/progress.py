@@ -31,11 +31,21 @@ class Terminal:
     Args:
         iterations: of the whole run.
         start: the first iteration of this start.
+        restored: the members of that iteration that were evaluated before.
         best_held_out: the best held-out reward so far; -inf if none was measured.
     """
 
-    def __init__(self, iterations: int, population_size: int, start: int, best_held_out: float):
-        self._iterations, self._population_size, self._start = iterations, population_size, start
+    def __init__(
+        self,
+        iterations: int,
+        population_size: int,
+        start: int,
+        restored: int,
+        best_held_out: float,
+    ):
+        self._iterations, self._population_size = iterations, population_size
+        self._first, self._restored = start, restored
+        self._start = start + restored / population_size
         self._figures = {"best held-out": best_held_out} if math.isfinite(best_held_out) else {}
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = _ProgressBar(
@@ -63,11 +73,12 @@ class Terminal:
         now = time.monotonic()
         elapsed = now - self._iteration_started
         self._figures["tokens/s"] = tokens / elapsed
-        if iteration > self._start:
+        new = done - self._restored
+        if iteration > self._first:
             per_iteration = (self._iteration_started - self._started) / (iteration - self._start)
         else:
-            per_iteration = elapsed * self._population_size / done if done else math.nan
-        left = max(per_iteration * (self._iterations - iteration) - elapsed, 0)
+            per_iteration = elapsed * self._population_size / new if new > 0 else math.nan
+        left = max(per_iteration * (self._iterations - max(iteration, self._start)) - elapsed, 0)
         time_left = f"{duration(left)} left" if math.isfinite(left) else ""
         if not self._console.is_terminal and now - self._printed >= MEMBER_LINES:
             members = f"members: {done} of {self._population_size} of iteration {iteration}"
@@ -80,10 +91,20 @@ class Terminal:
         )
         self._bar.status = self._status()
 
-    def log_iteration(self, metrics: dict[str, float]) -> str:
-        """Print the line that sums up an iteration, and return it."""
+    def evaluating(self, iteration: int) -> None:
+        """Show that the center is evaluated; without a bar, only at the first time."""
+        if not self._console.is_terminal and iteration == self._first:
+            self.say("evaluating the center")
+        self._bar.update(self._task, description="evaluating the center", completed=0, left="")
+
+    def log_iteration(self, metrics: dict[str, float], tokens: int) -> str:
+        """Print the line that sums up an iteration, and return it.
+
+        Args:
+            tokens: those generated since this start, without members evaluated before it.
+        """
         iteration, now = int(metrics["iteration"]), time.monotonic()
-        rate = metrics["generated_tokens"] / metrics["seconds"]
+        rate = tokens / metrics["seconds"]
         per_iteration = (now - self._started) / (iteration + 1 - self._start)
         left = per_iteration * (self._iterations - iteration - 1)
         held_out = f"  held-out {held_out_text(metrics)}" if "held_out_reward" in metrics else ""

@@ -39,6 +39,9 @@ class Reporter:
     def member_finished(self, tokens: int) -> None:
         """Count the tokens that a member has generated."""
 
+    def evaluating(self, iteration: int) -> None:
+        """Show that the center before an iteration is evaluated."""
+
     def progress(self, iteration: int, done: int) -> None:
         """Show how many of the iteration's members have been evaluated."""
 
@@ -129,6 +132,7 @@ class RunReporter(Reporter):
             es.iterations,
             es.population_size,
             resume.iteration,
+            len(resume.rewards),
             best.get("held_out_reward", -math.inf),
         )
         self._loggers = Loggers(
@@ -146,6 +150,9 @@ class RunReporter(Reporter):
 
     def member_finished(self, tokens: int) -> None:
         self._tokens += tokens
+
+    def evaluating(self, iteration: int) -> None:
+        self._terminal.evaluating(iteration)
 
     def progress(self, iteration: int, done: int) -> None:
         self._terminal.progress(iteration, done, self._tokens)
@@ -178,9 +185,9 @@ class RunReporter(Reporter):
             [{"iteration": iteration} | row for row in self._best_and_worst.values()],
         )
         self._best_and_worst.clear()
-        self._tokens = 0
         self._loggers.log(metrics, iteration)
-        self._attempt.log_line(self._terminal.log_iteration(metrics))
+        self._attempt.log_line(self._terminal.log_iteration(metrics, self._tokens))
+        self._tokens = 0
         self._on_metrics(metrics)
 
     def repair_iteration(self, metrics: dict[str, float]) -> None:

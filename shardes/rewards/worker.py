@@ -25,6 +25,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -151,14 +152,25 @@ def of_batch(count: int, values: Any) -> Reply:
     return {"rewards": rewards}
 
 
-def failure(error: BaseException) -> Reply:
-    """The reply that says what the user's code raised."""
+def failure(error: BaseException, function: Callable[..., Any] | None = None) -> Reply:
+    """The reply that says what the user's code raised, and in which line of the function's file."""
     if isinstance(error, NotAReward):
         return {"error": str(error)}
     from shardes.errors import described
 
     end = isinstance(error, MemoryError) or not isinstance(error, Exception)
-    return {"error": described(error)} | ({"end": True} if end else {})
+    return {"error": described(error) + where(error, function)} | ({"end": True} if end else {})
+
+
+def where(error: BaseException, function: Callable[..., Any] | None) -> str:
+    """The last line of the function's file that an exception passed through; "": none."""
+    code = getattr(function, "__code__", None)
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if code is not None and frame.f_code.co_filename == code.co_filename
+    ]
+    return f" ({Path(code.co_filename).name}, line {lines[-1]})" if code and lines else ""
 
 
 def score(
@@ -168,7 +180,7 @@ def score(
     try:
         return read(function(*arguments))
     except BaseException as error:
-        return failure(error)
+        return failure(error, function)
 
 
 async def score_async(
@@ -185,7 +197,7 @@ async def score_async(
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # sys.exit would end the event loop
-            return failure(error)
+            return failure(error, function)
 
     call = asyncio.create_task(called())
     done, _ = await asyncio.wait([call], timeout=timeout)

@@ -74,6 +74,8 @@ def _text(path: Path) -> str:
             except zstandard.ZstdError as error:
                 raise ValueError(error) from error
         return data.decode("utf-8-sig")  # with or without a byte-order mark
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such data file") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"{path}: not a readable file of UTF-8 text: {error}") from error
 
