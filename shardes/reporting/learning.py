@@ -53,8 +53,8 @@ class LearningWatch:
             return f"{failed} responses could not be scored and got task.on_error"
         if kinds and set(kinds) == {"empty"}:
             return (
-                f"all answers are empty: es.sigma={sigma:g} may be too large for this model, or its "
-                f"prompts are not of the form that it answers; {PROBE}"
+                f"all answers are empty: es.sigma={sigma:g} may be too large for this model, or "
+                f"its prompts are not of the form that it answers; {PROBE}"
             )
         if same:
             short = f", or generation.max_new_tokens={longest} too small to show a difference"

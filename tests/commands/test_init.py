@@ -25,7 +25,8 @@ def test_a_copy_stands_alone(name, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     config = load("mine/task/config.yaml", [])
     source = shipped_configs()[name]
-    assert is_example(source) or config == load(str(source), [])
+    assert config.run.dir == "runs/task"
+    assert is_example(source) or config == load(str(source), [f"run.dir={config.run.dir}"])
     text = (tmp_path / "mine" / "task" / "config.yaml").read_text()
     assert "deepspeed --num_gpus" not in text and "examples/" not in text
     if is_example(source):
