@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pty
 import re
@@ -293,12 +294,23 @@ def test_the_bar_on_a_terminal(tmp_path):
 
 def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
     reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    reporter.member_finished(100)
     reporter.progress(0, 1)
     reporter.log_iteration(METRICS)
     reporter.close()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("iteration 0  reward 1.000 ± 0.5000  best 2.000  2.0 s  50 tokens/s")
     assert (tmp_path / "logs" / "attempt_1" / "output.log").read_text() == line + "\n"
+
+
+def test_members_of_an_earlier_start_count_neither_as_tokens_nor_as_time(capsys, monkeypatch):
+    """Iteration 1 of 4 goes on with two of its four members; they take ten seconds."""
+    clock = iter([0.0, 10.0, 10.0, 10.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 10.0))
+    terminal = progress.Terminal(4, 4, start=1, restored=2, best_held_out=-math.inf)
+    metrics = METRICS | {"iteration": 1, "seconds": 10.0}
+    assert terminal.log_iteration(metrics, tokens=30).endswith("10.0 s  3 tokens/s  0:40 left")
+    terminal.close()
 
 
 def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys):
