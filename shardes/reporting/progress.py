@@ -74,8 +74,9 @@ class Terminal:
         elapsed = now - self._iteration_started
         self._figures["tokens/s"] = tokens / elapsed
         new = done - self._restored
-        if iteration > self._first:
-            per_iteration = (self._iteration_started - self._started) / (iteration - self._start)
+        before = iteration - self._start  # iterations, since this start
+        if before > 0:
+            per_iteration = (self._iteration_started - self._started) / before
         else:
             per_iteration = elapsed * self._population_size / new if new > 0 else math.nan
         left = max(per_iteration * (self._iterations - max(iteration, self._start)) - elapsed, 0)
@@ -105,8 +106,9 @@ class Terminal:
         """
         iteration, now = int(metrics["iteration"]), time.monotonic()
         rate = tokens / metrics["seconds"]
-        per_iteration = (now - self._started) / (iteration + 1 - self._start)
-        left = per_iteration * (self._iterations - iteration - 1)
+        done = iteration + 1 - self._start  # 0: its members were all evaluated before
+        left = (now - self._started) / done * (self._iterations - iteration - 1) if done else 0.0
+        time_left = f"{duration(left)} left" if done else ""
         held_out = f"  held-out {held_out_text(metrics)}" if "held_out_reward" in metrics else ""
         failed = (
             f"  {metrics['scoring_failures']} not scored" if metrics.get("scoring_failures") else ""
@@ -115,15 +117,15 @@ class Terminal:
             f"iteration {iteration}  reward {significant(metrics['reward_mean'])} ± "
             f"{significant(metrics['reward_std'])}  best {significant(metrics['reward_max'])}"
             f"{held_out}{failed}  "
-            f"{metrics['seconds']:.1f} s  {rate:.0f} tokens/s  {duration(left)} left"
-        )
+            f"{metrics['seconds']:.1f} s  {rate:.0f} tokens/s  {time_left}"
+        ).rstrip()
         self.say(line)
         self._iteration_started = now
         self._figures |= {"reward": metrics["reward_mean"], "tokens/s": rate}
         if "held_out_reward" in metrics:
             self._figures["held-out"] = reward = metrics["held_out_reward"]
             self._figures["best held-out"] = max(self._figures.get("best held-out", reward), reward)
-        self._bar.update(self._task, completed=self._population_size, left=f"{duration(left)} left")
+        self._bar.update(self._task, completed=self._population_size, left=time_left)
         self._bar.status = self._status()
         return line
 

@@ -65,6 +65,7 @@ class Replica:
                 heartbeats,
                 journal,
                 config.es,
+                "",  # the rule of the paper
                 ignore,
                 **SHARED,
             )
@@ -84,7 +85,8 @@ class Replica:
             for group in queue:
                 before_post(t)
                 number = self.world.replica
-                queue.post(group[0], MemberResult(float(group[0]), 1, number, time.time()))
+                for member in group:
+                    queue.post(member, MemberResult(float(member), 1, number, time.time()))
             results = queue.results()
             for (number,) in evaluation.orphans():
                 evaluation.post(number, "[]")

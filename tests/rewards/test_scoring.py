@@ -366,7 +366,11 @@ def test_a_class_may_leave_scoring_to_workers(tmp_path):
         assert scores("train", ["bb"], [1]) == [1.0]
         assert scores("test", [""]) == [-1.0]
     assert json.loads((tmp_path / "failed.json").read_text()) == [
-        {"prompt": "ccc", "response": "", "error": "ZeroDivisionError: division by zero"}
+        {
+            "prompt": "ccc",
+            "response": "",
+            "error": "ZeroDivisionError: division by zero (own.py, line 12)",
+        }
     ]
 
 

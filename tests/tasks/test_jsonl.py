@@ -183,7 +183,7 @@ def test_prompts_of_another_form_are_refused(load, rows, keys, message):
             {"test": None},
             r"task.test: is required .* move some lines of task.train into a file of their own",
         ),
-        ({"train": "nowhere.jsonl"}, "nowhere.jsonl: not a readable file"),
+        ({"train": "nowhere.jsonl"}, "nowhere.jsonl: there is no such data file"),
         (
             {"reward": None},
             "task.reward: is required with task.name=jsonl: "

@@ -188,7 +188,7 @@ def test_malformed_lines_are_named(tmp_path, text, message):
 
 
 def test_error_messages(monkeypatch):
-    with pytest.raises(ConfigError, match="not a readable file"):
+    with pytest.raises(ConfigError, match="there is no such data file"):
         load_problems("/nowhere.jsonl")
     with pytest.raises(ConfigError, match="datasets:NAME:SPLIT"):
         load_problems("datasets:test")
