@@ -64,7 +64,7 @@ def export():
     return partial(call, script("tools/export_safetensors.py").main)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_an_export_gives_the_trainers_own_tokens(export, trained, tmp_path, name):
     done = export(trained[name], tmp_path / "out", "--shard-size", "50KB")
     assert done.returncode == 0, done.stderr
@@ -184,6 +184,7 @@ def external(tmp_path_factory, biased_qwen) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_zero_3_checkpoint(export, external, biased_qwen, tmp_path):
     done = export(
         external / "converted", tmp_path / "out", "--base", biased_qwen, "--dtype", "float32"

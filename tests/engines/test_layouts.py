@@ -35,7 +35,7 @@ def models(engine: str, shard: int, tensor: int) -> list[str]:
 
 
 # The other layouts cover the same code, and tests/launchers always runs two replicas.
-SLOW = {"2 replicas × ZeRO 2", "FSDP, 1 rank", "TP 2", "FSDP, TP 2"}
+SLOW = {"2 replicas × ZeRO 2", "FSDP, 1 rank", "TP 2", "FSDP 2", "FSDP, TP 2"}
 
 
 @pytest.fixture(

@@ -227,7 +227,12 @@ def test_a_directory_in_use_is_refused_and_that_of_a_dead_process_is_not(
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGUSR1, 75)]
+    "number, code",
+    [
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        (signal.SIGINT, 0),
+        (signal.SIGUSR1, 75),
+    ],
 )
 def test_a_signal_to_any_rank_stops_all_and_nothing_is_lost(
     zygote, configure, arrived, tmp_path, number, code
@@ -268,6 +273,7 @@ def test_a_center_that_went_wrong_stops_the_run(zygote, configure, arrived, tmp_
     arrived(directory)
 
 
+@pytest.mark.slow
 def test_centers_that_drift_are_not_compared_and_go_on_from_their_snapshot(
     zygote, configure, tmp_path
 ):

@@ -75,7 +75,7 @@ def runs(tmp_path_factory):
     "layout",
     [
         ("deepspeed", 2, 1, 1),
-        ("deepspeed", 1, 2, 2),
+        pytest.param(("deepspeed", 1, 2, 2), marks=pytest.mark.slow),
         pytest.param(("fsdp", 1, 2, 1), marks=pytest.mark.slow),
     ],
     ids=["2 replicas", "ZeRO 2 × TP 2", "FSDP 2"],

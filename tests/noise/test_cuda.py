@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 WORKER = [sys.executable, "tests/workers/triton_noise.py"]
 
 
+@pytest.mark.slow
 def test_the_interpreted_kernel_equals_the_reference_to_the_bit():
     done = run([*WORKER, "interpret"], seconds=200)
     assert done.returncode == 0, done.stderr

@@ -322,6 +322,7 @@ def test_a_client_whose_center_went_wrong_ends_and_the_run_goes_on(start, alone,
     assert arrived(tmp_path / "run") == alone
 
 
+@pytest.mark.slow
 def test_who_does_not_fit_is_refused_in_one_line_and_the_run_is_not_disturbed(
     start, alone, folder, tmp_path
 ):

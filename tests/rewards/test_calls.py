@@ -130,6 +130,7 @@ BAD = {  # an async call: what is said of it
 }
 
 
+@pytest.mark.slow
 def test_an_async_call_that_fails_harms_no_other(scorer, tmp_path):
     responses = [text for bad in BAD for text in ("late(0.2, 2)", bad, "3")]
     scores = scorer("judge", on_error="-1", timeout=1.0, concurrency=8)

@@ -12,6 +12,7 @@ from shardes.tasks.countdown import load_problems, reward
 base = script("tools/make_countdown_base.py")
 
 
+@pytest.mark.slow
 def test_a_base_is_a_model_directory_with_problems_it_has_not_seen(tmp_path):
     done = run([sys.executable, "tools/make_countdown_base.py", str(tmp_path), "--steps", "2"])
     assert done.returncode == 0, done.stderr
