@@ -20,11 +20,11 @@ import asyncio, os, sys, time
 
 flying = peak = 0
 
-async def judge(response, example):  # the response: an expression; await what it gives if it can be
+async def judge(response, example):  # the response is a key of WORTH
     global flying
     flying += 1
     try:
-        value = eval(response)
+        value = WORTH[response]()
         return await value if hasattr(value, "__await__") else value
     finally:
         flying -= 1
@@ -50,12 +50,18 @@ async def late(seconds, value):
     await asyncio.sleep(seconds)
     return value
 
+def cancelled():
+    raise asyncio.CancelledError
+
+def timed_out():
+    raise TimeoutError("mine")
+
 def one(response, example):
-    return eval(response)
+    return WORTH[response]()
 
 def score_batch(responses, examples):
     assert len(responses) == len(examples) and all(example["worth"] == 7 for example in examples)
-    return [eval(response) for response in responses if response != "short"]
+    return [WORTH[response]() for response in responses if response != "short"]
 """
 
 
@@ -78,7 +84,8 @@ class Own:
 @pytest.fixture
 def scorer(tmp_path) -> Iterator:
     """Makes scorers of 40 prompts, with one of REWARDS' functions."""
-    (tmp_path / "my_reward.py").write_text(REWARDS)
+    worth = "".join(f"    {text!r}: lambda: {text},\n" for text in EXPRESSIONS)
+    (tmp_path / "my_reward.py").write_text(f"{REWARDS}\nWORTH = {{\n{worth}}}\n")
     rows = [json.dumps({"prompt": f"prompt {n}", "worth": 7}) for n in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     scorers = []
@@ -110,9 +117,8 @@ def test_async_calls_are_in_flight_together_and_no_more_than_allowed(scorer):
 
 
 def test_rewards_come_in_the_responses_order_whichever_call_ends_first(scorer):
-    responses = [f"late({0.01 * (7 - n % 8)}, {n})" for n in range(24)]
     scores = scorer("judge", workers=2, concurrency=5)
-    assert score(scores, responses) == list(map(float, range(24)))
+    assert score(scores, LATE) == list(map(float, range(24)))
 
 
 BAD = {  # an async call: what is said of it
@@ -125,8 +131,8 @@ BAD = {  # an async call: what is said of it
     "sys.exit(3)": "SystemExit: 3",
     "os._exit(3)": "it ended its process (exit code 3)",
     "os.kill(os.getpid(), 11)": "it ended its process (SIGSEGV)",
-    "exec('raise asyncio.CancelledError') or 1": "CancelledError",
-    "exec('raise TimeoutError(\"mine\")') or 1": "TimeoutError: mine",
+    "cancelled()": "CancelledError",
+    "timed_out()": "TimeoutError: mine",
 }
 
 
@@ -202,9 +208,13 @@ def test_named_parts_are_means_and_the_reward_decides(scorer, function):
     assert scores.parts == {}
 
 
+def renamed(parts: str) -> str:
+    return parts.replace("fluent", "other")
+
+
 @pytest.mark.parametrize("first, second", [PARTS, PARTS[::-1], ["1", PARTS[0]], [PARTS[0], "1"]])
 def test_parts_that_change_end_the_run(scorer, first, second):
-    other = second.replace("fluent", "other") if first in PARTS and second in PARTS else second
+    other = renamed(second) if first in PARTS and second in PARTS else second
     scores = scorer("one", on_error="0")
     score(scores, [first])
     with pytest.raises(
@@ -213,19 +223,19 @@ def test_parts_that_change_end_the_run(scorer, first, second):
         score(scores, [first, other])
 
 
-@pytest.mark.parametrize(
-    "reward, error",
-    [
-        ("{'fluent': 1}", "the reward is a dict without 'reward'; it has fluent"),
-        ("{}", "the reward is a dict without 'reward'; it has nothing"),
-        ("{'reward': 'x'}", "the reward is 'x', of type str, not a number"),
-        ("{'reward': 1, 'a': None}", "the reward's a is None, of type NoneType, not a number"),
-        ("{'reward': 1, 'a': float('nan')}", "the reward's a is nan, not a number from"),
-        ("{'reward': 1, 'a b': 1}", "a part of the reward is named 'a b'; a name is a letter"),
-        ("{'reward': 1, 5: 1}", "a part of the reward is named 5; a name is a letter"),
-        ("{'reward': 1} | {f'a{n}': n for n in range(17)}", "the reward has 17 other parts; at"),
-    ],
-)
+NO_NUMBERS = [
+    ("{'fluent': 1}", "the reward is a dict without 'reward'; it has fluent"),
+    ("{}", "the reward is a dict without 'reward'; it has nothing"),
+    ("{'reward': 'x'}", "the reward is 'x', of type str, not a number"),
+    ("{'reward': 1, 'a': None}", "the reward's a is None, of type NoneType, not a number"),
+    ("{'reward': 1, 'a': float('nan')}", "the reward's a is nan, not a number from"),
+    ("{'reward': 1, 'a b': 1}", "a part of the reward is named 'a b'; a name is a letter"),
+    ("{'reward': 1, 5: 1}", "a part of the reward is named 5; a name is a letter"),
+    ("{'reward': 1} | {f'a{n}': n for n in range(17)}", "the reward has 17 other parts; at"),
+]
+
+
+@pytest.mark.parametrize("reward, error", NO_NUMBERS)
 def test_rewards_that_are_no_dict_of_numbers_fail(scorer, reward, error):
     scores = scorer("one", on_error="-1")
     assert score(scores, ["0", reward]) == [0.0, -1.0]
@@ -270,3 +280,11 @@ def test_workers_of_async_code_end_with_close(scorer):
     time.sleep(0.2)
     scores.close()
     assert not Path(f"/proc/{int(pid)}").exists()
+
+
+LATE = [f"late({0.01 * (7 - n % 8)}, {n})" for n in range(24)]
+EXPRESSIONS = [  # the responses, each with what it is worth
+    *("0", "1", "2", "3", "'x'", "10**400", "most()", "late(0.1, 1)", "late(0.2, 2)", *LATE),
+    *("os.getpid()", "os._exit(1)", "time.sleep(100)", "time.sleep(0.5) or os.getpid()"),
+    *(*BAD, *PARTS, *map(renamed, PARTS), *(reward for reward, _ in NO_NUMBERS)),
+]
