@@ -1,6 +1,6 @@
 """engine=vllm: the center of the other engines to the bit, and their greedy tokens in float32.
 
-Those marked `vllm` need it, in an environment that tools/vllm_environment.sh makes:
+They need vLLM, in an environment that tools/vllm_environment.sh makes:
 `pytest -m vllm tests/engines/test_vllm.py`.
 """
 
@@ -9,216 +9,17 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from launch import ROOT, run, torchrun
-from models import SIZES, save_model
-from shardes.config.loading import load
-from shardes.config.schema import ESConfig, Noise
-from shardes.engines import check_model, vllm
-from shardes.engines.vllm import check_context, check_processors, check_vllm
-from shardes.engines.vllm_adapters import Slots
-from shardes.engines.vllm_regions import NoPlace, Piece, _is_partition, find_pieces
-from shardes.errors import ConfigError
-from shardes.es.adapted_members import adapter_slots, check_adapters
-from shardes.es.side_by_side import members_together
-from shardes.inference.vllm_generation import check_rotary
-from shardes.sharding.regions import Region
+from models import save_model
+from vllm_models import MODELS
 
-LAYER = "model.layers.0.mlp.down_proj"
-HEADS_OF_32 = SIZES | dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
-GPT2 = dict(vocab_size=263, n_embd=128, n_head=4, n_layer=2, n_inner=50, n_positions=512)
-MODELS = {  # vLLM makes groups for experts with the first model of a process, or never
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**HEADS_OF_32, **EXPERTS, head_dim=32)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**HEADS_OF_32, tie_word_embeddings=True)),
-    "one_head": lambda: LlamaForCausalLM(  # that tensor ranks have copies of
-        LlamaConfig(**HEADS_OF_32 | dict(num_key_value_heads=1))
-    ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS_OF_32, tie_word_embeddings=False)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**HEADS_OF_32, head_dim=32)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**HEADS_OF_32, head_dim=32, query_pre_attn_scalar=32)
-    ),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(**HEADS_OF_32, head_dim=32, sliding_window=None)
-    ),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**HEADS_OF_32, pad_token_id=0)),  # fused
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, initializer_range=0.3)),  # transposed
-}
-
-
-class Fused(nn.Module):
-    """A model that loads as vLLM's do: two tensors into one parameter with padding, one
-    transposed.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.both = nn.Parameter(torch.zeros(6, 3))
-        self.turned = nn.Parameter(torch.zeros(2, 4))
-
-    def load_weights(self, weights):
-        for name, tensor in weights:
-            if name == "turned":
-                self.turned.data.copy_(tensor.t())
-            else:
-                first = {"first": 0, "second": 2}[name]
-                self.both.data.narrow(0, first, len(tensor)).copy_(tensor)
-
-
-class Computing(Fused):
-    def load_weights(self, weights):
-        for _, tensor in weights:
-            self.both.data[: len(tensor)].copy_(tensor + 1)
-
-
-def test_pieces_say_which_elements_a_loader_copies_where():
-    shapes = {"first": (2, 3), "second": (3, 3), "turned": (4, 2)}
-    pieces = find_pieces(Fused(), shapes, torch.float32)
-    columns = tuple(Region(start, 4, 1, 2) for start in (0, 1))
-    assert pieces[:2] == [
-        Piece("both", 0, "first", (Region.contiguous(0, 6),)),
-        Piece("both", 6, "second", (Region.contiguous(0, 9),)),
-    ]
-    turned = [region.index(i) for region in pieces[2].regions for i in range(region.numel)]
-    assert turned == [c.index(i) for c in columns for i in range(4)]
-
-
-def test_a_loader_that_computes_is_refused():
-    with pytest.raises(NoPlace, match="computes with the weights of both"):
-        find_pieces(Computing(), {"first": (2, 3)}, torch.float32)
-
-
-def test_ranks_count_an_element_once():
-    whole = (Region.contiguous(0, 12),)
-    halves = [(Region(start, 4, 2, 4),) for start in (0, 2)]  # of a 4 × 4 tensor
-    assert _is_partition([tuple(vars(r).values()) for half in halves for r in half], 16)
-    assert _is_partition([], 0) and not _is_partition([], 1)
-    for regions in (whole, [*whole, Region.contiguous(10, 6)], [*whole, Region.contiguous(13, 3)]):
-        assert not _is_partition([tuple(vars(r).values()) for r in regions], 16)
-
-
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is there")
-def test_vllm_that_is_not_there():
-    with pytest.raises(ConfigError, match=r"^engine=vllm: vLLM is not installed; pip install"):
-        check_vllm(config())
-
-
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("sharding.shard=2", "sharding.shard=2: engine=vllm has no shard axis"),
-        ("sharding.gather=layer", "sharding.gather=layer: engine=vllm gathers nothing"),
-        ("sharding.offload=cpu", "sharding.offload=cpu: engine=vllm keeps"),
-        ("es.restore=subtract", "es.restore=subtract: engine=vllm needs the exact center"),
-        ("generation.decode=graph", "generation.decode=graph: engine=vllm decodes by itself"),
-    ],
-)
-def test_settings_that_it_does_not_have(override, message):
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        check_vllm(config(override))
-
-
-def test_an_older_vllm(monkeypatch):
-    monkeypatch.setattr(vllm, "find_spec", lambda name: name)
-    monkeypatch.setattr(vllm, "version", lambda name: "0.31.4+cpu")
-    with pytest.raises(ConfigError, match=r"^engine=vllm: vLLM is 0.31.4\+cpu; .* least 0.32$"):
-        check_vllm(config())
-
-
-def test_processors_are_refused():
-    with pytest.raises(ConfigError, match=r"does not apply repetition_penalty=1.1; set"):
-        check_processors("repetition_penalty=1.1")
-
-
-def test_rotary_frequencies_that_change_with_the_length():
-    model = MODELS["llama"]()
-    check_rotary(config(), model)
-    factors = dict(short_factor=[1.0] * 16, long_factor=[2.0] * 16)
-    scaled = dict(rope_type="longrope", original_max_position_embeddings=64, rope_theta=1e4)
-    sizes = HEADS_OF_32 | dict(pad_token_id=0, original_max_position_embeddings=64)
-    phi3 = Phi3ForCausalLM(Phi3Config(**sizes, rope_parameters=scaled | factors))
-    for length, message in (
-        ("null", "change at 64 tokens"),
-        ("65", "set vllm.max_model_len=64, or"),
-        ("64", ""),
-    ):
-        settings = config(f"vllm.max_model_len={length}")
-        if not message:
-            check_rotary(settings, phi3)
-            continue
-        with pytest.raises(ConfigError, match=f"^vllm.max_model_len: .*{message}"):
-            check_rotary(settings, phi3)
-    dynamic = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
-    llama = LlamaForCausalLM(LlamaConfig(**HEADS_OF_32, rope_parameters=dynamic))
-    with pytest.raises(ConfigError, match=r"^model.path=m: its rotary frequencies change"):
-        check_rotary(config(), llama)
-
-
-def test_experts_cannot_be_shared():
-    es = ESConfig(noise=Noise.low_rank)
-    check_adapters(MODELS["llama"](), es)
-    with pytest.raises(ConfigError, match=r"cannot share \S*experts\S*, for which vLLM has no ada"):
-        check_adapters(MODELS["qwen3_moe"](), es)
-    check_adapters(MODELS["qwen3_moe"](), replace(es, evolve="self_attn"))
-
-
-def test_members_of_a_group():
-    settings = config("es.noise=low_rank", "es.population_size=30")
-    assert members_together(settings, [10], 1) == 16 == adapter_slots(settings.es).number
-    assert members_together(settings, [10], 4) == 4
-    settings.es.members_per_batch = 30
-    assert members_together(settings, [10], 1) == 30 == adapter_slots(settings.es).number
-    settings.es.members_per_batch = 1
-    assert adapter_slots(settings.es) is None
-    assert Slots(3, 9).arguments()["max_lora_rank"] == 16
-
-
-@pytest.mark.parametrize("tensor, heads", [(3, "4 attention"), (4, ""), (8, "4 attention")])
-def test_heads_that_a_tensor_degree_does_not_split(tensor, heads):
-    settings = config(f"sharding.tensor={tensor}")
-    if not heads:  # two ranks hold each key-value head
-        check_model(settings, MODELS["llama"]())
-        return
-    with pytest.raises(ConfigError, match=rf"^sharding.tensor={tensor}: .* the {heads} heads of m"):
-        check_model(settings, MODELS["llama"]())
-
-
-def test_a_prompt_must_fit_the_context():
-    model = MODELS["llama"]()
-    for overrides, context in ([], 512), (["vllm.max_model_len=40"], 40):
-        settings = config(f"generation.max_new_tokens={context - 10}", *overrides)
-        check_context(settings, model, "train", [[1] * 9])
-        with pytest.raises(ConfigError, match=f"longest prompt of train has 10 .* {context} "):
-            check_context(settings, model, "train", [[1], [1] * 10])
-
-
-def config(*overrides):
-    return load(None, ["engine=vllm", "model.path=m", "run.dir=r", *overrides])
+pytestmark = pytest.mark.vllm
+LAYER = "model.layers.0.mlp.down_proj"  # of Llama
 
 
 def saved(name, directory):
@@ -256,7 +57,6 @@ def alone(directories):
 SAME = ["base", "names", "tokens", "member tokens", "updated", "updated tokens", "stopped"]
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("key", [*SAME, "numel"])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_the_other_engines_give(alone, model, key):
@@ -264,14 +64,12 @@ def test_what_the_other_engines_give(alone, model, key):
     assert results["vllm"][key] == results["fsdp"][key]
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", MODELS)
 def test_members_leave_nothing_behind(alone, model):
     mine = alone[model]["vllm"]
     assert mine["restored"] and mine["tokens again"] == mine["tokens"] != mine["member tokens"]
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", MODELS)
 def test_log_probabilities(alone, model):
     mine, theirs = (alone[model][name]["log_probs"] for name in ("vllm", "fsdp"))
@@ -280,13 +78,11 @@ def test_log_probabilities(alone, model):
         assert row == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", ["llama"])
 def test_a_layer_that_computes_with_a_copy_is_named(alone, model):
     assert f"what is written to {LAYER}.weight" in alone[model]["blind"]
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", MODELS)
 def test_seeds_stops_and_invalid_logits(alone, model):
     results = alone[model]
@@ -296,7 +92,6 @@ def test_seeds_stops_and_invalid_logits(alone, model):
     assert results["invalid"] == [[]] * 4
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", ["llama"])
 def test_what_vllm_cannot_run_is_named(alone, model):
     no_block, no_context, mamba, device = alone[model]["refused"]
@@ -314,7 +109,6 @@ def split(request, directories):
     return started(directories, *request.param)
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", MODELS)
 def test_tensor_parallel_ranks_give_the_same(alone, split, model):
     one_rank, one = alone[model], alone[model]["vllm"]
@@ -341,7 +135,6 @@ def together(request, directories):
     return torchrun(tensor, "vllm_members.py", str(tensor), str(rank), *chosen, seconds=900)
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", [name for name in SHARED if name != "gemma2"])
 def test_members_answer_side_by_side_as_alone(together, alone, model):
     for rank in together:
@@ -352,7 +145,6 @@ def test_members_answer_side_by_side_as_alone(together, alone, model):
         assert results["digest"] == alone[model]["vllm"]["base"]
 
 
-@pytest.mark.vllm
 @pytest.mark.parametrize("model", ["gemma2"])
 def test_a_matrix_without_adapters_is_named(together, model):
     for rank in together:
@@ -369,7 +161,6 @@ def real():
     return torchrun(1, "vllm_real.py", str(directory), seconds=900)[0]
 
 
-@pytest.mark.vllm
 @pytest.mark.model
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_center_of_a_real_model(real, dtype):
@@ -377,7 +168,6 @@ def test_the_center_of_a_real_model(real, dtype):
     assert [mine["base"], mine["updated"]] == [theirs["base"], theirs["updated"]]
 
 
-@pytest.mark.vllm
 @pytest.mark.model
 def test_greedy_answers_of_a_real_model(real, record_property):
     """In float32 an answer may differ where rounding decides between two tokens."""
@@ -389,7 +179,6 @@ def test_greedy_answers_of_a_real_model(real, record_property):
     assert mine["member"] != mine["responses"]
 
 
-@pytest.mark.vllm
 @pytest.mark.model
 def test_a_real_model_in_16_bits(real):
     """Kernels round differently, so answers part; where they do, both tokens are as probable."""
@@ -397,7 +186,6 @@ def test_a_real_model_in_16_bits(real):
     assert all(abs(value) < 0.5 for value in real["bfloat16"]["lost"])
 
 
-@pytest.mark.vllm
 def test_a_killed_run_goes_on_with_another_engine(tmp_path):
     pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
     directory = saved("llama", tmp_path / "model")
@@ -465,7 +253,6 @@ def test_a_killed_run_goes_on_with_another_engine(tmp_path):
     assert greedy[0] == greedy[1]
 
 
-@pytest.mark.vllm
 @pytest.mark.slow
 def test_every_way_of_batching_runs(tmp_path):
     pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
