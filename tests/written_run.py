@@ -1,4 +1,6 @@
-"""A run directory, as a run that was resumed before its last iteration writes it."""
+"""A run directory, as a run that was resumed before its last iteration writes it; and the settings
+and metrics of a reporter of one iteration.
+"""
 
 from pathlib import Path
 
@@ -12,6 +14,24 @@ EVIL = (
     "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m "
     "& \"quoted\" 'too' \u202eright to left"
 )
+
+
+METRICS = dict(
+    iteration=0,
+    reward_mean=1.0,
+    reward_std=0.5,
+    reward_min=0.0,
+    reward_max=2.0,
+    seconds=2.0,
+    generated_tokens=100,
+)
+
+
+def settings_of(directory: Path, *names: str) -> Config:
+    config = Config(model=ModelConfig("model"), run=RunConfig(str(directory)))
+    config.es.iterations, config.es.population_size = 4, 3
+    config.tracking.loggers = list(names)
+    return config
 
 
 def write_run(directory: Path, sigma: float = 0.001) -> None:

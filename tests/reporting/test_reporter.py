@@ -1,12 +1,7 @@
 """A run's output: the terminal, the metrics files, the loggers, the attempt directories."""
 
-import contextlib
 import json
-import math
-import os
-import pty
 import re
-import threading
 import time
 from pathlib import Path
 
@@ -15,14 +10,14 @@ import yaml
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shardes.config.schema import Config, ModelConfig, RunConfig
 from shardes.errors import ConfigError, RunError
-from shardes.reporting import loggers, progress
+from shardes.reporting import loggers
 from shardes.reporting.attempts import Attempt, record_failure
 from shardes.reporting.loggers import Loggers
 from shardes.reporting.reporter import RunReporter
 from shardes.reporting.system_info import variables
 from shardes.storage.resume import ResumePoint
+from written_run import METRICS, settings_of
 
 OWN = """
 import json
@@ -61,16 +56,6 @@ prompts  3 train, 2 test; up to 8 new tokens
 run      {run}, .*; \d iterations in all
 """
 
-METRICS = dict(
-    iteration=0,
-    reward_mean=1.0,
-    reward_std=0.5,
-    reward_min=0.0,
-    reward_max=2.0,
-    seconds=2.0,
-    generated_tokens=100,
-)
-
 
 @pytest.fixture
 def own(tmp_path) -> str:
@@ -82,13 +67,6 @@ def own(tmp_path) -> str:
 
 def lines(file: Path) -> list:
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def settings_of(directory: Path, *names: str) -> Config:
-    config = Config(model=ModelConfig("model"), run=RunConfig(str(directory)))
-    config.es.iterations, config.es.population_size = 4, 3
-    config.tracking.loggers = list(names)
-    return config
 
 
 def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
@@ -264,91 +242,6 @@ def test_metrics_are_grouped_and_none_hides_another():
 def test_loggers_that_cannot_be_used(own, name, message):
     with pytest.raises(ConfigError, match=message):
         loggers.check([name.format(own=own)])
-
-
-def test_the_bar_on_a_terminal(tmp_path):
-    reader, writer = pty.openpty()
-    output = bytearray()
-
-    def read():
-        with contextlib.suppress(OSError):
-            while chunk := os.read(reader, 4096):
-                output.extend(chunk)
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    with open(writer, "w") as terminal, contextlib.redirect_stdout(terminal):
-        reporter = RunReporter(settings_of(tmp_path), ResumePoint())
-        reporter.log_iteration(METRICS | {"held_out_reward": 0.25})
-        reporter.member_finished(600)
-        reporter.progress(1, 2)
-        reporter.close()
-    thread.join(10)
-    os.close(reader)
-    text = output.decode()
-    assert "iteration 1 of 4" in text and "2/3" in text and "members" in text
-    for part in ("tokens/s", "reward 1.000", "held-out 0.2500", "best held-out 0.2500", "left"):
-        assert part in text, text
-    assert "iteration 0  reward 1.000 ± 0.5000  best 2.000  held-out 0.2500" in text
-
-
-def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
-    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
-    reporter.member_finished(100)
-    reporter.progress(0, 1)
-    reporter.log_iteration(METRICS)
-    reporter.close()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("iteration 0  reward 1.000 ± 0.5000  best 2.000  2.0 s  50 tokens/s")
-    assert (tmp_path / "logs" / "attempt_1" / "output.log").read_text() == line + "\n"
-
-
-def test_members_of_an_earlier_start_count_neither_as_tokens_nor_as_time(capsys, monkeypatch):
-    """Iteration 1 of 4 goes on with two of its four members; they take ten seconds."""
-    clock = iter([0.0, 10.0, 10.0, 10.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 10.0))
-    terminal = progress.Terminal(4, 4, start=1, restored=2, best_held_out=-math.inf)
-    metrics = METRICS | {"iteration": 1, "seconds": 10.0}
-    assert terminal.log_iteration(metrics, tokens=30).endswith("10.0 s  3 tokens/s  0:40 left")
-    terminal.close()
-
-
-def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys):
-    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
-    held_out = {"held_out_reward": 0.00051234, "held_out_accuracy": 0.334}
-    metrics = METRICS | {"reward_mean": -144.72, "reward_std": 0.0038, "reward_max": 0}
-    reporter.log_iteration(metrics | held_out)
-    evaluations = {0: held_out | {"center_reward": 12345.6}, 1: held_out | {"center_reward": 1e20}}
-    reporter.summary([1234.5, 9999.96], evaluations, "digest", 1.0)
-    reporter.close()
-    line, done = capsys.readouterr().out.splitlines()
-    assert "reward -144.7 ± 0.003800  best 0.000  held-out 0.0005123 (accuracy 33.4 %)" in line
-    assert "member reward 1234 → 10000, center's 12346 → 1.000e+20, held-out 0.0005123 (acc" in done
-
-
-def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch):
-    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
-    reporter.member_finished(600)
-    reporter.progress(0, 1)
-    now = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + 11)
-    for done in (1, 2):
-        reporter.progress(0, done)
-    reporter.close()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("members: 1 of 3 of iteration 0  ") and line.endswith(" left")
-
-
-def test_a_slow_step_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "FIRST_WAIT", 0.1)
-    with contextlib.suppress(KeyError), progress.slow_step("loading the weights"):
-        time.sleep(0.5)
-        raise KeyError
-    with progress.slow_step("a quick step"):
-        pass
-    with progress.slow_step("another rank's", shown=False):
-        time.sleep(0.2)
-    assert re.fullmatch(r"loading the weights: 0:0\d so far\n", capsys.readouterr().err)
 
 
 def test_extremes_are_the_first_best_and_worst_and_are_trimmed_on_resume(tmp_path):

@@ -1,0 +1,99 @@
+"""What a run shows while it goes on."""
+
+import contextlib
+import math
+import os
+import pty
+import re
+import threading
+import time
+
+from shardes.reporting import progress
+from shardes.reporting.reporter import RunReporter
+from shardes.storage.resume import ResumePoint
+from written_run import METRICS, settings_of
+
+
+def test_the_bar_on_a_terminal(tmp_path):
+    reader, writer = pty.openpty()
+    output = bytearray()
+
+    def read():
+        with contextlib.suppress(OSError):
+            while chunk := os.read(reader, 4096):
+                output.extend(chunk)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    with open(writer, "w") as terminal, contextlib.redirect_stdout(terminal):
+        reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+        reporter.log_iteration(METRICS | {"held_out_reward": 0.25})
+        reporter.member_finished(600)
+        reporter.progress(1, 2)
+        reporter.close()
+    thread.join(10)
+    os.close(reader)
+    text = output.decode()
+    assert "iteration 1 of 4" in text and "2/3" in text and "members" in text
+    for part in ("tokens/s", "reward 1.000", "held-out 0.2500", "best held-out 0.2500", "left"):
+        assert part in text, text
+    assert "iteration 0  reward 1.000 ± 0.5000  best 2.000  held-out 0.2500" in text
+
+
+def test_plain_lines_if_not_a_terminal(tmp_path, capsys):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    reporter.member_finished(100)
+    reporter.progress(0, 1)
+    reporter.log_iteration(METRICS)
+    reporter.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("iteration 0  reward 1.000 ± 0.5000  best 2.000  2.0 s  50 tokens/s")
+    assert (tmp_path / "logs" / "attempt_1" / "output.log").read_text() == line + "\n"
+
+
+def test_members_of_an_earlier_start_count_neither_as_tokens_nor_as_time(capsys, monkeypatch):
+    """Iteration 1 of 4 goes on with two of its four members; they take ten seconds."""
+    clock = iter([0.0, 10.0, 10.0, 10.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 10.0))
+    terminal = progress.Terminal(4, 4, start=1, restored=2, best_held_out=-math.inf)
+    metrics = METRICS | {"iteration": 1, "seconds": 10.0}
+    assert terminal.log_iteration(metrics, tokens=30).endswith("10.0 s  3 tokens/s  0:40 left")
+    terminal.close()
+
+
+def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    held_out = {"held_out_reward": 0.00051234, "held_out_accuracy": 0.334}
+    metrics = METRICS | {"reward_mean": -144.72, "reward_std": 0.0038, "reward_max": 0}
+    reporter.log_iteration(metrics | held_out)
+    evaluations = {0: held_out | {"center_reward": 12345.6}, 1: held_out | {"center_reward": 1e20}}
+    reporter.summary([1234.5, 9999.96], evaluations, "digest", 1.0)
+    reporter.close()
+    line, done = capsys.readouterr().out.splitlines()
+    assert "reward -144.7 ± 0.003800  best 0.000  held-out 0.0005123 (accuracy 33.4 %)" in line
+    assert "member reward 1234 → 10000, center's 12346 → 1.000e+20, held-out 0.0005123 (acc" in done
+
+
+def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    reporter.member_finished(600)
+    reporter.progress(0, 1)
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 11)
+    for done in (1, 2):
+        reporter.progress(0, done)
+    reporter.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("members: 1 of 3 of iteration 0  ") and line.endswith(" left")
+
+
+def test_a_slow_step_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_WAIT", 0.1)
+    with contextlib.suppress(KeyError), progress.slow_step("loading the weights"):
+        time.sleep(0.5)
+        raise KeyError
+    with progress.slow_step("a quick step"):
+        pass
+    with progress.slow_step("another rank's", shown=False):
+        time.sleep(0.2)
+    assert re.fullmatch(r"loading the weights: 0:0\d so far\n", capsys.readouterr().err)
