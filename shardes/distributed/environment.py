@@ -147,12 +147,19 @@ def ended_by_signals() -> Iterator[None]:
         os.write(1, f"{Stopped(CODES[number])}\n".encode())
         os._exit(CODES[number])
 
-    before = {number: signal.signal(number, end) for number in CODES}
+    with signals_handled(end):
+        yield
+
+
+@contextmanager
+def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A context in which `handler` gets the signals that stop a job; for the main thread."""
+    before = {number: signal.signal(number, handler) for number in CODES}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, former in before.items():
+            signal.signal(number, signal.SIG_DFL if former is None else former)
 
 
 def exit_process(code: int) -> NoReturn:

@@ -185,12 +185,8 @@ class LocalRanks:
                 if process.poll() is None:
                     process.send_signal(FORWARDED[number])
 
-        before = {number: signal.signal(number, ask) for number in CODES}
-        try:
+        with environment.signals_handled(ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _kill(self) -> None:
         """Kill the ranks, and what they have started and left in their sessions."""
