@@ -19,7 +19,7 @@ from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
 from shardes.errors import ConfigError, unusable_files
 from shardes.reporting.report import render, render_probe
-from shardes.reporting.run_directory import Run
+from shardes.reporting.run_directory import RunContents
 
 
 @reports_errors
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     out = options.out or (options.runs[0] if single else Path()) / "report.html"
     text = render_probe(options.runs[0]) if single else None
     if text is None:
-        runs = [Run(directory) for directory in options.runs]
+        runs = [RunContents(directory) for directory in options.runs]
         for warning in (line for run in runs for line in run.warnings):
             print(warning, file=sys.stderr)
         text = render(runs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from shardes.es.statistics import mean
 from shardes.reporting.page import Answer, Answers, Block, Details, Heading, Text
-from shardes.reporting.run_directory import Run
+from shardes.reporting.run_directory import RunContents
 from shardes.words import counted
 
 SHOWN = 3  # of each group
@@ -30,7 +30,7 @@ class Asked:
         return mean([self.after[run]["reward"] - self.before[run]["reward"] for run in self.after])
 
 
-def before_and_after(runs: Mapping[str, Run]) -> list[Block]:
+def before_and_after(runs: Mapping[str, RunContents]) -> list[Block]:
     """A few prompts of each split with the responses of the first and of the last evaluation."""
     blocks: list[Block] = []
     for split, name in SPLITS.items():

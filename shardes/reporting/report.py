@@ -29,7 +29,7 @@ from shardes.reporting.page import (
 from shardes.reporting.probe import FILE as PROBE
 from shardes.reporting.probe import section
 from shardes.reporting.progress import duration
-from shardes.reporting.run_directory import Run, drawable, read_json
+from shardes.reporting.run_directory import RunContents, drawable, read_json
 from shardes.storage.journal import JOURNAL
 
 PARTS = ("generate", "gather", "perturb", "restore", "update", "exchange")
@@ -69,7 +69,7 @@ def render_probe(directory: Path) -> str | None:
         raise ConfigError(f"{file}: damaged: {one_line(error)}; run the probe again") from error
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RunContents]) -> str:
     """The page of a run, or one that compares several."""
     named = dict(zip(_names(runs), runs, strict=True))
     about = [
@@ -98,7 +98,7 @@ def render(runs: Sequence[Run]) -> str:
     return page(" · ".join(named), about, {name: _safe(make) for name, make in sections.items()})
 
 
-def _names(runs: Iterable[Run]) -> list[str]:
+def _names(runs: Iterable[RunContents]) -> list[str]:
     """The directories' names, with as many of their parents as it takes to tell them apart."""
     parts = [run.directory.resolve().parts for run in runs]
     depth = 1
@@ -107,7 +107,7 @@ def _names(runs: Iterable[Run]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
-def _about(run: Run) -> str:
+def _about(run: RunContents) -> str:
     task = run.settings.get("task.name") or run.settings.get("task.path")
     return f"task {task}; base model {run.history.header.model}; {run.state}"
 
@@ -121,7 +121,7 @@ def _safe(make: Callable[[], list[Block]]) -> list[Block]:
         return [Text(f"Cannot be shown, because a file of the run is damaged: {problem}")]
 
 
-def _figures(run: Run) -> dict[str, str]:
+def _figures(run: RunContents) -> dict[str, str]:
     """The most important figures by name."""
     seconds, tokens = run.total("seconds"), run.total("generated_tokens")
     figures = {
@@ -137,7 +137,7 @@ def _figures(run: Run) -> dict[str, str]:
     return figures
 
 
-def _curves(run: Run) -> list[Block]:
+def _curves(run: RunContents) -> list[Block]:
     band = {
         row["iteration"]: (row["reward_min"], row["reward_max"])
         for row in run.metrics
@@ -158,7 +158,7 @@ def _curves(run: Run) -> list[Block]:
     })  # fmt: skip
 
 
-def _compared(runs: dict[str, Run]) -> list[Block]:
+def _compared(runs: dict[str, RunContents]) -> list[Block]:
     """A chart per metric, with a curve per run."""
     names = RESULTS | {"distance_relative": "distance from the base model, relative"}
     series = {
@@ -183,7 +183,7 @@ def _charts(series: dict[str, list[Series]]) -> list[Block]:
     return [Chart(title, figure) for title, figure in charts.items() if figure]
 
 
-def _speed(run: Run) -> dict[float, float]:
+def _speed(run: RunContents) -> dict[float, float]:
     """Generated tokens per second by iteration."""
     return {
         row["iteration"]: row["generated_tokens"] / row["seconds"]
@@ -192,7 +192,7 @@ def _speed(run: Run) -> dict[float, float]:
     }
 
 
-def _results(runs: dict[str, Run]) -> Table:
+def _results(runs: dict[str, RunContents]) -> Table:
     """The most important figures, a column per run."""
     figures = [_figures(run) for run in runs.values()]
     keys = dict.fromkeys(key for values in figures for key in values)
@@ -200,14 +200,14 @@ def _results(runs: dict[str, Run]) -> Table:
     return Table(rows, ["", *runs])
 
 
-def _differences(runs: dict[str, Run]) -> Block:
+def _differences(runs: dict[str, RunContents]) -> Block:
     keys = dict.fromkeys(key for run in runs.values() for key in run.settings if key != "run.dir")
     values = {key: [_json(run.settings.get(key)) for run in runs.values()] for key in keys}
     rows = [[key, *found] for key, found in values.items() if len(set(found)) > 1]
     return Table(rows, ["key", *runs]) if rows else Text("None.")
 
 
-def _times(run: Run) -> list[Block]:
+def _times(run: RunContents) -> list[Block]:
     """Seconds by part, and tokens per second."""
     timed = [row for row in run.metrics if "seconds" in row]
     if not timed:
@@ -240,7 +240,7 @@ def _times(run: Run) -> list[Block]:
     ]
 
 
-def _extremes(run: Run) -> list[Block]:
+def _extremes(run: RunContents) -> list[Block]:
     """The best and the worst response of the first and the last iteration."""
     if not run.extremes:
         return []
@@ -255,7 +255,7 @@ def _extremes(run: Run) -> list[Block]:
     return blocks
 
 
-def _settings(run: Run) -> list[Block]:
+def _settings(run: RunContents) -> list[Block]:
     changed: list[tuple[str, str]] = []
     others: list[tuple[str, str]] = []
     for key, value in run.settings.items():
@@ -273,7 +273,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _starts(run: Run) -> list[Block]:
+def _starts(run: RunContents) -> list[Block]:
     """Every start: its time, host, devices and layout; and every change of settings at a resume."""
     resumed = [
         (

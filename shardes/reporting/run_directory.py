@@ -16,7 +16,7 @@ from shardes.storage.journal import JOURNAL, History, read
 LARGEST = 1e100  # that is drawn; the limit of rewards
 
 
-class Run:
+class RunContents:
     """The contents of a run directory. Damaged files and lines are left out, with a warning.
 
     Raises:
