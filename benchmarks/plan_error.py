@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,17 +118,23 @@ def compare(directory: Path, noise: Noise, count: int, tokens: int) -> tuple[flo
     return planned, iteration()
 
 
+def models(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Path]]:
+    """Each model's name and directory, which lasts until the next one."""
+    for name, size in sizes.items():
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder), size)
+            yield name, Path(folder)
+
+
 def table() -> Iterator[str]:
     yield row(["parameters", "noise", "prompts × tokens", "planned", "measured", "ratio"])
     yield row(["---"] * 6)
-    for name, sizes in SIZES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), sizes)
-            for noise in Noise:
-                for count, tokens in LOADS:
-                    planned, measured = compare(Path(folder), noise, count, tokens)
-                    cells = [name, noise.value, f"{count} × {tokens}", f"{planned:.2f} s"]
-                    yield row([*cells, f"{measured:.2f} s", f"{measured / planned:.2f}"])
+    for name, folder in models(SIZES):
+        for noise in Noise:
+            for count, tokens in LOADS:
+                planned, measured = compare(folder, noise, count, tokens)
+                cells = [name, noise.value, f"{count} × {tokens}", f"{planned:.2f} s"]
+                yield row([*cells, f"{measured:.2f} s", f"{measured / planned:.2f}"])
 
 
 def train(directory: Path, noise: Noise) -> tuple[float, list[float]]:
@@ -176,15 +182,13 @@ def train(directory: Path, noise: Noise) -> tuple[float, list[float]]:
 def runs_table() -> Iterator[str]:
     yield row(["parameters", "noise", "planned", "measured", "of each iteration", "error"])
     yield row(["---"] * 6)
-    for name, sizes in RUN_SIZES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), sizes)
-            for noise in Noise:
-                planned, each = train(Path(folder), noise)
-                measured = statistics.median(each)
-                spread = f"{min(each):.2f} to {max(each):.2f} s"
-                cells = [name, noise.value, f"{planned:.2f} s", f"{measured:.2f} s", spread]
-                yield row([*cells, f"{planned / measured - 1:+.0%}"])
+    for name, folder in models(RUN_SIZES):
+        for noise in Noise:
+            planned, each = train(folder, noise)
+            measured = statistics.median(each)
+            spread = f"{min(each):.2f} to {max(each):.2f} s"
+            cells = [name, noise.value, f"{planned:.2f} s", f"{measured:.2f} s", spread]
+            yield row([*cells, f"{planned / measured - 1:+.0%}"])
 
 
 if __name__ == "__main__":

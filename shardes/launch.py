@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from inspect import signature
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shardes.answers import Answers, InPlace, MembersTogether, OneBatch
 from shardes.clock import Clock
 from shardes.config import loading
-from shardes.config.schema import Config, EngineName, ESConfig
+from shardes.config.schema import Config, EngineName, ESConfig, GenerationConfig
 from shardes.distributed.hosts import check_launcher
 from shardes.distributed.world import Job, World, form_replica
 from shardes.engines import Engine, build, check_model, open_model
@@ -99,6 +100,22 @@ def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
     task = configured_task(config.task, task)
     _check_task_takes_numbers(config, task)
     loggers.check(config.tracking.loggers)
+    files, module = _open_module(config, job)
+    with mistakes_in(f"model.path={files.directory}"):
+        check_model(config, module)
+        tokenizer = open_tokenizer(files.directory, config.model.trust_remote_code)
+        check_decoding(config.model.path, module)
+        check_static_decoding(config, module)
+        decode = _decoder(config.generation, files.directory, module, tokenizer)
+    if config.engine is EngineName.vllm:
+        check_processors(decode.applied)
+        check_rotary(config, module)
+    rule = load_rule(config.es.update)
+    return PreparedRun(config, replicas, files, module, tokenizer, task, decode, rule)
+
+
+def _open_module(config: Config, job: Job) -> tuple[WeightFiles, PreTrainedModel]:
+    """The model's files and its module on the meta device, which members can be made of."""
     directory = model_directory(config.model.path)
     trusted = config.model.trust_remote_code
     if trusted and job.rank == 0:
@@ -114,33 +131,33 @@ def check(config: Config, job: Job, task: Task | None = None) -> PreparedRun:
     _check_evolve(config, module)
     if job.rank == 0:
         _warn_of_unused(config, module)
-    settings = config.generation
     check_rank(config.es, ((name, tuple(p.shape)) for name, p in module.named_parameters()))
     if answer_side_by_side(config.es):
         check_members_can_share(module, config.es)
         if config.engine is EngineName.vllm:
             check_adapters(module, config.es)
-    with mistakes_in(f"model.path={directory}"):
-        check_model(config, module)
-        tokenizer = open_tokenizer(directory, trusted)
-        check_decoding(config.model.path, module)
-        check_static_decoding(config, module)
-        decode = decoder(
-            tokenizer,
-            checkpoint_generation_config(
-                directory, module, settings.max_new_tokens, settings.logits_processors
-            ),
-            max_new_tokens=settings.max_new_tokens,
-            stop=settings.stop,
-            batch_tokens=settings.batch_tokens,
-            logits_processors=settings.logits_processors,
-            decode=settings.decode,
-        )
-    if config.engine is EngineName.vllm:
-        check_processors(decode.applied)
-        check_rotary(config, module)
-    rule = load_rule(config.es.update)
-    return PreparedRun(config, replicas, files, module, tokenizer, task, decode, rule)
+    return files, module
+
+
+def _decoder(
+    settings: GenerationConfig,
+    directory: Path,
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Decoder:
+    """The decoder of the settings and of the checkpoint's own generation config."""
+    generation = checkpoint_generation_config(
+        directory, module, settings.max_new_tokens, settings.logits_processors
+    )
+    return decoder(
+        tokenizer,
+        generation,
+        max_new_tokens=settings.max_new_tokens,
+        stop=settings.stop,
+        batch_tokens=settings.batch_tokens,
+        logits_processors=settings.logits_processors,
+        decode=settings.decode,
+    )
 
 
 def unused_by_text(module: PreTrainedModel, es: ESConfig) -> list[str]:

@@ -37,6 +37,7 @@ from shardes.commands.arguments import LaunchParser, path
 from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
+from shardes.engines import Engine
 from shardes.errors import ConfigError, RunError, Stopped, mistakes_in
 from shardes.inference.log_probs import k3
 from shardes.inference.sampler import Sampler, invalid_logits
@@ -206,13 +207,7 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
     world, engine, sampler = launch.build_replica(job, prepared)
     load(prepared.files, engine.shards)
     watcher.expect_polls()
-    # First all greedy responses of a split, then the first sample of every prompt, and so on.
-    pieces = [
-        Piece(split, sample, range(begin, min(begin + PIECE, len(prompts))))
-        for split, prompts in prepared.prompts.items()
-        for sample in range(1 + prepared.samples)
-        for begin in range(0, len(prompts), PIECE)
-    ]
+    pieces = _pieces(prepared)
     queue = WorkQueue(
         world,
         store.queue("evaluation"),
@@ -221,7 +216,46 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
         prepared.config.run.timeout,
         poll=watcher.poll,
     )
-    poll = watcher.poll
+    _answer(prepared, engine, sampler, pieces, queue, watcher.poll)
+    if world.is_primary:
+        results = [PieceResult(**json.loads(text)) for text in queue.collect()]
+        failed = prepared.out.with_suffix(".failed.json")
+        scorer = Scorer(
+            prepared.config.task, prepared.task, failed, watcher.poll, watcher.users_code
+        )
+        with closing(scorer):
+            splits = {
+                split: _split_report(prepared, scorer, split, sampler, pieces, results)
+                for split in prepared.prompts
+            }
+        _write(prepared, splits, time.monotonic() - started)
+        if prepared.side_by_side:
+            print_comparison(splits)
+        else:
+            print(summary(splits))
+        print(f"every response: {prepared.out}", flush=True)
+    dist.barrier()
+
+
+def _pieces(prepared: PreparedEvaluation) -> list[Piece]:
+    """All greedy responses of a split, then the first sample of every prompt, and so on."""
+    return [
+        Piece(split, sample, range(begin, min(begin + PIECE, len(prompts))))
+        for split, prompts in prepared.prompts.items()
+        for sample in range(1 + prepared.samples)
+        for begin in range(0, len(prompts), PIECE)
+    ]
+
+
+def _answer(
+    prepared: PreparedEvaluation,
+    engine: Engine,
+    sampler: Sampler,
+    pieces: Sequence[Piece],
+    queue: WorkQueue,
+    poll: Callable[[], None],
+) -> None:
+    """Answer this replica's pieces with the model, then with the base if they are compared."""
     results = {}
     for number in queue.claims():
         piece = pieces[number]
@@ -240,25 +274,6 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
         if prepared.side_by_side:
             result.base_tokens = _generate(prepared, piece, sampler, poll)
         queue.post(number, json.dumps(asdict(result)))
-    if world.is_primary:
-        texts = queue.collect()
-        all_results = [PieceResult(**json.loads(text)) for text in texts]
-        failed = prepared.out.with_suffix(".failed.json")
-        scorer = Scorer(
-            prepared.config.task, prepared.task, failed, watcher.poll, watcher.users_code
-        )
-        with closing(scorer):
-            splits = {
-                split: _split_report(prepared, scorer, split, sampler, pieces, all_results)
-                for split in prepared.prompts
-            }
-        _write(prepared, splits, time.monotonic() - started)
-        if prepared.side_by_side:
-            print_comparison(splits)
-        else:
-            print(summary(splits))
-        print(f"every response: {prepared.out}", flush=True)
-    dist.barrier()
 
 
 def _piece_prompts(prepared: PreparedEvaluation, piece: Piece) -> list[list[int]]:

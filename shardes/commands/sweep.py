@@ -192,7 +192,8 @@ def main(argv: list[str]) -> int:
             for seed in options.seeds
         ]
     except Stopped as stopped:
-        print("stopped; start the same command again to go on", flush=True)
+        if not stopped.said:
+            print(stopped, flush=True)
         return stopped.code
     rows = rows_of(runs)
     (options.out / "sweep.json").write_text(json.dumps(dict(base=base, runs=runs), indent=1) + "\n")

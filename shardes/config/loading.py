@@ -1,6 +1,7 @@
 """Reading settings from a file and overrides, checking them, and writing them as YAML."""
 
 import re
+from collections.abc import Iterator
 from enum import Enum
 from os.path import expanduser
 from pathlib import Path
@@ -127,52 +128,50 @@ def check(config: Config) -> None:
             value = _value(config, key)
             holds = value is None or setting.limit.holds(value)
             _demand(config, key, holds, setting.limit.demand)
-    es, replicas = config.es, config.replicas
-    _demand(
-        config,
+    for key, holds, demand in _combinations(config):
+        _demand(config, key, holds, demand)
+
+
+def _combinations(config: Config) -> Iterator[tuple[str, bool, str]]:
+    """Settings that others exclude: the key, whether it holds, and what it must be."""
+    es, replicas, copies = config.es, config.replicas, config.es.restore is Restore.copy
+    yield (
         "es.population_size",
         not (es.antithetic and es.population_size % 2),
         "must be even with es.antithetic=true: members come in pairs",
     )
-    _demand(
-        config,
+    yield (
         "checkpoint.best",
         not config.checkpoint.best or config.checkpoint.every > 0,
         "needs checkpoint.every above 0",
     )
-    _demand(
-        config,
+    yield (
         "replicas.port",
         replicas.join is None or replicas.port is None,
         "is for the run that others join; leave it out with replicas.join",
     )
-    _demand(
-        config,
+    yield (
         "es.restore",
-        es.restore is Restore.copy or (replicas.join is None and replicas.port is None),
+        copies or (replicas.join is None and replicas.port is None),
         "replicas drift apart by rounding, so none can join the run; use copy",
     )
-    _demand(
-        config,
+    yield (
         "es.restore",
-        es.restore is Restore.copy or es.noise is Noise.full,
+        copies or es.noise is Noise.full,
         "is for es.noise=full; use copy with es.noise=low_rank",
     )
-    _demand(
-        config,
+    yield (
         "es.update",
-        es.update is None or es.restore is Restore.copy,
+        es.update is None or copies,
         "is for es.restore=copy, in which the center is exact",
     )
-    _demand(
-        config,
+    yield (
         "center.device",
         config.center.device is not CenterDevice.device or config.sharding.offload is Offload.none,
         "the live shards are in host memory with sharding.offload=cpu, and so is the center; "
         "use auto or host",
     )
-    _demand(
-        config,
+    yield (
         "es.members_per_batch",
         es.members_per_batch is None or es.noise is Noise.low_rank,
         "is for es.noise=low_rank: with full noise a member changes every weight",

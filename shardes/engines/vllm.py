@@ -163,17 +163,7 @@ class VLLMEngine:
 
         check_platform(world.device)
         self._config, self.device = config, world.device
-        self._derive: Callable[[Any], None] = lambda model: None
-        opened: AbstractContextManager[None] = nullcontext()
-        if world.device.type == "cpu":
-            from shardes.engines import vllm_cpu
-
-            vllm_cpu.compute_in_place()
-            opened = vllm_cpu.own_shared_memory(world)
-            self._derive = vllm_cpu.pack_experts
-        # A prompt of `check_writes` must have room, too.
-        room = longest + MARGIN
-        context = min(room, own_context(module) or room) if longest else None
+        opened, self._derive = _of_device(world)
         self._model: Any = None  # set by the loader
         self._pieces: list[Piece] = []
         _register_loader(self._load(module.dtype, files))
@@ -183,18 +173,8 @@ class VLLMEngine:
             with opened:
                 llm = LLM(
                     str(files.directory),
-                    skip_tokenizer_init=True,
-                    trust_remote_code=config.model.trust_remote_code,
-                    dtype=config.model.dtype.value,
-                    seed=0,
-                    load_format=LOAD_FORMAT,
-                    distributed_executor_backend="external_launcher",
-                    tensor_parallel_size=config.sharding.tensor,
-                    async_scheduling=False,
-                    generation_config="vllm",
-                    enforce_eager=config.vllm.enforce_eager,
-                    max_model_len=config.vllm.max_model_len or context,
-                    kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
+                    max_model_len=config.vllm.max_model_len or _context(module, longest),
+                    **_arguments(config),
                     **(slots.arguments() if slots else {}),
                 )
             _release_queue()
@@ -282,6 +262,39 @@ class VLLMEngine:
         if self._config.vllm.enforce_eager:
             return f"engine=vllm: vLLM {_version()} {verdict}; use another engine"
         return f"vllm.enforce_eager=false: vLLM {_version()} {verdict}; set vllm.enforce_eager=true"
+
+
+def _of_device(world: World) -> tuple[AbstractContextManager[None], Callable[[Any], None]]:
+    """The context in which vLLM is opened, and what derives from weights what it computes with."""
+    if world.device.type != "cpu":
+        return nullcontext(), lambda model: None
+    from shardes.engines import vllm_cpu
+
+    vllm_cpu.compute_in_place()
+    return vllm_cpu.own_shared_memory(world), vllm_cpu.pack_experts
+
+
+def _context(module: PreTrainedModel, longest: int) -> int | None:
+    """The tokens that the longest request needs, with room for a prompt of `check_writes`."""
+    room = longest + MARGIN
+    return min(room, own_context(module) or room) if longest else None
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    """What vLLM's engine is told of the run."""
+    return dict(
+        skip_tokenizer_init=True,
+        trust_remote_code=config.model.trust_remote_code,
+        dtype=config.model.dtype.value,
+        seed=0,
+        load_format=LOAD_FORMAT,
+        distributed_executor_backend="external_launcher",
+        tensor_parallel_size=config.sharding.tensor,
+        async_scheduling=False,
+        generation_config="vllm",
+        enforce_eager=config.vllm.enforce_eager,
+        kv_cache_memory_bytes=int(config.vllm.cache_size * 1e9),
+    )
 
 
 def _release_queue() -> None:

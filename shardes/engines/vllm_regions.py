@@ -7,7 +7,7 @@ without memory. A loader that computes with the weights makes other tensors, and
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -161,14 +161,18 @@ def find_shards(
         )
         flat = live.data.view(-1)[first:end]
         shards[name] = owner, ParameterShard(name, tuple(param.shape), flat, regions, regions)
-    filled = {piece.param for piece in pieces}
     used = {owner for owner, _ in shards.values()}
+    _check_filled(storage, {piece.param for piece in pieces}, used)
+    return shards
+
+
+def _check_filled(storage: Iterable[str], filled: set[str], used: set[str]) -> None:
+    """Raise NoPlace for a parameter of vLLM that is not filled from files, or not in a shard."""
     for name in storage:
         if name not in filled:
             raise NoPlace(f"vLLM derives {name}, which no file has")
         if name not in used:
             raise NoPlace(f"vLLM's parameter {name} is none of transformers'")
-    return shards
 
 
 def parameters(model: Any) -> dict[str, torch.nn.Parameter]:

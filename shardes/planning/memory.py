@@ -84,17 +84,14 @@ def rank_memory(
         center_on_device: whether a float32 center lies on the GPU.
     """
     held = held_elements(model, layout.tensor, layout.shard, tensor_rank)
-    slices = slice_elements(model, layout.tensor, tensor_rank)
     copies = es.restore is Restore.copy
     live = {"live shard": held * model.itemsize}
     center = {"center": held * 4 if copies else held // SAMPLE * model.itemsize}
     batches = [batch for lengths in workload.of_rank(layout) for batch in workload.batches(lengths)]
     tokens = max(workload.rows(rows) * workload.length(width) for rows, width in batches)
-    heads = -(-model.num_key_value_heads // layout.tensor)
-    cached = 2 * model.num_hidden_layers * heads * model.head_dim  # elements per token
     computing = {
         "gathered weights": _gathered(model, layout, tensor_rank) * model.itemsize,
-        "key-value cache": cached * tokens * model.itemsize,
+        "key-value cache": _token_bytes(model, layout.tensor) * tokens,
         "largest temporaries": max(
             temporaries(model, layout.tensor, rows, width) for rows, width in batches
         ),
@@ -106,11 +103,9 @@ def rank_memory(
         computing["low-rank factors"] = seeds * sum(factors) * 4
     if gpu_memory is None:
         more = _only_on_cpu(model, layout, batches, live, computing)
-        if _gathers(model, layout) and layout.gather is Gather.member:
-            # gloo gathers into a copy of the largest slice
-            computing["largest temporaries"] = max(
-                computing["largest temporaries"], max(slices) * model.itemsize
-            )
+        computing["largest temporaries"] = max(
+            computing["largest temporaries"], _gloo_copy(model, layout, tensor_rank)
+        )
         return Memory({}, live | center | computing | more)
     # Each row's factors of a matrix: gathered, scaled in float32, and cast
     of_row = max(factors, default=0) * (8 + model.itemsize)
@@ -145,11 +140,22 @@ def center_on_device(
     return lies_on_device(config, lambda: needed <= free)
 
 
+def _gloo_copy(model: ModelShapes, layout: Layout, tensor_rank: int) -> int:
+    """The bytes of the copy of the largest slice that gloo gathers into."""
+    if not _gathers(model, layout) or layout.gather is not Gather.member:
+        return 0
+    return max(slice_elements(model, layout.tensor, tensor_rank)) * model.itemsize
+
+
+def _token_bytes(model: ModelShapes, tensor: int) -> int:
+    """A token's keys and values on a rank."""
+    heads = -(-model.num_key_value_heads // tensor)
+    return 2 * model.num_hidden_layers * heads * model.head_dim * model.itemsize
+
+
 def cached_tokens(model: ModelShapes, tensor: int, vllm: VLLMConfig) -> int:
     """The tokens that the key-value cache of engine=vllm holds on a rank, at least."""
-    heads = -(-model.num_key_value_heads // tensor)
-    per_token = 2 * model.num_hidden_layers * heads * model.head_dim * model.itemsize
-    return int(vllm.cache_size * 1e9) // per_token
+    return int(vllm.cache_size * 1e9) // _token_bytes(model, tensor)
 
 
 def vllm_memory(

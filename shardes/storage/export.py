@@ -78,14 +78,7 @@ def center_of_run(
         )
     path = base or history.header.model
     hub_id = None if Path(path).is_dir() else path
-    files, module = open_model(model_directory(path), torch.float32)
-    model = fingerprint(files)
-    if model not in (history.header.files, history.files):
-        names = ", ".join(differing(history.header.files, model))
-        raise ConfigError(
-            f"{files.directory}: not the model that the run began with ({names} differ); "
-            "pass that model's directory as --base"
-        )
+    files, module = _open_base(path, history)
     snapshot, warnings = latest_valid_snapshot([directory], iteration, history.digest, history.run)
     source, first = files, 0
     if snapshot and (snapshot.iteration == iteration or not (rule and rule.buffers)):
@@ -95,17 +88,11 @@ def center_of_run(
     # With es.restore=subtract the live weights are the center, so each update was rounded to their
     # dtype, and a replay lacks the rounding errors that the members left behind.
     exact = history.settings["es.restore"] == "copy"
+    records, computed = history.records[first:iteration], torch.float32 if exact else dtype
     return ExportSource(
         files,
         _shapes(module),
-        _replay(
-            source,
-            history.records[first:iteration],
-            torch.float32 if exact else dtype,
-            files,
-            _shapes(module),
-            rule,
-        ),
+        _replay(source, records, computed, files, _shapes(module), rule),
         dtype,
         iteration,
         history.digest(iteration) if exact or first == iteration else None,
@@ -113,6 +100,19 @@ def center_of_run(
         warnings,
         run=history.run,
     )
+
+
+def _open_base(path: str, history: History) -> tuple[WeightFiles, PreTrainedModel]:
+    """The run's base model: its files, and the module on the meta device."""
+    files, module = open_model(model_directory(path), torch.float32)
+    model = fingerprint(files)
+    if model not in (history.header.files, history.files):
+        names = ", ".join(differing(history.header.files, model))
+        raise ConfigError(
+            f"{files.directory}: not the model that the run began with ({names} differ); "
+            "pass that model's directory as --base"
+        )
+    return files, module
 
 
 def external_checkpoint(directory: Path, base: str | None) -> ExportSource:

@@ -169,20 +169,13 @@ def load_task(
     values: dict[str, Any] = {"train": train, "test": test, "tests": dict(tests) or None}
     values |= {"template": template, "chat": None if chat else False, "system": system}
     values |= {"prompt_field": prompt_field, "reward": reward}
-    for key, value in values.items():
-        if value is not None and name not in USED_BY[key]:
-            raise ConfigError(f"task.{key}={value}: only for task.name={' or '.join(USED_BY[key])}")
+    _check_used(name, values)
     if path is not None:
         return load_user_task(path)
-    if name == "jsonl":
-        if reward is None:
-            raise ConfigError(
-                "task.reward: is required with task.name=jsonl: my_module:function or "
-                "my_reward.py:function"
-            )
-        function = load_reward_function(reward)
-        return Jsonl(train, test, tests, template, chat, system, prompt_field, function)
     assert name is not None
+    if name == "jsonl":
+        function = _reward_of_jsonl(reward)
+        return Jsonl(train, test, tests, template, chat, system, prompt_field, function)
     if name not in TASKS:
         raise ConfigError(f"task.name={name}: no such task; {suggestion(name, [*TASKS, 'jsonl'])}")
     sources = {
@@ -191,3 +184,19 @@ def load_task(
         "math": (train, test, tests),
     }
     return TASKS[name](*sources.get(name, ()))
+
+
+def _check_used(name: str | None, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value that the task does not use."""
+    for key, value in values.items():
+        if value is not None and name not in USED_BY[key]:
+            raise ConfigError(f"task.{key}={value}: only for task.name={' or '.join(USED_BY[key])}")
+
+
+def _reward_of_jsonl(reward: str | None) -> Callable[..., Any]:
+    if reward is None:
+        raise ConfigError(
+            "task.reward: is required with task.name=jsonl: my_module:function or "
+            "my_reward.py:function"
+        )
+    return load_reward_function(reward)
