@@ -47,6 +47,9 @@ class Device:
     # Elements per second of the center's digest in host memory. Of GPUs' hosts, it is assumed: a
     # core made 0.4e9.
     digests: float = 5e9
+    # Values of ε per second that a rank's host makes for weights that lie there (offload). Of GPUs'
+    # hosts, it is assumed: a core made 0.9e9.
+    host_normals: float = 1e10
 
 
 def _gpu(capacity: float, bandwidth: float, flops: float, *rates: float) -> Device:

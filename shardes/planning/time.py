@@ -122,7 +122,9 @@ class Estimate:
         """The seconds of one member's perturbation, and of the update with the new digest."""
         es, device, elements = self.es, self.device, self._held
         pair = 2 if es.antithetic else 1  # members of one seed
-        noise = elements * noise_cost(es) / device.normals  # of one seed
+        offloads = self.layout.offload is Offload.cpu
+        normals = device.host_normals if offloads else device.normals
+        noise = elements * noise_cost(es) / normals  # of one seed
         update = es.population_size / pair * noise
         on_cpu = self.machine.gpu_memory is None
         subtracts = es.restore is Restore.subtract
@@ -131,7 +133,8 @@ class Estimate:
         else:
             update += elements / DIGESTS
         if subtracts:
-            moved = elements * 2 * self.model.itemsize / device.bandwidth
+            memory = device.host if offloads else device.bandwidth
+            moved = elements * 2 * self.model.itemsize / memory
             return 2 * (moved + noise), update + moved
         if self.center_on_device:
             perturb = elements * (4 + self.model.itemsize) / device.bandwidth + noise
@@ -139,6 +142,8 @@ class Estimate:
         elif on_cpu:
             perturb = elements * 4 / device.host + noise
             update += elements * 8 / device.host
+        elif offloads:  # beside the noise, reads and writes of the host's memory are short
+            perturb = noise
         else:  # a block comes from the host while another's noise is made
             copied = elements * 4 / device.host
             perturb = max(copied, noise)

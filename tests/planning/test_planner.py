@@ -148,6 +148,10 @@ def test_times_follow_the_bounds(models):
     assert seconds(Layout(4, 1, 1, Gather.member)).decode == pytest.approx(2 * seconds().decode)
     member, layer = (seconds(Layout(4, 2, 1, gather)) for gather in Gather)
     assert layer.gather > 100 * member.gather > 0
+    offloaded = seconds(Layout(8, 1, 1, Gather.member, Offload.cpu))
+    noise = model.numel / GPUS["H100"].host_normals
+    assert offloaded.perturb == pytest.approx(4 * noise)  # four members, of seeds of their own
+    assert offloaded.update > 30 * noise
 
 
 def test_rows_and_tokens_that_fill_fixed_shapes_take_time(models):
