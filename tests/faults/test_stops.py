@@ -35,16 +35,14 @@ def test_killed_at_a_few_instants(zygote, configure, undisturbed, arrived, tmp_p
 @pytest.mark.parametrize(
     "fault",
     [
-        {"kill_in_append": [kind, n]}
-        for kind, n in (
-            ("header", 1),
-            ("reward", 2),
-            ("iteration", 1),
-            ("iteration", 4),
-            ("evaluation", 2),
-        )
-    ]
-    + [{"kill_in_write": n} for n in (1, 50)],
+        {"kill_in_append": ["header", 1]},
+        {"kill_in_append": ["iteration", 4]},
+        {"kill_in_write": 50},
+        pytest.param({"kill_in_append": ["reward", 2]}, marks=pytest.mark.slow),
+        pytest.param({"kill_in_append": ["iteration", 1]}, marks=pytest.mark.slow),
+        pytest.param({"kill_in_append": ["evaluation", 2]}, marks=pytest.mark.slow),
+        pytest.param({"kill_in_write": 1}, marks=pytest.mark.slow),
+    ],
     ids=lambda fault: " ".join(map(str, *fault.items())),
 )
 def test_killed_within_a_write(zygote, configure, arrived, tmp_path, fault):
@@ -115,7 +113,12 @@ def test_killed_while_an_extension_is_built(zygote, configure, arrived, tmp_path
 
 @pytest.mark.parametrize(
     "layout",
-    [("deepspeed", 2, 1, 2), ("fsdp", 2, 1, 2), ("deepspeed", 1, 2, 2), ("deepspeed", 1, 1, 1)],
+    [
+        pytest.param(("deepspeed", 2, 1, 2), marks=pytest.mark.slow),
+        ("fsdp", 2, 1, 2),
+        ("deepspeed", 1, 2, 2),
+        pytest.param(("deepspeed", 1, 1, 1), marks=pytest.mark.slow),
+    ],
     ids=["ZeRO 2", "FSDP 2", "TP 2", "1 rank"],
 )
 def test_another_layout_goes_on(zygote, configure, arrived, tmp_path, layout):

@@ -55,27 +55,18 @@ def home(tmp_path_factory, uneven_llama) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reports(home):
-    """By number of ranks: one, and ZeRO 2 × 2 replicas."""
-    found = {}
-    for ranks, keys in ((1, []), (4, ["sharding.shard=2"])):
-        out = home / f"{ranks}.json"
-        options = [
-            "--model",
-            str(home / "tuned"),
-            "--split",
-            "test",
-            "more",
-            "--samples",
-            "3",
-            "--out",
-            str(out),
-        ]
-        done = deepspeed(ranks, "launchers/evaluate.py", str(home / "config.yaml"), *keys, *options)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "test, sampled: reward " in done.stdout
-        found[ranks] = json.loads(out.read_text())
-    return found
+def reports(zygote, home):
+    """By number of ranks: one, as a user starts it, and ZeRO 2 × 2 replicas."""
+    config, tuned = str(home / "config.yaml"), str(home / "tuned")
+    options = ["--model", tuned, "--split", "test", "more", "--samples", "3", "--out"]
+    one, four = home / "1.json", home / "4.json"
+    done = deepspeed(1, "launchers/evaluate.py", config, *options, str(one))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "test, sampled: reward " in done.stdout
+    arguments = [config, "sharding.shard=2", *options, str(four)]
+    run = zygote.start(*arguments, ranks=4, log=home / "4.log", tool="evaluate")
+    assert run.wait() == [0] * 4, run.text()
+    return {ranks: json.loads(out.read_text()) for ranks, out in ((1, one), (4, four))}
 
 
 def test_every_response_is_there_and_the_same_on_any_layout(reports):

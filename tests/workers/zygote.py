@@ -28,12 +28,12 @@ from torch.utils.file_baton import FileBaton
 from transformers import LlamaForCausalLM
 
 from launch import script
-from shardes.commands import export, probe, train
+from shardes.commands import evaluate, export, probe, train
 from shardes.distributed import environment
 from shardes.es.center import CopyCenter
 from shardes.storage import journal
 
-TOOLS = {"train": train, "probe": probe, "export": export} | {
+TOOLS = {"train": train, "evaluate": evaluate, "probe": probe, "export": export} | {
     name: script(f"tests/workers/{name}.py") for name in ("layout", "architectures")
 }
 
