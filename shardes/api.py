@@ -96,12 +96,11 @@ def train(
     loaded = _load(config, overrides)
     on_metrics = callback or _ignore
     if gpus is None:
-        from shardes import lifecycle
-        from shardes.commands import train as command
+        from shardes import lifecycle, training
 
-        prepare = partial(command.prepare_run, loaded, task=task, on_metrics=on_metrics)
+        prepare = partial(training.prepare, loaded, task=task, on_metrics=on_metrics)
         with _stops_raise_keyboard_interrupt():
-            lifecycle.run_alone(prepare, command.work)
+            lifecycle.run_alone(prepare, training.work)
     else:
         _run_ranks("train", loaded, [], gpus, task, on_metrics)
     return load_run(loaded.run.dir)
@@ -139,13 +138,12 @@ def evaluate(
     loaded, path = _load(config, overrides), Path(out)
     tuned = None if model is None else os.fspath(model)
     if gpus is None:
-        from shardes import lifecycle
-        from shardes.commands import evaluate as command
+        from shardes import evaluation, lifecycle
 
         options: dict[str, Any] = dict(model=tuned, base=base, split=splits, samples=samples)
-        prepare = partial(command.prepare_evaluation, loaded, task=task, out=path, **options)
+        prepare = partial(evaluation.prepare, loaded, task=task, out=path, **options)
         with _stops_raise_keyboard_interrupt():
-            lifecycle.run_alone(prepare, command.work)
+            lifecycle.run_alone(prepare, evaluation.work)
     else:
         arguments = ["--samples", str(samples), "--out", str(path), "--split", *splits]
         arguments += [*(["--model", tuned] if tuned else []), *(["--base"] if base else [])]
@@ -182,13 +180,12 @@ def plan(
     Raises:
         ConfigError: a mistake of the user's.
     """
-    from shardes.commands import plan as command
+    from shardes.planning.search import Situation, find_plans
 
-    options = command.parse([])
-    options.gpus, options.nodes, options.gpu = gpus, nodes, gpu
-    options.gpu_memory, options.host_memory = gpu_memory, host_memory
-    options.response_tokens = response_tokens
-    return command.find_plans(options, _load(config, overrides)).to_json()
+    situation = Situation(
+        gpus, nodes, gpu, gpu_memory, host_memory, response_tokens=response_tokens
+    )
+    return find_plans(_load(config, overrides), situation).to_json()
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:

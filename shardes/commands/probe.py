@@ -19,11 +19,6 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from shardes.distributed import environment
-
-with environment.quiet():
-    import deepspeed  # noqa: F401
-
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
@@ -31,6 +26,7 @@ from rich.progress import Progress
 from shardes import launch, lifecycle
 from shardes.clock import Clock
 from shardes.commands.arguments import LaunchParser
+from shardes.distributed import environment
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
 from shardes.errors import ConfigError, RunError, Stopped

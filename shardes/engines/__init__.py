@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shardes.config.schema import Attention, Config, DType, EngineName, Offload
+from shardes.distributed import environment
 from shardes.distributed.world import World
 from shardes.engines.attention import attention_argument, check_used
 from shardes.engines.vocabulary import VocabularySlice
@@ -261,7 +262,8 @@ def _check_fsdp(config: Config, module: PreTrainedModel, heads: list[int]) -> No
 
 
 def _check_autotp(config: Config, module: PreTrainedModel) -> None:
-    from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+    with environment.quiet():
+        from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 
     tensor, name = config.sharding.tensor, type(module).__name__
     if not module.tp_plan and not _splits_without_plan(module.config):

@@ -14,9 +14,14 @@ from io import StringIO
 from math import prod
 from typing import Any, cast
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+from shardes.distributed import environment
+
+with environment.quiet():
+    import deepspeed
+
 from deepspeed.module_inject import set_autotp_mode
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
 from deepspeed.runtime.config import DeepSpeedConfig
