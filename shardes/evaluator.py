@@ -128,12 +128,16 @@ class Evaluator:
         """The iteration before which the center was the best, with any pending evaluation."""
         return None
 
+    def poll(self) -> None:
+        """To be called between decode steps; what it raises ends the run."""
+        self._poll()
+
     def _answer(self, pending: PendingEvaluation, numbers: Iterable[int]) -> None:
         for number in numbers:
             split, part = pending.pieces[number]
             prompts = self._prompts[split][part]
             self._center.load_into_model()
-            responses = self._sampler.generate(prompts, poll=self._poll)
+            responses = self._sampler.generate(prompts, poll=self.poll)
             failures = self._failures(pending, responses)
             if failures and self._config.task.on_error == "fail":
                 raise ConfigError(f"prompts of {split}: {next(iter(failures.values()))}; {REMEDY}")
@@ -153,6 +157,10 @@ class PrimaryEvaluator(Evaluator):
         super().__init__(**shared)
         self._task, self._scorer, self._reporter = task, scorer, reporter
         self._journal = journal
+
+    def poll(self) -> None:
+        super().poll()
+        self._reporter.evaluating()
 
     def finish(self, t: int) -> dict[str, float]:
         self._score_pending()

@@ -190,7 +190,6 @@ class Trainer:
         t = iteration.index
         self.consistency.check(t, self.digest)
         if self.evaluator.due(t):
-            self.reporter.evaluating(t)
             self.evaluator.start(iteration)
         if self.snapshots.due(t):
             self.save_snapshot(t)
@@ -209,9 +208,7 @@ class Trainer:
         if self.config.checkpoint.every:
             self.save_snapshot(iterations)
         if iterations not in self.evaluator.evaluations:
-            # An iteration without members.
-            self.reporter.evaluating(iterations)
-            self.evaluator.start(self.iteration(iterations))
+            self.evaluator.start(self.iteration(iterations))  # an iteration without members
         self.evaluator.complete()
         self.keep_if_best(iterations)
         self.evaluator.finish(iterations)

@@ -60,6 +60,10 @@ class Terminal:
         self._task = self._bar.add_task("", total=population_size, left="")
         self._bar.start()
         self._started = self._iteration_started = self._printed = time.monotonic()
+        # The members of this iteration that were done when the last of them was, and when it was.
+        self._done, self._done_at = restored, self._started
+        self._evaluating_since: float | None = None
+        self._evaluation = 0.0  # seconds of the last evaluation; one more comes at the end
 
     def say(self, line: str) -> None:
         self._printed = time.monotonic()
@@ -71,19 +75,24 @@ class Terminal:
         Without a bar: as a line, if nothing was printed for MEMBER_LINES seconds.
         """
         now = time.monotonic()
-        elapsed = now - self._iteration_started
-        self._figures["tokens/s"] = tokens / elapsed
-        new = done - self._restored
+        self._end_evaluation(now)
+        if done != self._done:
+            self._done, self._done_at = done, now
+        elapsed, until_done = now - self._iteration_started, self._done_at - self._iteration_started
+        self._figures.pop("tokens/s", None)
+        if tokens and until_done > 0:
+            self._figures["tokens/s"] = tokens / until_done
+        new = done - self._restored if iteration == self._first else done
         before = iteration - self._start  # iterations, since this start
         if before > 0:
             per_iteration = (self._iteration_started - self._started) / before
         else:
-            per_iteration = elapsed * self._population_size / new if new > 0 else math.nan
-        left = max(per_iteration * (self._iterations - max(iteration, self._start)) - elapsed, 0)
-        time_left = f"{duration(left)} left" if math.isfinite(left) else ""
+            per_iteration = until_done * self._population_size / new if new > 0 else math.nan
+        to_come = per_iteration * (self._iterations - max(iteration, self._start))
+        time_left = self._time_left(to_come - elapsed)
         if not self._console.is_terminal and now - self._printed >= MEMBER_LINES:
             members = f"members: {done} of {self._population_size} of iteration {iteration}"
-            self.say(f"{members}  {self._figures['tokens/s']:.0f} tokens/s  {time_left}".rstrip())
+            self.say("  ".join(filter(None, (members, self._rate(), time_left))))
         self._bar.update(
             self._task,
             description=f"iteration {iteration} of {self._iterations}",
@@ -92,11 +101,27 @@ class Terminal:
         )
         self._bar.status = self._status()
 
-    def evaluating(self, iteration: int) -> None:
-        """Show that the center is evaluated; without a bar, only at the first time."""
-        if not self._console.is_terminal and iteration == self._first:
-            self.say("evaluating the center")
-        self._bar.update(self._task, description="evaluating the center", completed=0, left="")
+    def evaluating(self) -> None:
+        """Show that the center is evaluated; call it again and again while it is.
+
+        Without a bar: as a line, if nothing was printed for MEMBER_LINES seconds.
+        """
+        now = time.monotonic()
+        if self._evaluating_since is None:
+            self._evaluating_since = now
+        passed = duration(now - self._evaluating_since)
+        if not self._console.is_terminal and now - self._printed >= MEMBER_LINES:
+            self.say(f"evaluating the center: {passed} so far")
+        self._bar.update(self._task, description=f"evaluating the center {passed}", left="")
+
+    def _end_evaluation(self, now: float) -> None:
+        if self._evaluating_since is not None:
+            self._evaluation, self._evaluating_since = now - self._evaluating_since, None
+
+    def _time_left(self, iterations: float) -> str:
+        """The time that the iterations to come take, and the evaluation after them."""
+        left = max(iterations, 0.0) + self._evaluation
+        return f"{duration(left)} left" if math.isfinite(left) else ""
 
     def log_iteration(self, metrics: dict[str, float], tokens: int) -> str:
         """Print the line that sums up an iteration, and return it.
@@ -105,10 +130,11 @@ class Terminal:
             tokens: those generated since this start, without members evaluated before it.
         """
         iteration, now = int(metrics["iteration"]), time.monotonic()
+        self._end_evaluation(now)
         rate = tokens / metrics["seconds"]
         done = iteration + 1 - self._start  # 0: its members were all evaluated before
-        left = (now - self._started) / done * (self._iterations - iteration - 1) if done else 0.0
-        time_left = f"{duration(left)} left" if done else ""
+        per_iteration = (now - self._started) / done if done else math.nan
+        time_left = self._time_left(per_iteration * (self._iterations - iteration - 1))
         held_out = f"  held-out {held_out_text(metrics)}" if "held_out_reward" in metrics else ""
         failed = (
             f"  {metrics['scoring_failures']} not scored" if metrics.get("scoring_failures") else ""
@@ -120,7 +146,7 @@ class Terminal:
             f"{metrics['seconds']:.1f} s  {rate:.0f} tokens/s  {time_left}"
         ).rstrip()
         self.say(line)
-        self._iteration_started = now
+        self._iteration_started, self._done = now, 0
         self._figures |= {"reward": metrics["reward_mean"], "tokens/s": rate}
         if "held_out_reward" in metrics:
             self._figures["held-out"] = reward = metrics["held_out_reward"]
@@ -133,7 +159,11 @@ class Terminal:
         names = ("reward", "held-out", "best held-out")
         figures = self._figures
         rewards = [f"{name} {significant(figures[name])}" for name in names if name in figures]
-        return "  ".join([f"{figures['tokens/s']:.0f} tokens/s", *rewards])
+        return "  ".join(filter(None, (self._rate(), *rewards)))
+
+    def _rate(self) -> str:
+        """The tokens per second, until the last member that is done."""
+        return f"{self._figures['tokens/s']:.0f} tokens/s" if "tokens/s" in self._figures else ""
 
     def close(self) -> None:
         self._bar.stop()

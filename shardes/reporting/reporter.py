@@ -39,8 +39,8 @@ class Reporter:
     def member_finished(self, tokens: int) -> None:
         """Count the tokens that a member has generated."""
 
-    def evaluating(self, iteration: int) -> None:
-        """Show that the center before an iteration is evaluated."""
+    def evaluating(self) -> None:
+        """Show that the center is evaluated; called until it is."""
 
     def progress(self, iteration: int, done: int) -> None:
         """Show how many of the iteration's members have been evaluated."""
@@ -151,8 +151,8 @@ class RunReporter(Reporter):
     def member_finished(self, tokens: int) -> None:
         self._tokens += tokens
 
-    def evaluating(self, iteration: int) -> None:
-        self._terminal.evaluating(iteration)
+    def evaluating(self) -> None:
+        self._terminal.evaluating()
 
     def progress(self, iteration: int, done: int) -> None:
         self._terminal.progress(iteration, done, self._tokens)

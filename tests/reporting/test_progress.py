@@ -87,6 +87,52 @@ def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch
     assert line.startswith("members: 1 of 3 of iteration 0  ") and line.endswith(" left")
 
 
+def lines_at(steps, capsys, monkeypatch, **terminal) -> list[str]:
+    """What is printed when calls are made at given seconds; a method's name, and its arguments."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = progress.Terminal(
+        **dict(iterations=2, population_size=4, start=0, restored=0, best_held_out=-math.inf)
+        | terminal
+    )
+    for seconds, method, *arguments in steps:
+        now[0] = seconds
+        getattr(shown, method)(*arguments)
+    shown.close()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_long_evaluation_is_named_and_the_last_one_is_in_the_time_left(capsys, monkeypatch):
+    metrics = METRICS | {"iteration": 0, "seconds": 40.0}
+    steps = [
+        (0.0, "evaluating"),
+        (9.0, "evaluating"),
+        (11.0, "evaluating"),
+        (20.0, "progress", 0, 0, 0),
+        (60.0, "log_iteration", metrics, 80),
+        (100.0, "log_iteration", metrics | {"iteration": 1}, 80),
+        (101.0, "evaluating"),
+        (111.0, "evaluating"),
+    ]
+    lines = lines_at(steps, capsys, monkeypatch)
+    assert lines[0] == "evaluating the center: 0:11 so far"
+    assert lines[1].endswith("2 tokens/s  1:20 left") and lines[2].endswith("0:20 left")
+    assert lines[3:] == ["evaluating the center: 0:10 so far"]
+
+
+def test_rate_and_time_left_are_those_of_the_members_that_are_done(capsys, monkeypatch):
+    steps = [
+        (10.0, "progress", 0, 0, 0),
+        (20.0, "progress", 0, 2, 60),  # together, after 20 seconds
+        (30.0, "progress", 0, 2, 60),
+    ]
+    assert lines_at(steps, capsys, monkeypatch) == [
+        "members: 0 of 4 of iteration 0",
+        "members: 2 of 4 of iteration 0  3 tokens/s  1:00 left",
+        "members: 2 of 4 of iteration 0  3 tokens/s  0:50 left",
+    ]
+
+
 def test_a_slow_step_is_named(capsys, monkeypatch):
     monkeypatch.setattr(progress, "FIRST_WAIT", 0.1)
     with contextlib.suppress(KeyError), progress.slow_step("loading the weights"):
