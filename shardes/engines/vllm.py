@@ -199,7 +199,7 @@ class VLLMEngine:
 
     def _load(self, dtype: torch.dtype, files: WeightFiles) -> Callable[[Any], None]:
         def load(model: Any) -> None:
-            shapes = {name: info.shape for name, info in files.tensors.items()}
+            shapes = {name: info.shape for name, info in files.used.items()}
             self._pieces = find_pieces(model, shapes, dtype)
             self._model = model
             model.embedding_modules = EMBEDDINGS  # which may have adapters
@@ -283,6 +283,8 @@ def _context(module: PreTrainedModel, longest: int) -> int | None:
 def _arguments(config: Config) -> dict[str, Any]:
     """What vLLM's engine is told of the run."""
     return dict(
+        runner="generate",  # and not what files beside the model's make of it
+        config_format="hf",
         skip_tokenizer_init=True,
         trust_remote_code=config.model.trust_remote_code,
         dtype=config.model.dtype.value,

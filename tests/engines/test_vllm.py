@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from launch import ROOT, run, torchrun
@@ -30,7 +31,30 @@ def saved(name, directory):
             nn.init.normal_(param, std=0.3)
         elif key.endswith("embed_tokens.weight") and name == "gemma2":
             nn.init.normal_(param, std=0.02)  # a large one would make it repeat the prompt
-    return save_model(directory, model)
+    save_model(directory, model)
+    if name == "mistral":
+        add_foreign(directory)
+    return directory
+
+
+def add_foreign(directory):
+    """What vLLM would take for another format and another kind of model, and a value head."""
+    weights = load_file(directory / "model.safetensors")
+    save_file(weights, directory / "consolidated.safetensors")
+    head = {"v_head.weight": torch.ones(1, 128)}
+    save_file(weights | head, directory / "model.safetensors", {"format": "pt"})
+    params = dict(dim=128, n_layers=2, head_dim=32, hidden_dim=50, n_heads=4, n_kv_heads=2)
+    params |= dict(norm_eps=1e-6, vocab_size=263, rope_theta=1e4)
+    (directory / "params.json").write_text(json.dumps(params))
+    parts = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [
+        dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.models.{kind}")
+        for i, (path, kind) in enumerate(parts)
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling").mkdir()
+    pooling = dict(word_embedding_dimension=128, pooling_mode_lasttoken=True)
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 @pytest.fixture(scope="module")
@@ -186,23 +210,27 @@ def test_a_real_model_in_16_bits(real):
     assert all(abs(value) < 0.5 for value in real["bfloat16"]["lost"])
 
 
+def small_run(directory) -> dict:
+    return {
+        "model.path": str(directory),
+        "model.dtype": "float32",
+        "task.name": "conciseness",
+        "es.population_size": 4,
+        "es.sigma": 0.01,
+        "es.alpha": 0.01,
+        "generation.max_new_tokens": 6,
+        "tracking.loggers": [],
+        "vllm.enforce_eager": True,
+        "vllm.cache_size": 0.05,
+    }
+
+
 def test_a_killed_run_goes_on_with_another_engine(tmp_path):
     pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
     directory = saved("llama", tmp_path / "model")
     (tmp_path / "empty.yaml").write_text("{}\n")
-    settings = [
-        f"model.path={directory}",
-        "model.dtype=float32",
-        "task.name=conciseness",
-        "es.population_size=4",
-        "es.sigma=0.01",
-        "es.alpha=0.01",
-        "generation.max_new_tokens=6",
-        "checkpoint.every=2",
-        "tracking.loggers=[]",
-        "vllm.enforce_eager=true",
-        "vllm.cache_size=0.05",
-    ]
+    settings = [f"{key}={value}" for key, value in small_run(directory).items()]
+    settings += ["checkpoint.every=2"]
 
     config = str(tmp_path / "empty.yaml")
 
