@@ -7,10 +7,11 @@ written is what answers.
 
 import os
 import re
+import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -44,6 +45,7 @@ REMEDIES = {  # by what is in a message of vLLM
     "LoRA": "set es.members_per_batch=1: ",
 }
 LAYER = re.compile(r"\.\d+\.")
+_opened: list[Any] = []  # vLLM's engines of this process
 
 
 def check_vllm(config: Config) -> None:
@@ -64,6 +66,24 @@ def check_vllm(config: Config) -> None:
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(f"engine=vllm: vLLM is {found}; it must be at least {oldest}")
+    _import()
+
+
+def _import() -> None:
+    """Import vLLM. What it fails to import it keeps with the frames of that moment, so the weights
+    must not be there yet.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    try:
+        with quiet():
+            from vllm import LLM  # noqa: F401
+    except Exception as error:  # of another torch, or of a library that is missing
+        raise ConfigError(
+            f"engine=vllm: vLLM {_version()} cannot be imported: {described(error)}; install it "
+            "again, or see docs/vllm.md"
+        ) from error
 
 
 def check_sharding(sharding: ShardingConfig) -> None:
@@ -127,6 +147,14 @@ def _version() -> str:
     return "of an unknown version"
 
 
+def release() -> None:
+    """Shut vLLM down, with its process groups; for a process that outlives a run."""
+    while _opened:
+        _opened.pop().engine_core.shutdown()
+    if state := sys.modules.get("vllm.distributed.parallel_state"):
+        state.cleanup_dist_env_and_memory()
+
+
 class VLLMEngine:
     """A causal language model in vLLM: implements `engines.Engine`.
 
@@ -155,28 +183,25 @@ class VLLMEngine:
         slots: Slots | None = None,
         longest: int = 0,
     ):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        with quiet():
-            from vllm import LLM
+        _import()
+        from vllm import LLM
 
         check_platform(world.device)
         self._config, self.device = config, world.device
         opened, self._derive = _of_device(world)
         self._model: Any = None  # set by the loader
         self._pieces: list[Piece] = []
-        _register_loader(self._load(module.dtype, files))
         # On a CPU vLLM looks at all that modules have, also at what torch deprecates.
         warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is", FutureWarning)
         try:
-            with opened:
+            with opened, _loader(self._load(module.dtype, files)):
                 llm = LLM(
                     str(files.directory),
                     max_model_len=config.vllm.max_model_len or _context(module, longest),
                     **_arguments(config),
                     **(slots.arguments() if slots else {}),
                 )
+            _opened.append(llm.llm_engine)
             _release_queue()
             self.llm = llm.llm_engine
             self.context = self.llm.model_config.max_model_len
@@ -311,9 +336,10 @@ def _release_queue() -> None:
         queue.buffer.is_creator = False
 
 
-def _register_loader(load: Callable[[Any], None]) -> None:
-    """Let vLLM's load format `LOAD_FORMAT` call `load` with the model."""
-    from vllm.model_executor.model_loader import register_model_loader
+@contextmanager
+def _loader(load: Callable[[Any], None]) -> Iterator[None]:
+    """A context in which vLLM's load format `LOAD_FORMAT` calls `load` with the model."""
+    from vllm.model_executor import model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class Loader(BaseModelLoader):
@@ -323,7 +349,11 @@ def _register_loader(load: Callable[[Any], None]) -> None:
         def load_weights(self, model: Any, model_config: Any) -> None:
             load(model)
 
-    register_model_loader(LOAD_FORMAT)(Loader)
+    model_loader.register_model_loader(LOAD_FORMAT)(Loader)
+    try:
+        yield
+    finally:
+        del model_loader._LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT]  # it would keep the weights
 
 
 def _kinds(found: dict[str, tuple[str, ParameterShard]]) -> dict[str, list[ParameterShard]]:

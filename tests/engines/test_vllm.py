@@ -225,6 +225,21 @@ def small_run(directory) -> dict:
     }
 
 
+def test_runs_of_one_process(tmp_path):
+    """Whatever became of a run, the next one begins as the first, and its memory is free."""
+    pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
+    settings = small_run(saved("llama", tmp_path / "model"))
+    settings |= {"es.iterations": 1, "es.noise": "low_rank"}
+    worker = ROOT / "tests" / "workers" / "vllm_runs.py"
+    command = [sys.executable, str(worker), json.dumps(settings), str(tmp_path)]
+    done = run(command, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    first, refused, *others = results["digests"]
+    assert "raise vllm.cache_size" in refused and others == [first, first]
+    assert results["left"] == [0, False]
+
+
 def test_a_killed_run_goes_on_with_another_engine(tmp_path):
     pytest.importorskip("vllm", reason="no vLLM: tools/vllm_environment.sh")
     directory = saved("llama", tmp_path / "model")
