@@ -117,6 +117,11 @@ def test_seeds_stops_and_invalid_logits(alone, model):
 
 
 @pytest.mark.parametrize("model", ["llama"])
+def test_nothing_is_told_to_others(alone, model):
+    assert not alone[model]["tells"]
+
+
+@pytest.mark.parametrize("model", ["llama"])
 def test_what_vllm_cannot_run_is_named(alone, model):
     no_block, no_context, mamba, device = alone[model]["refused"]
     assert "llama: raise vllm.cache_size: ValueError: " in no_block
