@@ -44,7 +44,7 @@ REMEDIES = {  # by what is in a message of vLLM
     "KV cache": "raise vllm.cache_size or lower vllm.max_model_len: ",
     "LoRA": "set es.members_per_batch=1: ",
 }
-LAYER = re.compile(r"\.\d+\.")
+LAYER_NUMBER = re.compile(r"\.\d+\.")
 _opened: list[Any] = []  # vLLM's engines of this process
 
 
@@ -267,20 +267,30 @@ class VLLMEngine:
         Raises:
             ConfigError: it does not; the message says of which parameter.
         """
+        with self.random_weights():
+            first = log_probs()
+            for name, shards in self._kinds.items():
+                kept = [shard.values.clone() for shard in shards]
+                for shard in shards:
+                    _randomize(shard, 1)
+                changed = log_probs()
+                for shard, values in zip(shards, kept, strict=True):
+                    shard.values.copy_(values)
+                if changed == first:
+                    raise ConfigError(
+                        self._blind(f"does not compute with what is written to {name}")
+                    )
+            if log_probs() != first:
+                raise ConfigError(
+                    self._blind("does not give the same numbers for the same weights")
+                )
+
+    @contextmanager
+    def random_weights(self) -> Iterator[None]:
+        """A context in which the shards have random values. They end as zero."""
         for shard in self.shards:
             _randomize(shard, 0)
-        first = log_probs()
-        for name, shards in self._kinds.items():
-            kept = [shard.values.clone() for shard in shards]
-            for shard in shards:
-                _randomize(shard, 1)
-            changed = log_probs()
-            for shard, values in zip(shards, kept, strict=True):
-                shard.values.copy_(values)
-            if changed == first:
-                raise ConfigError(self._blind(f"does not compute with what is written to {name}"))
-        if log_probs() != first:
-            raise ConfigError(self._blind("does not give the same numbers for the same weights"))
+        yield
         for shard in self.shards:
             shard.values.zero_()
 
@@ -366,7 +376,7 @@ def _kinds(found: dict[str, tuple[str, ParameterShard]]) -> dict[str, list[Param
         by_param[owner].append(shard)
     first: dict[str, str] = {}
     for owner in by_param:
-        first.setdefault(LAYER.sub(".", owner), owner)
+        first.setdefault(LAYER_NUMBER.sub(".", owner), owner)
     return {owner: by_param[owner] for owner in first.values()}
 
 
