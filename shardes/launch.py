@@ -287,7 +287,9 @@ def _engine(prepared: PreparedRun, world: World, clock: Clock | None) -> tuple[E
 def _members_together(engine: Engine, prepared: PreparedRun) -> MembersTogether:
     es, module = prepared.config.es, prepared.module
     if isinstance(engine, VLLMEngine):
-        return AdaptedMembers(module, engine, es)
+        adapted = AdaptedMembers(module, engine, es)
+        adapted.check(VLLMGeneration(engine, prepared.decoder))
+        return adapted
     return SideBySide(module, engine.shards, engine.device, es.rank, es.evolve)
 
 

@@ -178,10 +178,10 @@ def _as_rank() -> Iterator[Job]:
     try:
         yield join_job(RENDEZVOUS)
     finally:
+        release()
         if dist.is_initialized():
             dist.destroy_process_group()
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
         sys.excepthook = excepthook
-        release()
         gc.collect()  # the model is in cycles; its memory is for the next run

@@ -1,6 +1,8 @@
 """Tiny models of the architectures that vLLM is tested with, and settings for them."""
 
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -41,6 +43,9 @@ MODELS = {  # vLLM makes groups for experts with the first model of a process, o
     ),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**HEADS_OF_32, pad_token_id=0)),  # fused
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, initializer_range=0.3)),  # transposed
+}
+OF_TRANSFORMERS = {  # that vLLM computes with the modules of transformers
+    "arcee": lambda: ArceeForCausalLM(ArceeConfig(**HEADS_OF_32, head_dim=32)),
 }
 
 

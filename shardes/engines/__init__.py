@@ -67,7 +67,13 @@ def build(config: Config, module: PreTrainedModel, world: World) -> ModuleEngine
 
 
 def release() -> None:
-    """Drop what DeepSpeed keeps of a model after its engine; for a process that outlives a run."""
+    """Drop what DeepSpeed and vLLM keep after an engine; for a process that outlives a run.
+
+    Call it while the process group is still there, to which vLLM's groups belong.
+    """
+    from shardes.engines import vllm
+
+    vllm.release()
     if offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
         offload.FWD_MODULE_STACK.clear()
 

@@ -7,10 +7,11 @@ written is what answers.
 
 import os
 import re
+import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -43,7 +44,8 @@ REMEDIES = {  # by what is in a message of vLLM
     "KV cache": "raise vllm.cache_size or lower vllm.max_model_len: ",
     "LoRA": "set es.members_per_batch=1: ",
 }
-LAYER = re.compile(r"\.\d+\.")
+LAYER_NUMBER = re.compile(r"\.\d+\.")
+_opened: list[Any] = []  # vLLM's engines of this process
 
 
 def check_vllm(config: Config) -> None:
@@ -64,6 +66,25 @@ def check_vllm(config: Config) -> None:
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(f"engine=vllm: vLLM is {found}; it must be at least {oldest}")
+    _import()
+
+
+def _import() -> None:
+    """Import vLLM. What it fails to import it keeps with the frames of that moment, so the weights
+    must not be there yet.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # which it would send to its makers
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    try:
+        with quiet():
+            from vllm import LLM  # noqa: F401
+    except Exception as error:  # of another torch, or of a library that is missing
+        raise ConfigError(
+            f"engine=vllm: vLLM {_version()} cannot be imported: {described(error)}; install it "
+            "again, or see docs/vllm.md"
+        ) from error
 
 
 def check_sharding(sharding: ShardingConfig) -> None:
@@ -127,6 +148,14 @@ def _version() -> str:
     return "of an unknown version"
 
 
+def release() -> None:
+    """Shut vLLM down, with its process groups; for a process that outlives a run."""
+    while _opened:
+        _opened.pop().engine_core.shutdown()
+    if state := sys.modules.get("vllm.distributed.parallel_state"):
+        state.cleanup_dist_env_and_memory()
+
+
 class VLLMEngine:
     """A causal language model in vLLM: implements `engines.Engine`.
 
@@ -155,28 +184,25 @@ class VLLMEngine:
         slots: Slots | None = None,
         longest: int = 0,
     ):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        with quiet():
-            from vllm import LLM
+        _import()
+        from vllm import LLM
 
         check_platform(world.device)
         self._config, self.device = config, world.device
         opened, self._derive = _of_device(world)
         self._model: Any = None  # set by the loader
         self._pieces: list[Piece] = []
-        _register_loader(self._load(module.dtype, files))
         # On a CPU vLLM looks at all that modules have, also at what torch deprecates.
         warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is", FutureWarning)
         try:
-            with opened:
+            with opened, _loader(self._load(module.dtype, files)):
                 llm = LLM(
                     str(files.directory),
                     max_model_len=config.vllm.max_model_len or _context(module, longest),
                     **_arguments(config),
                     **(slots.arguments() if slots else {}),
                 )
+            _opened.append(llm.llm_engine)
             _release_queue()
             self.llm = llm.llm_engine
             self.context = self.llm.model_config.max_model_len
@@ -199,7 +225,7 @@ class VLLMEngine:
 
     def _load(self, dtype: torch.dtype, files: WeightFiles) -> Callable[[Any], None]:
         def load(model: Any) -> None:
-            shapes = {name: info.shape for name, info in files.tensors.items()}
+            shapes = {name: info.shape for name, info in files.used.items()}
             self._pieces = find_pieces(model, shapes, dtype)
             self._model = model
             model.embedding_modules = EMBEDDINGS  # which may have adapters
@@ -241,20 +267,30 @@ class VLLMEngine:
         Raises:
             ConfigError: it does not; the message says of which parameter.
         """
+        with self.random_weights():
+            first = log_probs()
+            for name, shards in self._kinds.items():
+                kept = [shard.values.clone() for shard in shards]
+                for shard in shards:
+                    _randomize(shard, 1)
+                changed = log_probs()
+                for shard, values in zip(shards, kept, strict=True):
+                    shard.values.copy_(values)
+                if changed == first:
+                    raise ConfigError(
+                        self._blind(f"does not compute with what is written to {name}")
+                    )
+            if log_probs() != first:
+                raise ConfigError(
+                    self._blind("does not give the same numbers for the same weights")
+                )
+
+    @contextmanager
+    def random_weights(self) -> Iterator[None]:
+        """A context in which the shards have random values. They end as zero."""
         for shard in self.shards:
             _randomize(shard, 0)
-        first = log_probs()
-        for name, shards in self._kinds.items():
-            kept = [shard.values.clone() for shard in shards]
-            for shard in shards:
-                _randomize(shard, 1)
-            changed = log_probs()
-            for shard, values in zip(shards, kept, strict=True):
-                shard.values.copy_(values)
-            if changed == first:
-                raise ConfigError(self._blind(f"does not compute with what is written to {name}"))
-        if log_probs() != first:
-            raise ConfigError(self._blind("does not give the same numbers for the same weights"))
+        yield
         for shard in self.shards:
             shard.values.zero_()
 
@@ -283,6 +319,8 @@ def _context(module: PreTrainedModel, longest: int) -> int | None:
 def _arguments(config: Config) -> dict[str, Any]:
     """What vLLM's engine is told of the run."""
     return dict(
+        runner="generate",  # and not what files beside the model's make of it
+        config_format="hf",
         skip_tokenizer_init=True,
         trust_remote_code=config.model.trust_remote_code,
         dtype=config.model.dtype.value,
@@ -309,9 +347,10 @@ def _release_queue() -> None:
         queue.buffer.is_creator = False
 
 
-def _register_loader(load: Callable[[Any], None]) -> None:
-    """Let vLLM's load format `LOAD_FORMAT` call `load` with the model."""
-    from vllm.model_executor.model_loader import register_model_loader
+@contextmanager
+def _loader(load: Callable[[Any], None]) -> Iterator[None]:
+    """A context in which vLLM's load format `LOAD_FORMAT` calls `load` with the model."""
+    from vllm.model_executor import model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class Loader(BaseModelLoader):
@@ -321,7 +360,11 @@ def _register_loader(load: Callable[[Any], None]) -> None:
         def load_weights(self, model: Any, model_config: Any) -> None:
             load(model)
 
-    register_model_loader(LOAD_FORMAT)(Loader)
+    model_loader.register_model_loader(LOAD_FORMAT)(Loader)
+    try:
+        yield
+    finally:
+        del model_loader._LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT]  # it would keep the weights
 
 
 def _kinds(found: dict[str, tuple[str, ParameterShard]]) -> dict[str, list[ParameterShard]]:
@@ -333,7 +376,7 @@ def _kinds(found: dict[str, tuple[str, ParameterShard]]) -> dict[str, list[Param
         by_param[owner].append(shard)
     first: dict[str, str] = {}
     for owner in by_param:
-        first.setdefault(LAYER.sub(".", owner), owner)
+        first.setdefault(LAYER_NUMBER.sub(".", owner), owner)
     return {owner: by_param[owner] for owner in first.values()}
 
 

@@ -13,14 +13,17 @@ from transformers.pytorch_utils import Conv1D
 
 from shardes.clock import Clock
 from shardes.config.schema import ESConfig
-from shardes.engines.vllm import VLLMEngine
+from shardes.engines.vllm import LAYER_NUMBER, VLLMEngine
 from shardes.engines.vllm_adapters import Slots, Term
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, described
 from shardes.es.matrix_layers import is_embedding, kind_of, matrix_layers
 from shardes.es.population import Member
 from shardes.es.side_by_side import ADAPTERS, answer_side_by_side
 from shardes.es.update import evolves
+from shardes.inference.vllm_generation import VLLMGeneration
 from shardes.noise import LowRank, factors
+
+PROBING = 1.0  # σ of the adapters that `AdaptedMembers.check` asks with: far above rounding
 
 
 class AdaptedMembers:
@@ -44,6 +47,35 @@ class AdaptedMembers:
         ]
         if missing := self._adapters.missing([path for path, *_ in self._layers]):
             raise _no_adapter(missing[0])
+
+    def check(self, generation: VLLMGeneration) -> None:
+        """See that vLLM answers each request of a batch with its own adapter. The values of the
+        engine's shards end as zero.
+
+        Of each kind of layer one is given adapters. They must change what a prompt gives, and give
+        the same whether the other requests have the same adapter, another one or none.
+
+        Raises:
+            ConfigError: they do not; names the layer.
+        """
+        first: dict[str, str] = {}
+        for path, *_ in self._layers:
+            first.setdefault(LAYER_NUMBER.sub(".", path), path)
+        members = [self._terms(Member(seed, PROBING)) for seed in (0, 1)]
+        with self._engine.random_weights():
+            plain = generation.following([None] * 3)[0]
+            for path in first.values():
+                requests = self._adapters.add([{path: terms[path]} for terms in members])
+                try:
+                    alone = [generation.following([request] * 3)[0] for request in requests]
+                    mixed = generation.following([None, *requests])
+                except Exception as error:  # whatever vLLM's code for adapters meets
+                    raise _no_adapter(path, f"no working adapter ({described(error)})") from error
+                self._adapters.remove(requests)
+                expected = [plain, *alone]
+                change = min(_distance(values, plain) for values in alone)
+                if not change or max(map(_distance, mixed, expected)) > max(change, 1.0) / 50:
+                    raise _no_adapter(path, "no adapter of its own for each request")
 
     @contextmanager
     def members(self, members: Sequence[Member], clock: Clock) -> Iterator[None]:
@@ -75,6 +107,10 @@ class AdaptedMembers:
         return terms
 
 
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
 def check_adapters(module: PreTrainedModel, es: ESConfig) -> None:
     """Raise ConfigError for experts that get noise: they have no adapters here."""
     for name, param in module.named_parameters():
@@ -82,10 +118,10 @@ def check_adapters(module: PreTrainedModel, es: ESConfig) -> None:
             raise _no_adapter(name)
 
 
-def _no_adapter(name: str) -> ConfigError:
+def _no_adapter(name: str, what: str = "no adapter") -> ConfigError:
     return ConfigError(
         f"es.members_per_batch: with engine=vllm members cannot share {name}, for which vLLM has "
-        "no adapter; set es.members_per_batch=1, or leave it out of es.evolve"
+        f"{what}; set es.members_per_batch=1, or leave it out of es.evolve"
     )
 
 

@@ -156,6 +156,25 @@ class VLLMGeneration(Generation):
                     ]
         return values
 
+    def following(self, adapters: Sequence[Any]) -> list[list[float]]:
+        """The log-probabilities of some tokens after a fixed prompt, with each of these adapters in
+        one batch; None: without.
+        """
+        from vllm import SamplingParams
+
+        values: list[list[float]] = [[] for _ in adapters]
+        params = SamplingParams(
+            max_tokens=1, logprob_token_ids=PROBE, detokenize=False, temperature=0.0
+        )
+        with self._requests() as add:
+            for number, adapter in enumerate(adapters):
+                add(number, PROBE, params, adapter)
+            while self._llm.has_unfinished_requests():
+                for output in self._llm.step():
+                    found = output.outputs[0].logprobs[0]
+                    values[int(output.request_id)] = [found[token].logprob for token in PROBE]
+        return values
+
     def is_complete(self, response: Sequence[int]) -> bool:
         return self._decoder.is_complete(response)
 

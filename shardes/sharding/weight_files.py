@@ -152,6 +152,11 @@ class WeightFiles:
         return self._names.copies.get(name, [])
 
     @property
+    def used(self) -> dict[str, TensorInfo]:
+        """The tensors that the model has a place for, by name."""
+        return {n: info for n, info in self.tensors.items() if n not in self._names.unused}
+
+    @property
     def file_names(self) -> list[str]:
         """The files that define the model, sorted: weights, config, tokenizer, licence, code."""
         weights = {tensor.file for tensor in self.tensors.values()}

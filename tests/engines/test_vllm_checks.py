@@ -105,6 +105,16 @@ def test_an_older_vllm(monkeypatch):
         check_vllm(config())
 
 
+def test_a_vllm_that_cannot_be_imported(monkeypatch, tmp_path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('undefined symbol')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setattr(vllm, "version", lambda name: "0.32.1")
+    with pytest.raises(ConfigError, match=r"^engine=vllm: vLLM 0.32.1 cannot .* undefined symbol;"):
+        check_vllm(config())
+
+
 def test_processors_are_refused():
     with pytest.raises(ConfigError, match=r"does not apply repetition_penalty=1.1; set"):
         check_processors("repetition_penalty=1.1")

@@ -166,7 +166,10 @@ def of_vllm(engine: VLLMEngine, answers: VLLMGeneration) -> dict:
         halted = False
     except Halt:
         halted = polls == 3 and not engine.llm.has_unfinished_requests()
+    from vllm.usage.usage_lib import is_usage_stats_enabled
+
     results = {
+        "tells": is_usage_stats_enabled(),
         "sampled": sampled,
         "sampled again": answers.responses(PROMPTS, SEEDS),
         "halted": halted and answers.responses(PROMPTS) == tokens,

@@ -68,11 +68,12 @@ def answered(directory: Path, world: World, tensor: int, rank: int) -> dict | st
     decode = decoder(AutoTokenizer.from_pretrained(directory), ENDS, max_new_tokens=16)
     generation = VLLMGeneration(engine, decode)
     generation.check_writes()
-    center = open_center(Restore.copy, engine.shards, world, files, rank=rank)
     try:
         together = AdaptedMembers(module, engine, es)
+        together.check(generation)
     except ConfigError as error:
         return str(error)
+    center = open_center(Restore.copy, engine.shards, world, files, rank=rank)
     sampler = Sampler(world, generation, decode.tokenizer)
     answers = OneBatch(config, world, center, sampler, together, Clock())
     iteration = Iteration(0, "", 0.1, 0.1, [7, 8], MEMBERS, None, PROMPTS)
