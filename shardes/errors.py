@@ -3,7 +3,8 @@
 import difflib
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 MAX_REASON = 1000  # characters of an exception's own text in a message
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
@@ -82,3 +83,18 @@ def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) ->
     if similar:
         return f"did you mean {similar[0]}?"
     return otherwise or f"there are: {', '.join(known)}"
+
+
+def nearby(path: str | Path, otherwise: str = "") -> str:
+    """The end of a message about a file that does not exist: what may have been meant.
+
+    Args:
+        otherwise: the text if its directory has no similar name.
+    """
+    names: list[str] = []
+    with suppress(OSError):
+        names = [entry.name for entry in Path(path).parent.iterdir()]
+    similar = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.75)
+    if similar:
+        return f"; did you mean {Path(path).with_name(similar[0])}?"
+    return f"; {otherwise}" if otherwise else ""

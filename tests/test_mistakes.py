@@ -194,8 +194,10 @@ MISTAKES = {
         r"es\.rank=1000: model\.embed_tokens\.weight is \d+ × \d+, so its rank is at most \d+"
     ),
     # config files and arguments
-    "cli train": r"arguments are required: CONFIG\.yaml.*; see shardes train --help",
-    "cli train missing.yaml": r"missing\.yaml: no such config file",
+    "cli train": r"arguments are required: CONFIG\.yaml; see shardes train --help",
+    "cli train missing.yaml": r"missing\.yaml: no such config file; shardes configs lists",
+    "cli train confg.yaml": r"confg\.yaml: no such config file; did you mean config\.yaml\?",
+    "cli train nothing": r"nothing: a directory; name the config file in it",
     "cli train bad.yaml": r"bad\.yaml: not readable as YAML: .*line 2",
     "cli train list.yaml": r"list\.yaml: holds no settings \(key: value lines\); see configs/",
     "train --sigma 3": r"unrecognized arguments: --sigma 3; see shardes train --help",
@@ -218,6 +220,10 @@ MISTAKES = {
     "train model.path=nowhere": (
         r"model\.path=nowhere: no such directory, and not a hub id \(owner/name\) either"
     ),
+    "train model.path=models/SmolLM2-135M-Instruct": (
+        r"model\.path=models/SmolLM2-135M-Instruct: no such directory; shardes get-smollm2 makes it"
+    ),
+    "cli evaluate config.yaml --model nowhere": r"--model nowhere: no such directory, and not",
     "train model.path=nothing": (
         r"model\.path=nothing: it has neither model\.safetensors nor .*index\.json$"
     ),
@@ -230,6 +236,9 @@ MISTAKES = {
     ),
     "train task.path=own.py": r"task\.path=own\.py: must be written file\.py:Class",
     "train task.path=gone.py:Task": r"task\.path=gone\.py:Task: there is no file /.*/gone\.py",
+    "train task.path=owm.py:Task task.train=rows.jsonl": (
+        r"task\.path=owm\.py:Task: there is no file /.*/owm\.py; did you mean own\.py\?"
+    ),
     "train task.path=own.py:Tusk": (
         r"task\.path=own\.py:Tusk: no class Tusk there; it has Task, Empty"
     ),
@@ -247,6 +256,7 @@ MISTAKES = {
     ),
     "train task.train=rows.jsonl": r"task\.train=rows\.jsonl: only for task\.name=countdown",
     f"train {COUNTDOWN} task.train=gone.json": r"gone\.json: there is no such data file",
+    f"train {COUNTDOWN} task.train=numbrs.json": r"numbrs\.json: .*; did you mean numbers\.json\?",
     f"train {COUNTDOWN} task.train=numbers.json": (
         r"numbers\.json: entry 0 .*'many'; .* target \(a number\)"
     ),

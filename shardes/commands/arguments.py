@@ -49,6 +49,8 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        # What argparse takes for required if options and arguments are mixed, but is not.
+        message = message.replace(", key=value", "")
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
@@ -71,6 +73,11 @@ class LaunchParser(CommandParser):
         self.add_argument(
             "overrides", metavar="key=value", nargs="*", help="settings that override the file's"
         )
+        # These are the command line's, which starts the ranks; a rank does not get them.
+        ranks = "--gpus N, --nproc N  ranks on this host; default: one for each GPU"
+        if "--dry-run" in options:
+            ranks += "\n--dry-run            check, print the settings, start nothing"
+        self.add_argument_group("started here", ranks)
         # deepspeed's launcher passes it
         self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 

@@ -22,7 +22,7 @@ from shardes.config.schema import (
     Offload,
     Restore,
 )
-from shardes.errors import ConfigError, one_line, suggestion
+from shardes.errors import ConfigError, nearby, one_line, suggestion
 
 
 def load(path: str | None, overrides: list[str]) -> Config:
@@ -36,8 +36,11 @@ def load(path: str | None, overrides: list[str]) -> Config:
     """
     if path is not None:
         path = expanduser(path)
+        if Path(path).is_dir():
+            raise ConfigError(f"{path}: a directory; name the config file in it")
         if not Path(path).is_file():
-            raise ConfigError(f"{path}: no such config file")
+            known = "shardes configs lists those that come with shardes"
+            raise ConfigError(f"{path}: no such config file{nearby(path, known)}")
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override}: overrides are written key=value")

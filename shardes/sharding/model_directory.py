@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from shardes.errors import ConfigError, described, mistakes_in, one_line
+from shardes.errors import ConfigError, described, mistakes_in, nearby, one_line
 
 INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 # The files beside the weights that define a model. Code is copied with the model, but runs only
@@ -25,12 +25,19 @@ DEQUANTISED = {
     "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
 }
+MADE_BY = {  # models of the configs, and the commands that make them
+    "models/SmolLM2-135M-Instruct": "shardes get-smollm2",
+    "models/countdown-base": "python tools/make_countdown_base.py, of the repository,",
+}
 CARD = "README.md"  # says what licence a model has
 TEMPLATES = f"{CHAT_TEMPLATE_DIR}/*.jinja"
 
 
-def model_directory(path: str) -> Path:
+def model_directory(path: str, said: str = "model.path=") -> Path:
     """The local directory of a model: `path` itself, or a download of the hub's model with that id.
+
+    Args:
+        said: what messages have before the path.
 
     Raises:
         ConfigError: there is no such directory, the download fails, or the model is quantised.
@@ -39,12 +46,14 @@ def model_directory(path: str) -> Path:
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ConfigError(
-            f"model.path={path}: no such directory, and not a hub id (owner/name) either"
+            f"{said}{path}: no such directory, and not a hub id (owner/name) either{nearby(path)}"
         )
-    return download(path, lambda: _fetch(path))
+    if path in MADE_BY:
+        raise ConfigError(f"{said}{path}: no such directory; {MADE_BY[path]} makes it")
+    return download(path, lambda: _fetch(path), said)
 
 
-def download(path: str, fetch: Callable[[], str]) -> Path:
+def download(path: str, fetch: Callable[[], str], said: str = "model.path=") -> Path:
     """The local path that `fetch` returns after it has downloaded files of the model `path`.
 
     Raises:
@@ -55,7 +64,8 @@ def download(path: str, fetch: Callable[[], str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = one_line(str(error).strip().partition("\n")[0] or error)
         raise ConfigError(
-            f"model.path={path}: no such directory, and the download from the hub failed: {reason}"
+            f"{said}{path}: no such directory, and the download from the hub failed: {reason}"
+            f"{nearby(path)}"
         ) from error
 
 

@@ -106,12 +106,13 @@ def check_sources(
             if setting == UPDATE:
                 raise ConfigError(
                     f"{_described(key)} changed since the run in {run} began (SHA-256 {new}, "
-                    f"before {old}); restore it: the journal's updates are computed with it"
+                    f"before {old}); restore it, since the journal's updates are computed with it, "
+                    "or choose another run.dir"
                 )
             raise ConfigError(
                 f"{_described(key)} changed since the run in {run} began (SHA-256 {new}, before "
-                f"{old}); restore it, or list {setting} in resume.allow_changes to change it on "
-                "purpose"
+                f"{old}); restore it, list {setting} in resume.allow_changes to change it on "
+                "purpose, or choose another run.dir"
             )
     return notes
 

@@ -169,10 +169,12 @@ def load_task(
     values: dict[str, Any] = {"train": train, "test": test, "tests": dict(tests) or None}
     values |= {"template": template, "chat": None if chat else False, "system": system}
     values |= {"prompt_field": prompt_field, "reward": reward}
-    _check_used(name, values)
     if path is not None:
-        return load_user_task(path)
+        own = load_user_task(path)  # a wrong path is the likelier mistake
+        _check_used(None, values)
+        return own
     assert name is not None
+    _check_used(name, values)
     if name == "jsonl":
         function = _reward_of_jsonl(reward)
         return Jsonl(train, test, tests, template, chat, system, prompt_field, function)

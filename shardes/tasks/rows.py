@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, nearby
 
 LINES = (".jsonl", ".ndjson")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -75,7 +75,7 @@ def _text(path: Path) -> str:
                 raise ValueError(error) from error
         return data.decode("utf-8-sig")  # with or without a byte-order mark
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such data file") from None
+        raise ConfigError(f"{path}: there is no such data file{nearby(path)}") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"{path}: not a readable file of UTF-8 text: {error}") from error
 

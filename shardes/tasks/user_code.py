@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shardes.errors import ConfigError, described
+from shardes.errors import ConfigError, described, nearby
 
 OTHER_TRAINERS = {
     "prompts",
@@ -210,7 +210,9 @@ def _importable(directory: Path) -> Iterator[None]:
 def _import_file(key: str, reference: str, file: str) -> ModuleType:
     source = Path(file).resolve()
     if not source.is_file():
-        raise ConfigError(f"{key}={reference}: there is no file {Path(file).absolute()}")
+        raise ConfigError(
+            f"{key}={reference}: there is no file {Path(file).absolute()}{nearby(file)}"
+        )
     name = _module_name(source)
     spec = importlib.util.spec_from_file_location(name, source)
     if spec is None or spec.loader is None:
