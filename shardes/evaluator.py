@@ -9,6 +9,7 @@ center is evaluated twice.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from shardes.config.schema import Config
@@ -132,12 +133,20 @@ class Evaluator:
         """To be called between decode steps; what it raises ends the run."""
         self._poll()
 
+    def ended(self, split: Split, part: slice, row: int, response: list[int]) -> None:
+        """To be called with each response, as token ids, when it ends.
+
+        Args:
+            row: its place in the part of the split.
+        """
+
     def _answer(self, pending: PendingEvaluation, numbers: Iterable[int]) -> None:
         for number in numbers:
             split, part = pending.pieces[number]
             prompts = self._prompts[split][part]
             self._center.load_into_model()
-            responses = self._sampler.generate(prompts, poll=self.poll)
+            ended = partial(self.ended, split, part)
+            responses = self._sampler.generate(prompts, poll=self.poll, ended=ended)
             failures = self._failures(pending, responses)
             if failures and self._config.task.on_error == "fail":
                 raise ConfigError(f"prompts of {split}: {next(iter(failures.values()))}; {REMEDY}")
@@ -157,10 +166,22 @@ class PrimaryEvaluator(Evaluator):
         super().__init__(**shared)
         self._task, self._scorer, self._reporter = task, scorer, reporter
         self._journal = journal
+        # With another task.on_error a failure ends nothing.
+        self._has_scored = not scorer.in_workers or self._config.task.on_error != "fail"
 
     def poll(self) -> None:
         super().poll()
         self._reporter.evaluating()
+
+    def ended(self, split: Split, part: slice, row: int, response: list[int]) -> None:
+        """Score this start's first response at once: a mistake in the reward is reported before the
+        others have ended.
+        """
+        if self._has_scored or not response:  # an empty one could not be completed
+            return
+        self._has_scored = True
+        numbers = self._numbers(split) or range(len(self._prompts[split]))
+        self._scorer(split, self._sampler.texts([response]), [numbers[part][row]])
 
     def finish(self, t: int) -> dict[str, float]:
         self._score_pending()

@@ -34,8 +34,8 @@ from shardes.tasks.user_code import is_async, is_batch
 
 NOTHING: Mapping[int, str] = MappingProxyType({})
 REMEDY = (
-    "to give such responses a fixed reward instead, set task.on_error to it (and list "
-    "task.on_error in resume.allow_changes)"
+    "to give such responses a fixed reward instead, set task.on_error to it (once the run has an "
+    "iteration, with resume.allow_changes=[task.on_error])"
 )
 FAILURES = ("scoring_failures", "scoring_timeouts")  # the timeouts are among the failures
 

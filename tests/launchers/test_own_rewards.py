@@ -127,9 +127,16 @@ def test_a_failure_ends_the_run_with_prompt_and_response(zygote, home, tmp_path)
     assert run.wait(120) == [0], run.text()
 
 
+def test_a_mistake_in_the_reward_is_known_from_the_first_response(zygote, home, tmp_path):
+    run = zygote.start(home("example['answr']"), log=tmp_path / "log")
+    assert run.wait(120) == [2], run.text()
+    assert "KeyError: 'answr'" in run.text() and "Traceback" not in run.text()
+    assert len((tmp_path / "pids").read_text().splitlines()) == 1  # of four
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 def test_workers_do_not_outlive_a_run_that_is_ended(zygote, home, tmp_path, number):
-    loops = home("while True: pass", timeout=1000.0)
+    loops = home("while True: pass", timeout=1000.0, on_error=0)
     run = zygote.start(loops, ranks=1, log=tmp_path / "log")
     until = time.monotonic() + 100
     while not (tmp_path / "pids").exists() or len(processes(tmp_path / "pids")[0]) < 2:
