@@ -105,6 +105,8 @@ def _print_run(console: Console, title: str, figures: Mapping[str, Mapping[str, 
 
 
 def shown_seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
     return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 

@@ -125,8 +125,10 @@ def measured_cpu(
 
     read, both = (fastest(partial(multiply, rows)) for rows in (one, many))
     bandwidth = weights.nbytes / read
-    # The time of a product grows linearly with the rows, from that of one row.
-    flops = 2 * (len(many) - 1) * weights.numel() / max(both - read, 1e-9)
+    # The time of a product grows linearly with the rows, from that of one row, unless other
+    # programs took the cores meanwhile.
+    rows, spent = (len(many) - 1, both - read) if both > 1.5 * read else (len(many), both)
+    flops = 2 * rows * weights.numel() / spent
     values = torch.zeros(1 << 22)
     whole = (Region.contiguous(0, values.numel()),)
     normals = values.numel() / fastest(lambda: add_noise(values, "measured", whole, [1], [0.1]))

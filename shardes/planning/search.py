@@ -163,11 +163,17 @@ def _device(config: Config, known: Situation) -> tuple[Device, str]:
                 f"--gpu-memory {known.gpu_memory}: --gpu cpu has no GPUs; leave it out, or set "
                 "--host-memory"
             )
+        busy = os.getloadavg()[0]  # of the last minute, before anything is measured
         device = measured_cpu(known.gpus, getattr(torch, config.model.dtype.value))
         note = (
             f"rates of a rank, measured now on this machine: {device.bandwidth / 1e9:.3g} GB/s, "
             f"{device.flops / 1e9:.3g} GFLOP/s, {device.normals / 1e6:.3g}M values of ε per second"
         )
+        if busy > 0.5:
+            note += (
+                f"; other programs kept {busy:.1f} cores busy in the last minute: rates and times "
+                "are those of a busy machine, and may be far off"
+            )
         return with_rates(device, known.rates), note
     name = known.gpu or slowest_gpu(memory or 0)
     device = gpu(name)
