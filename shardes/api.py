@@ -53,6 +53,13 @@ class Run:
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
 
+    def __repr__(self) -> str:
+        done = f"{len(self.metrics)} of {self.config.es.iterations} iterations"
+        rewards = [row["held_out_reward"] for row in self.metrics if "held_out_reward" in row]
+        rewards += [self.summary["held_out_reward_last"]] if self.summary else []
+        ends = f", held-out {rewards[0]:.4g} → {rewards[-1]:.4g}" if rewards else ""
+        return f"Run({self.directory}: {done}{ends})"
+
     @property
     def center(self) -> Path | None:
         """The newest snapshot: a model directory that transformers loads, in float32.
@@ -114,7 +121,7 @@ def evaluate(
     base: bool = False,
     splits: Sequence[str] = ("test",),
     samples: int = 0,
-    out: str | os.PathLike[str] = "evaluation.json",
+    out: str | os.PathLike[str] | None = None,
     task: "ScoringTask | None" = None,
     gpus: int | None = None,
 ) -> dict[str, Any]:
@@ -126,30 +133,31 @@ def evaluate(
         base: let the base model answer, too, and compare both.
         splits: "train", "test", or names of task.tests.
         samples: sampled responses per prompt, besides the greedy one.
-        out: the file for the report.
+        out: a file for the report. None: there is none.
 
     Returns:
-        The report, as in `out`: {"splits": {"test": {"greedy": {"reward": ...,
+        The report: {"splits": {"test": {"greedy": {"reward": ...,
         "reward_interval": [low, high], ...}, "responses": [...], ...}}, ...}.
 
     Raises:
         ConfigError, RunError, KeyboardInterrupt: as `train`; a stop leaves no report.
     """
-    loaded, path = _load(config, overrides), Path(out)
-    tuned = None if model is None else os.fspath(model)
-    if gpus is None:
-        from shardes import evaluation, lifecycle
+    loaded, tuned = _load(config, overrides), None if model is None else os.fspath(model)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "evaluation.json") if out is None else Path(out)
+        if gpus is None:
+            from shardes import evaluation, lifecycle
 
-        options: dict[str, Any] = dict(model=tuned, base=base, split=splits, samples=samples)
-        prepare = partial(evaluation.prepare, loaded, task=task, out=path, **options)
-        with _stops_raise_keyboard_interrupt():
-            lifecycle.run_alone(prepare, evaluation.work)
-    else:
-        arguments = ["--samples", str(samples), "--out", str(path), "--split", *splits]
-        arguments += [*(["--model", tuned] if tuned else []), *(["--base"] if base else [])]
-        _run_ranks("evaluate", loaded, arguments, gpus, task)
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report
+            options: dict[str, Any] = dict(model=tuned, base=base, split=splits, samples=samples)
+            prepare = partial(evaluation.prepare, loaded, task=task, out=path, **options)
+            with _stops_raise_keyboard_interrupt():
+                lifecycle.run_alone(prepare, evaluation.work)
+        else:
+            arguments = ["--samples", str(samples), "--out", str(path), "--split", *splits]
+            arguments += [*(["--model", tuned] if tuned else []), *(["--base"] if base else [])]
+            _run_ranks("evaluate", loaded, arguments, gpus, task)
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return report
 
 
 def plan(

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from shardes.storage.resume import recorded_date
 from shardes.tasks import Task, prompts_of
 
 PIECE = 64  # prompts that a replica claims at a time
-OUT = Path("evaluation.json")
+OUT = "evaluation.json"
 
 
 @dataclass
@@ -88,13 +89,14 @@ def prepare(
     base: bool = False,
     split: Sequence[str] = ("test",),
     samples: int = 0,
-    out: Path = OUT,
+    out: Path | None = None,
 ) -> PreparedEvaluation:
     """Make the cheap checks.
 
     Args:
         task: the user's object, in place of the task that the settings name.
-        model, base, split, samples, out: see `shardes evaluate --help`.
+        model, base, split, samples: see `shardes evaluate --help`.
+        out: the report; None: `unused(OUT)`.
 
     Raises:
         ConfigError: the evaluation cannot start.
@@ -104,7 +106,8 @@ def prepare(
     base_path = config.model.path
     if base and model is None:
         raise ConfigError(f"--base: compares model.path={base_path} with --model DIR; give that")
-    config.model.path = model or base_path
+    if model:
+        config.model.path = str(model_directory(model, "--model "))
     prepared = launch.check(config, job, task)
     base_files = None
     if model and (samples or base):
@@ -112,6 +115,7 @@ def prepare(
             base_files = WeightFiles(model_directory(base_path))
             base_files.map_names(prepared.module)
             base_files.check({name: p.shape for name, p in prepared.module.named_parameters()})
+    out = out or unused(OUT)
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no directory {out.parent}")
     date = launch.shared_date(job, lambda: recorded_date(config))
@@ -124,6 +128,13 @@ def prepare(
         side_by_side=base,
         out=out,
     )
+
+
+def unused(name: str) -> Path:
+    """The file of that name in the working directory, with a number if it exists already."""
+    file = Path(name)
+    numbered = (file.with_stem(f"{file.stem}_{number}") for number in count(2))
+    return next(path for path in chain([file], numbered) if not path.exists())
 
 
 def _encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list[int]]:
@@ -184,8 +195,7 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
         if prepared.side_by_side:
             print_comparison(splits)
         else:
-            print(summary(splits))
-        print(f"every response: {prepared.out}", flush=True)
+            print(summary(splits), flush=True)
     dist.barrier()
 
 

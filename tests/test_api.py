@@ -4,10 +4,12 @@ import gc
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -92,6 +94,7 @@ def test_a_run_returns_what_its_directory_holds(finished):
     assert {row["split"] for row in result.samples} == {"train", "test"}
     assert result.config.es.sigma == 0.05
     assert result == shardes.load_run(str(result.directory))
+    assert re.fullmatch(r"Run\(\S+: 2 of 2 iterations, held-out \S+ → \S+\)", repr(result))
     assert AutoModelForCausalLM.from_pretrained(result.center).config.num_attention_heads == 9
 
 
@@ -254,7 +257,7 @@ def test_there_is_no_run(tmp_path):
 def test_base_and_tuned_model_are_evaluated_side_by_side(finished, settings, tmp_path, capsys):
     options = dict(task=Letters(), splits=["train", "test"], samples=2)
     alone = [
-        shardes.evaluate(settings(), model=model, out=tmp_path / "alone.json", **options)["splits"]
+        shardes.evaluate(settings(), model=model, **options)["splits"]
         for model in (finished[0].center, None)
     ]
     capsys.readouterr()
@@ -274,6 +277,7 @@ def test_base_and_tuned_model_are_evaluated_side_by_side(finished, settings, tmp
                 assert gain == pytest.approx(tuned[kind][key] - base[kind][key])
                 low, high = report["difference"][kind][f"{key}_interval"]
                 assert low <= gain <= high
+    assert not list(Path.cwd().glob("evaluation*.json"))
     with pytest.raises(shardes.ConfigError, match=r"--base: compares .* give that"):
         shardes.evaluate(settings(), base=True, task=Letters())
 

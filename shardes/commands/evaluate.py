@@ -7,9 +7,8 @@ CONFIG.yaml is the training run's; its model.path is the base model. DIR is the 
 snapshot or an export. With --base both answer, and are printed side by side. Every prompt gets the
 greedy response and, with --samples n, n responses sampled at temperature 1, each a function of
 es.seed, prompt and sample number. On the sampled responses the tuned model is compared with the
-base: KL by the k3 estimator (the paper's equation 1), in nats per token. --out FILE (default:
-evaluation.json in the working directory) holds the figures with 95 % confidence intervals, and
-every response.
+base: KL by the k3 estimator (the paper's equation 1), in nats per token. --out FILE holds the
+figures with 95 % confidence intervals, and every response.
 """
 
 from os.path import expanduser
@@ -17,6 +16,7 @@ from os.path import expanduser
 from shardes import evaluation, lifecycle
 from shardes.commands.arguments import LaunchParser, path
 from shardes.distributed import environment
+from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
 from shardes.evaluation import OUT, PreparedEvaluation
 
@@ -45,7 +45,8 @@ def parser() -> LaunchParser:
         help="the task's prompts: train, test, names of task.tests; default: test",
     )
     add("--samples", type=int, default=0, help="sampled responses per prompt; default: %(default)s")
-    add("--out", type=path, default=OUT, help="default: %(default)s")
+    help = f"default: {OUT} in the working directory, with a number if there is one already"
+    add("--out", metavar="FILE", type=path, help=help)
     return parser
 
 
@@ -55,8 +56,14 @@ def prepare(argv: list[str], job: Job) -> PreparedEvaluation:
     return evaluation.prepare(config, job, **options)
 
 
+def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> None:
+    evaluation.work(job, prepared, watcher)
+    if job.rank == 0:
+        print(f"every response: {prepared.out}", flush=True)
+
+
 def main(argv: list[str]) -> int:
-    return lifecycle.launch(argv, parser(), prepare, evaluation.work)
+    return lifecycle.launch(argv, parser(), prepare, work)
 
 
 if __name__ == "__main__":
