@@ -75,6 +75,8 @@ def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> lis
     if config.task.prompts_per_iteration is not None:
         counts += f"; {config.task.prompts_per_iteration} per iteration"
     state = f"resumed at iteration {run.resume.iteration}" if run.resume.iteration else "a new run"
+    if run.resume.iteration == es.iterations:
+        state = "all iterations are done (a larger es.iterations goes on)"
     rows = {
         "model": f"{model.path}, {numel:,} parameters in {model.dtype.value}",
         "layout": f"{counted(ranks, 'rank')}: {counted(prepared.replicas, 'replica')} × shard "

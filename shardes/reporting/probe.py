@@ -20,6 +20,7 @@ from shardes.reporting.page import Block, Cards, Chart, Table, Text
 
 FILE = Path("probe", "probe.json")  # in the run directory
 HEAD = ("σ", "reward", "spread", "noise", "changed", "broken", "ρ(R₊, R₋)", "gain per α")
+ROUNDING = 1e-12  # a smaller standard deviation is none
 NO_SIGNAL = (
     "no σ has a gain above its standard error, so none is suggested: take more --pairs, more "
     "prompts or a finer reward (docs/tuning.md)"
@@ -145,8 +146,9 @@ def print_report(report: Mapping[str, Any], command: str) -> None:
     console.print(drawn)
     for line in [*notes(report), *conclusion(report)]:
         console.print(line, markup=False)
-    if report["suggestion"]:
-        console.print(f"start: {command} {report['suggestion']['overrides']}", markup=False)
+    if found := report["suggestion"]:
+        start = "start" if found["certain"] else "start, if you trust it"
+        console.print(f"{start}: {command} {found['overrides']}", markup=False)
 
 
 def cells(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -165,7 +167,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['sigma']:g}",
         f"{row['mean']:.4g}",
         f"{row['spread']:.3g}",
-        "–" if noise is None else f"{noise:.3g}",
+        "–" if noise is None else f"{noise if noise > ROUNDING else 0:.3g}",
         *shares,
         "–" if correlation is None else f"{correlation:+.2f}",
         f"{plain(row['gain'], 3)} ± {plain(row['gain_error'], 2)}",
@@ -179,6 +181,11 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         found.append(
             f"stopped after {report['evaluated']} of {report['members']} members: the figures are "
             "those of complete pairs"
+        )
+    if center["unended"] > 0.2:
+        found.append(
+            f"{center['unended']:.0%} of the center's answers are cut off at "
+            "generation.max_new_tokens, and counted as broken"
         )
     if center["rescoring"] > 0:
         found.append(

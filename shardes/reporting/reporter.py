@@ -247,7 +247,7 @@ class RunReporter(Reporter):
             )
         )
         self.say(
-            f"done: member reward {members}, center's {center}, "
+            f"done: member reward {members}, center's on training prompts {center}, "
             f"held-out {held_out_text(first)} → {held_out_text(last)}; "
             f"{seconds:.0f} s, center {digest}"
         )

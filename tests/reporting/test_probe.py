@@ -90,6 +90,13 @@ def test_a_sigma_with_which_training_would_end_is_not_suggested():
     assert any(note.startswith("σ = 0.01: 1 of 16 members") for note in notes(report))
 
 
+def test_answers_that_are_cut_off_are_noted():
+    prompts = len(PLAN.iteration.prompts)
+    cut = replace(CENTER, answered=replace(CENTER.answered, unended=prompts))
+    (note,) = notes(probe_report(CONFIG, PLAN, cut, results(slope), RMS))
+    assert note.startswith("100% of the center's answers are cut off at generation.max_new_tokens")
+
+
 def test_a_stop_and_a_reward_that_varies_are_noted():
     half = {n: a for n, a in results(slope).items() if n < 6}
     report = probe_report(CONFIG, PLAN, replace(CENTER, rescoring=0.25), half, RMS)

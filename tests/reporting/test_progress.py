@@ -71,7 +71,9 @@ def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys)
     reporter.close()
     line, done = capsys.readouterr().out.splitlines()
     assert "reward -144.7 ± 0.003800  best 0.000  held-out 0.0005123 (accuracy 33.4 %)" in line
-    assert "member reward 1234 → 10000, center's 12346 → 1.000e+20, held-out 0.0005123 (acc" in done
+    assert (
+        "member reward 1234 → 10000, center's on training prompts 12346 → 1.000e+20, held" in done
+    )
 
 
 def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch):

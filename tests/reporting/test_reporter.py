@@ -81,7 +81,8 @@ def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
         "tracking": {"loggers": names},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    for attempt, iterations in ((1, 2), (2, 3)):
+    states = ["a new run; 2", "resumed at iteration 2; 3", "all iterations are done "]
+    for attempt, iterations in ((1, 2), (2, 3), (3, 3)):
         run = zygote.start(
             str(tmp_path / "config.yaml"), f"es.iterations={iterations}", log=tmp_path / "log"
         )
@@ -96,7 +97,7 @@ def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
         )
         for text in (run.text(), (logs / "output.log").read_text()):
             assert re.search(HEAD.format(model=uneven_llama, run=directory), text), text
-        assert ("a new run; 2" if attempt == 1 else "resumed at iteration 2; 3") in run.text()
+        assert states[attempt - 1] in run.text()
         assert printed == logged  # sorted, because a logger's thread may warn at any time
         assert yaml.safe_load((logs / "config.yaml").read_text())["es"]["iterations"] == iterations
         environment = json.loads((logs / "environment.json").read_text())
@@ -106,7 +107,11 @@ def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
     recorded = lines(directory / "recorded.jsonl")
     samples = [entry for entry in recorded if entry[0] == "samples"]
     recorded = [entry for entry in recorded if entry[0] != "samples"]
-    assert [entry[0] for entry in recorded] == ["settings", 0, 1, 2, "settings", 2, 3]
+    assert [entry[0] for entry in recorded] == [
+        *("settings", 0, 1, 2),
+        *("settings", 2, 3),
+        *("settings", 3),
+    ]
     assert recorded[0][1] == 0.05
     assert [row for _, _, rows in samples for row in rows] == lines(directory / "samples.jsonl")
     assert [step for _, step, _ in samples] == [0, 0, 2, 2, 3, 3]
