@@ -69,3 +69,13 @@ def test_rank_0_leaves_after_the_slowest_or_names_who_is_missing():
     for thread in threads:
         thread.join()
     assert leave_job(Job(0, 5, server), 0.2) == [3, 4]
+
+
+def test_a_rank_leaves_quietly_when_rank_0_is_gone():
+    limit = timedelta(seconds=20)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=limit)
+    del server
+    client.set("the first write to a closed connection", "")  # raises nothing yet
+    time.sleep(0.2)
+    assert leave_job(Job(1, 2, client), 10) == []
