@@ -166,8 +166,10 @@ class PrimaryEvaluator(Evaluator):
         super().__init__(**shared)
         self._task, self._scorer, self._reporter = task, scorer, reporter
         self._journal = journal
-        # With another task.on_error a failure ends nothing.
-        self._has_scored = not scorer.in_workers or self._config.task.on_error != "fail"
+        # With another task.on_error a failure ends nothing. A batch is never a part of the prompts.
+        self._has_scored = (
+            not scorer.in_workers or scorer.is_batch or self._config.task.on_error != "fail"
+        )
 
     def poll(self) -> None:
         super().poll()

@@ -108,7 +108,7 @@ def _names(runs: Iterable[RunContents]) -> list[str]:
 
 
 def _about(run: RunContents) -> str:
-    task = run.settings.get("task.name") or run.settings.get("task.path")
+    task = run.settings.get("task.name") or run.settings.get("task.path") or "in Python"
     return f"task {task}; base model {run.history.header.model}; {run.state}"
 
 

@@ -59,6 +59,7 @@ class Scorer:
 
     Attributes:
         in_workers: whether worker processes score, while this process decodes.
+        is_batch: whether all responses of a model are scored in one call there.
         parts: of the responses that were scored last, the mean of each named part of their rewards;
             {} if rewards are plain numbers, or if none of the responses could be scored.
     """
@@ -77,7 +78,7 @@ class Scorer:
         self._pool: WorkerPool | None = None
         self._failures: Counter[str] = Counter()
         self.in_workers = not hasattr(task, "score")
-        self._is_batch = isinstance(task, Jsonl) and is_batch(settings.reward or "")
+        self.is_batch = isinstance(task, Jsonl) and is_batch(settings.reward or "")
         self.parts: dict[str, float] = {}
         self._part_names: set[str] | None = None  # once a response was scored
 
@@ -290,7 +291,7 @@ class Scorer:
         if not isinstance(self._task, Jsonl):
             return [[split, number, response] for number, response in complete]
         pairs = [(response, self._task.example(split, number)) for number, response in complete]
-        if self._is_batch:
+        if self.is_batch:
             return [list(map(list, zip(*pairs, strict=True)))] if pairs else []
         return list(map(list, pairs))
 
@@ -302,12 +303,12 @@ class Scorer:
         results: dict[int, JobResult]
         try:
             jobs = self._pool.wait(started)
-            if self._is_batch and jobs:
+            if self.is_batch and jobs:
                 (batch,) = jobs
                 jobs = [batch] * len(rows) if isinstance(batch, ScoringFailure) else [*batch]
             results = dict(enumerate(jobs))
         except ScoringFailure as failure:
-            results = dict.fromkeys(range(len(rows)) if self._is_batch else [failure.job], failure)
+            results = dict.fromkeys(range(len(rows)) if self.is_batch else [failure.job], failure)
         failures = {
             number: result
             for number, result in results.items()

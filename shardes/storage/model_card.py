@@ -34,7 +34,6 @@ def model_card(history: History, iteration: int, base: Path, hub_id: str | None)
     """
     settings, records = history.settings, history.records[:iteration]
     name = code(hub_id or Path(history.header.model).name)
-    task = settings["task.name"] or Path(settings["task.path"].rpartition(":")[0]).name
     link = f"[{name}](https://huggingface.co/{hub_id})" if hub_id else name
     evaluations = [history.evaluations[t] for t in sorted(history.evaluations) if t <= iteration]
     return f"""---
@@ -44,7 +43,7 @@ def model_card(history: History, iteration: int, base: Path, hub_id: str | None)
 # {name}, fine-tuned with evolution strategies
 
 The base model {link} after {counted(iteration, "iteration")} of training with shardes, as in
-[Evolution Strategies at Scale](https://arxiv.org/abs/2509.24372). Task: {code(task)}. The base
+[Evolution Strategies at Scale](https://arxiv.org/abs/2509.24372). Task: {_task(settings)}. The base
 model's licence applies to this model too.
 
 ```python
@@ -68,6 +67,13 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 {table(["key", "value"], [[code(key), code(shown(key, value))] for key, value in settings.items()])}
 """
+
+
+def _task(settings: dict[str, Any]) -> str:
+    name, path = settings["task.name"], settings["task.path"]
+    if name is None and path is None:
+        return "an object in Python"
+    return code(name or Path(path.rpartition(":")[0]).name)
 
 
 def _metadata(base: Path, hub_id: str | None) -> ModelCardData:

@@ -134,6 +134,21 @@ def test_a_mistake_in_the_reward_is_known_from_the_first_response(zygote, home, 
     assert len((tmp_path / "pids").read_text().splitlines()) == 1  # of four
 
 
+def test_a_batch_is_scored_whole_also_at_the_start(zygote, home, tmp_path):
+    sizes = tmp_path / "sizes"
+    code = f"""
+def score_batch(responses, examples):
+    with open({str(sizes)!r}, "a") as file:
+        print(len(responses), file=file)
+    return list(range(len(responses)))
+"""
+    config = home(reward=f"{tmp_path}/batch.py:score_batch")
+    (tmp_path / "batch.py").write_text(code)
+    run = zygote.start(config, "es.iterations=1", log=tmp_path / "log")
+    assert run.wait(120) == [0], run.text()
+    assert sorted(map(int, sizes.read_text().split())) == [2, 2, *[4] * 6]  # 4 members, 2 centers
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 def test_workers_do_not_outlive_a_run_that_is_ended(zygote, home, tmp_path, number):
     loops = home("while True: pass", timeout=1000.0, on_error=0)

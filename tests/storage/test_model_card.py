@@ -72,6 +72,19 @@ def test_what_the_run_did(history, tmp_path):
     assert values == {k: v for k, v in history.settings.items() if k != "task.train"}
 
 
+@pytest.mark.parametrize(
+    "name, path, shown",
+    [
+        ("math", None, "`math`"),
+        (None, "/home/me/own.py:Task", "`own.py`"),
+        (None, None, "an object in Python"),
+    ],
+)
+def test_the_task_is_named(history, tmp_path, name, path, shown):
+    history.settings.update({"task.name": name, "task.path": path})
+    assert f"Task: {shown}." in model_card(history, 3, tmp_path, None)
+
+
 def test_an_earlier_center_has_its_own_figures(history, tmp_path):
     text = ModelCard(model_card(history, 1, tmp_path, None)).text
     assert tables(text)[0][:2] == [
