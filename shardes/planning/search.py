@@ -14,8 +14,8 @@ from shardes.errors import ConfigError
 from shardes.planning.devices import GPUS, Device, gpu, measured_cpu, slowest_gpu, with_rates
 from shardes.planning.layouts import Machine
 from shardes.planning.planner import Plan, Planner
-from shardes.planning.shapes import config_file
 from shardes.planning.workload import read_workload
+from shardes.sharding.model_directory import config_file
 
 UNITS = {
     "KB": 1e3,

@@ -291,6 +291,7 @@ def test_error_messages(config, tmp_path):
         ([fine, *overrides, "es.sigam=1"], "es.sigma"),
         ([*overrides], "CONFIG.yaml or --model is missing"),
         (["--model", tmp_path / "model", *overrides], "no readable config.json"),
+        (["--model", "nowhere", *overrides], "model.path=nowhere: no such directory, and not a"),
     ]:
         done = call(main, *arguments)
         assert done.returncode == 2, (arguments, done.stdout)
