@@ -7,10 +7,11 @@ raised as ConfigError, any other failure of a run as RunError, and a stop as Key
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from shardes.config import loading
 from shardes.config.schema import Config
 from shardes.distributed import environment
 from shardes.distributed.local_ranks import run_ranks
-from shardes.errors import PRIMARY_LOST, ConfigError, RunError, Stopped
+from shardes.errors import PRIMARY_LOST, ConfigError, RunError, Stopped, mistakes_in
 from shardes.reporting import json_lines
 
 if TYPE_CHECKING:
@@ -142,9 +143,11 @@ def evaluate(
     Raises:
         ConfigError, RunError, KeyboardInterrupt: as `train`; a stop leaves no report.
     """
-    loaded, tuned = _load(config, overrides), None if model is None else os.fspath(model)
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "evaluation.json") if out is None else Path(out)
+    if isinstance(splits, str) or not splits:
+        raise ConfigError(f'splits={splits!r}: must be a list of splits, such as ["test"]')
+    loaded = _load(config, overrides)
+    tuned = None if model is None else os.path.expanduser(os.fspath(model))
+    with _temporary_file() if out is None else nullcontext(Path(os.path.expanduser(out))) as path:
         if gpus is None:
             from shardes import evaluation, lifecycle
 
@@ -156,7 +159,7 @@ def evaluate(
             arguments = ["--samples", str(samples), "--out", str(path), "--split", *splits]
             arguments += [*(["--model", tuned] if tuned else []), *(["--base"] if base else [])]
             _run_ranks("evaluate", loaded, arguments, gpus, task)
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report: dict[str, Any] = json.loads(path.read_bytes())
         return report
 
 
@@ -206,13 +209,33 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     file, summary = path / "config.yaml", path / "summary.json"
     if not file.is_file():
         raise ConfigError(f"{path}: no run directory: it has no config.yaml")
+    with mistakes_in(f"{summary}: damaged; start the run again, which writes it"):
+        results = json.loads(summary.read_bytes()) if summary.is_file() else {}
     return Run(
         path,
         loading.load(str(file), []),
         json_lines.read(path / "metrics.jsonl"),
         json_lines.read(path / "samples.jsonl"),
-        json.loads(summary.read_bytes()) if summary.is_file() else {},
+        results,
     )
+
+
+@contextmanager
+def _temporary_file() -> Iterator[Path]:
+    """A file for a report that is gone afterwards, with what was written beside it.
+
+    Of that, what the message of an error names is kept: the responses that could not be scored.
+    """
+    directory = tempfile.mkdtemp(prefix="shardes_")
+    kept = False
+    try:
+        yield Path(directory, "evaluation.json")
+    except ConfigError as error:
+        kept = directory in str(error)
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(directory)
 
 
 def _ignore(metrics: dict[str, float]) -> None:
@@ -228,13 +251,18 @@ def _load(config: ConfigSource, overrides: Mapping[str, Any] | None) -> Config:
 
 def _assignments(settings: Mapping[str, Any]) -> list[str]:
     """Settings as `key=value`, the values as YAML, of which JSON is a part."""
-    try:
-        return [
-            f"{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}"
-            for key, value in settings.items()
-        ]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"settings: not numbers, texts, lists and mappings: {error}") from None
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{settings!r:.100}: must be a mapping of settings, {{key: value}}")
+    assignments = []
+    for key, value in settings.items():
+        try:
+            text = json.dumps(value, ensure_ascii=False, default=os.fspath)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{key}={value!r:.100}: must be made of Python's numbers, texts, lists and mappings"
+            ) from None
+        assignments.append(f"{key}={text}")
+    return assignments
 
 
 def _run_ranks(

@@ -6,6 +6,7 @@ base: KL by the k3 estimator (the paper's equation 1), in nats per token.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -35,6 +36,7 @@ from shardes.reporting.evaluation import KINDS, differences, figures, print_comp
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.weight_files import WeightFiles, load
+from shardes.storage.files import write_whole
 from shardes.storage.resume import recorded_date
 from shardes.tasks import Task, prompts_of
 
@@ -47,7 +49,7 @@ class PreparedEvaluation(PreparedRun):
     """`prompts` are the token ids of each split's.
 
     `base` is None if the model is not compared with one. With `side_by_side` the base answers the
-    prompts, too.
+    prompts, too. `overwrites`: whether a file that is already at `out` is replaced.
     """
 
     prompts: dict[str, list[list[int]]]
@@ -55,6 +57,7 @@ class PreparedEvaluation(PreparedRun):
     base: WeightFiles | None
     side_by_side: bool
     out: Path
+    overwrites: bool
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,8 @@ def prepare(
             base_files = WeightFiles(model_directory(base_path))
             base_files.map_names(prepared.module)
             base_files.check({name: p.shape for name, p in prepared.module.named_parameters()})
-    out = out or unused(OUT)
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no directory {out.parent}")
+    overwrites, out = out is not None, out or unused(OUT)
+    _check_writable(out)
     date = launch.shared_date(job, lambda: recorded_date(config))
     prompts = {name: _encode_split(prepared, name, date) for name in split}
     return PreparedEvaluation(
@@ -127,7 +129,22 @@ def prepare(
         base=base_files,
         side_by_side=base,
         out=out,
+        overwrites=overwrites,
     )
+
+
+def _check_writable(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no directory {out.parent}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: a directory; name a file in it")
+    if not os.access(out if _is_stream(out) else out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: cannot be written; choose another place")
+
+
+def _is_stream(file: Path) -> bool:
+    """Whether it is a device or a pipe, which no other file may replace."""
+    return file.exists() and not file.is_file()
 
 
 def unused(name: str) -> Path:
@@ -191,7 +208,7 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
                 split: _split_report(prepared, scorer, split, sampler, pieces, results)
                 for split in prepared.prompts
             }
-        _write(prepared, splits, time.monotonic() - started)
+        write(prepared, splits, time.monotonic() - started)
         if prepared.side_by_side:
             print_comparison(splits)
         else:
@@ -336,7 +353,12 @@ def _scored(
     return rows
 
 
-def _write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float) -> None:
+def write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float) -> None:
+    """Write the report, of the splits' reports: all of it or none.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     report = dict(
         model=str(prepared.files.directory),
         base=str(prepared.base.directory) if prepared.base else None,
@@ -344,7 +366,12 @@ def _write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float
         splits=splits,
     )
     text = json_lines.to_json(report, indent=1) + "\n"
+    if not prepared.overwrites:
+        prepared.out = unused(OUT)  # an evaluation may have ended meanwhile
     try:
-        prepared.out.write_text(text, encoding="utf-8")
+        if _is_stream(prepared.out):
+            prepared.out.write_text(text, encoding="utf-8")
+        else:
+            write_whole(prepared.out, text)
     except OSError as error:
         raise RunError(f"--out {prepared.out}: cannot be written: {error}") from error

@@ -10,8 +10,8 @@ from shardes import launch
 from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.errors import ConfigError, RunError, Stopped
-from shardes.es.population import held_out_numbers, select
+from shardes.errors import RunError, Stopped
+from shardes.es.population import check_prompts_per_iteration, held_out_numbers, select
 from shardes.launch import PreparedRun
 from shardes.replicas.joining import JoinedRun, connect_to_run, join_run
 from shardes.reporting.attempts import record_failure
@@ -59,12 +59,7 @@ def encode_prompts(prepared: PreparedRun, date: datetime) -> dict[str, list[list
         ConfigError: they cannot be encoded, or are fewer than an iteration is to have.
     """
     prompts = {split: launch.encode_split(prepared, split, date) for split in ("train", "test")}
-    size, count = prepared.config.task.prompts_per_iteration, len(prompts["train"])
-    if size is not None and size > count:
-        raise ConfigError(
-            f"task.prompts_per_iteration={size}: the task has {count} training prompts; use at "
-            "most so many, or null for all"
-        )
+    check_prompts_per_iteration(prepared.config, len(prompts["train"]))
     asked = held_out_numbers(prepared.config.eval.prompts, len(prompts["test"]))
     return prompts | {"test": select(prompts["test"], asked)}
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -215,7 +216,8 @@ def test_what_a_callback_raises_ends_the_run(settings):
     [
         ({"es.sigm": 1}, {}, r"es.sigm: no such key; did you mean es.sigma"),
         ({"es.sigma": -1.0}, {}, r"es.sigma=-1.0: must be"),
-        ({"es.sigma": object()}, {}, r"settings: not numbers, texts"),
+        ({"es.sigma": object()}, {}, r"es.sigma=<object.*>: must be made of Python's numbers"),
+        (["es.sigma=1"], {}, r"\['es.sigma=1'\]: must be a mapping of settings"),
         ({}, {"task": None}, r"task.name, task.path: neither is given"),
         ({"task.name": "countdown"}, {}, r"task.name=countdown: is not used with a task object"),
         ({}, {"task": Letters}, r"task=Letters: a class; pass an object, Letters\(\)"),
@@ -278,13 +280,45 @@ def test_base_and_tuned_model_are_evaluated_side_by_side(finished, settings, tmp
                 low, high = report["difference"][kind][f"{key}_interval"]
                 assert low <= gain <= high
     assert not list(Path.cwd().glob("evaluation*.json"))
-    with pytest.raises(shardes.ConfigError, match=r"--base: compares .* give that"):
-        shardes.evaluate(settings(), base=True, task=Letters())
+    for arguments, message in (
+        (dict(base=True), r"--base: compares .* give that"),
+        (dict(splits="test"), r"splits='test': must be a list of splits"),
+        (dict(splits=[]), r"splits=\[\]: must be a list of splits"),
+    ):
+        with pytest.raises(shardes.ConfigError, match=message):
+            shardes.evaluate(settings(), task=Letters(), **arguments)
+
+
+def test_only_what_an_error_names_is_left_of_an_evaluation(settings, tmp_path, monkeypatch):
+    class Fails(Letters):
+        def score(self, split, responses):
+            raise KeyError("answr")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(shardes.ConfigError, match=r"no such key"):
+        shardes.evaluate(settings(), {"es.sigm": 1}, task=Letters())
+    shardes.evaluate(settings(), task=Letters())
+    assert not list(tmp_path.glob("shardes_*"))
+    with pytest.raises(shardes.ConfigError, match="KeyError: 'answr'") as raised:
+        shardes.evaluate(settings(), task=Fails())
+    (left,) = tmp_path.glob("shardes_*/*")
+    assert str(left) in str(raised.value) and len(json.loads(left.read_text())) == 2
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {dir: x}\nmodel: {path: m}\n")
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(shardes.ConfigError, match=r"summary.json: damaged; start the run again"):
+        shardes.load_run(tmp_path)
 
 
 def test_a_plan_is_that_of_the_command(settings):
     found = shardes.plan(settings(), {"task.name": "conciseness"}, gpus=2, gpu="H100")
     assert found["configured"]["fits"] is True and found["best"]
     assert any("H100's data sheet" in note for note in found["notes"])
-    with pytest.raises(shardes.ConfigError, match="--gpu is missing"):
-        shardes.plan(settings(), {"task.name": "conciseness"})
+    for known, message in (
+        ({}, "--gpu is missing"),
+        ({"gpu_memory": 80}, "--gpu-memory 80: must be a size such as 80GB"),
+    ):
+        with pytest.raises(shardes.ConfigError, match=message):
+            shardes.plan(settings(), {"task.name": "conciseness"}, **known)

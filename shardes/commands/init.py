@@ -19,7 +19,7 @@ from shardes.config.shipped import is_example, shipped_config
 from shardes.distributed import environment
 from shardes.errors import ConfigError, unusable_files
 
-PLAIN = re.compile(r"[\w./+@-]+")  # a path that YAML and a shell take without quotes
+PLAIN = re.compile(r"[\w./+-][\w./+@-]*")  # a path that YAML and a shell take without quotes
 LAUNCH = re.compile(r"deepspeed --num_gpus (\d+) launchers/(\w+)\.py (\S+)")
 
 
@@ -42,7 +42,9 @@ def copy(source: Path, directory: Path) -> Path:
         ConfigError: the directory is not empty, or its name would need quotes in the config.
     """
     if not PLAIN.fullmatch(str(directory)):
-        raise ConfigError(f"{directory}: choose a path of letters, digits and ._-+@/ only")
+        raise ConfigError(
+            f"{directory}: choose a path of letters, digits and ._-+@/ only, with no @ in front"
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: exists and is not empty; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ mean reward by iteration, and the center's accuracy on held-out prompts, or its 
 does not define correct responses or with --reward.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ import numpy as np
 
 from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
-from shardes.errors import ConfigError, unusable_files
+from shardes.errors import ConfigError, mistakes_in, unusable_files
+from shardes.reporting import json_lines
+from shardes.reporting.run_directory import read_json
 
 
 def matplotlib_or_error() -> Any:
@@ -34,16 +35,15 @@ def matplotlib_or_error() -> Any:
 
 def curve(directory: Path, key: str) -> dict[int, float]:
     """A run's metric by iteration. The last evaluation is in summary.json."""
-    rows = [
-        json.loads(line)
-        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = json_lines.read(directory / "metrics.jsonl")
     values = {row["iteration"]: row[key] for row in rows if key in row}
     summary = directory / "summary.json"
     if summary.exists():
-        last = json.loads(summary.read_text(encoding="utf-8"))
-        if key != "reward_mean" and f"{key}_last" in last:  # the members' last is in metrics.jsonl
-            values[last["iterations"]] = last[f"{key}_last"]
+        with mistakes_in(f"{summary}: damaged; start the run again, which writes it"):
+            last = read_json(summary)
+            # The members' last is in metrics.jsonl.
+            if key != "reward_mean" and f"{key}_last" in last:
+                values[last["iterations"]] = last[f"{key}_last"]
     return values
 
 
@@ -108,7 +108,8 @@ def main(argv: list[str]) -> int:
     for run in (run for runs in groups.values() for run in runs):
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"{run}: no run directory: it has no metrics.jsonl")
-    draw(groups, options.title, options.out, options.reward)
+    with matplotlib_or_error().rc_context({"text.parse_math": False}):  # a $ is a $
+        draw(groups, options.title, options.out, options.reward)
     print(f"{options.out.with_suffix('.png')}, {options.out.with_suffix('.svg')}")
     return 0
 

@@ -25,6 +25,8 @@ from shardes.distributed.local_ranks import run_ranks
 from shardes.errors import ConfigError, Stopped, unusable_files
 from shardes.es.statistics import mean, std
 
+OWN = ("es.sigma", "es.alpha", "es.seed", "run.dir")  # the keys that a sweep sets
+
 
 def launch(ranks: int, command: str, *arguments: object) -> None:
     """Run a command of shardes on several ranks of this host.
@@ -37,18 +39,40 @@ def launch(ranks: int, command: str, *arguments: object) -> None:
     run_ranks([*program, *map(str, arguments)], ranks)
 
 
+def directory(options: argparse.Namespace, sigma: float, alpha: float, seed: int) -> Path:
+    """The run directory of a run of the sweep."""
+    return options.out / f"sigma{sigma:g}_alpha{alpha:g}_seed{seed}"
+
+
+def settings(options: argparse.Namespace, sigma: float, alpha: float, seed: int) -> list[str]:
+    """The settings of a run of the sweep, as `key=value`."""
+    run = directory(options, sigma, alpha, seed)
+    values = zip(OWN, (sigma, alpha, seed, run), strict=True)
+    return [*(f"{key}={value}" for key, value in values), *options.overrides]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ConfigError for what would end the sweep after a part of its work."""
+    for override in options.overrides:
+        if override.partition("=")[0] in OWN:
+            raise ConfigError(
+                f"{override}: a sweep sets it, by --setting, --seeds and OUT_DIR; leave it out"
+            )
+    for sigma, alpha in options.setting:
+        for seed in options.seeds:
+            every = load(options.config, settings(options, sigma, alpha, seed)).checkpoint.every
+            if not every:
+                raise ConfigError(
+                    "checkpoint.every=0: a sweep evaluates each run's last snapshot; use at least 1"
+                )
+
+
 def run_results(options: argparse.Namespace, sigma: float, alpha: float, seed: int) -> dict:
     """Train and evaluate one run, unless that is done already; returns its results."""
-    run = options.out / f"sigma{sigma:g}_alpha{alpha:g}_seed{seed}"
+    run = directory(options, sigma, alpha, seed)
     evaluation = run / "evaluation.json"
     if not evaluation.exists():
-        keys = [
-            f"es.sigma={sigma}",
-            f"es.alpha={alpha}",
-            f"es.seed={seed}",
-            f"run.dir={run}",
-            *options.overrides,
-        ]
+        keys = settings(options, sigma, alpha, seed)
         launch(options.ranks, "train", options.config, *keys)
         iterations = load(options.config, keys).es.iterations
         tuned = run / "snapshots" / f"iteration_{iterations}"
@@ -126,16 +150,8 @@ def base_reward(options: argparse.Namespace) -> float:
     evaluation = options.out / "base.json"
     if not evaluation.exists():
         keys = [f"run.dir={options.out}", *options.overrides]
-        launch(
-            options.ranks,
-            "evaluate",
-            options.config,
-            *keys,
-            "--samples",
-            options.samples,
-            "--out",
-            evaluation,
-        )
+        flags = ["--samples", options.samples, "--out", evaluation]
+        launch(options.ranks, "evaluate", options.config, *keys, *flags)
     report = json.loads(evaluation.read_text(encoding="utf-8"))
     return report["splits"]["test"]["sampled"]["reward"]
 
@@ -183,6 +199,7 @@ def main(argv: list[str]) -> int:
             name = {"ranks": "gpus"}.get(flag, flag)
             raise ConfigError(f"--{name} {getattr(options, flag)}: must be at least 1")
     matplotlib_or_error()
+    check(options)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         base = base_reward(options)

@@ -131,6 +131,16 @@ def evaluated_numbers(config: Config, count: int) -> list[int] | None:
     return prompt_batch(config.es.seed, 0, config.task.prompts_per_iteration, count)
 
 
+def check_prompts_per_iteration(config: Config, count: int) -> None:
+    """Raise ConfigError if an iteration is to have more than the `count` training prompts."""
+    size = config.task.prompts_per_iteration
+    if size is not None and size > count:
+        raise ConfigError(
+            f"task.prompts_per_iteration={size}: the task has {count} training prompts; use at "
+            "most so many, or null for all"
+        )
+
+
 def held_out_numbers(limit: int | None, count: int) -> list[int] | None:
     """The numbers of the held-out prompts, of `count`, that evaluations ask; None for all.
 

@@ -14,8 +14,10 @@ def bucket(count: int) -> int:
 
 def largest_bucket(count: int) -> int:
     """The largest size that is at most `count`; 0 if there is none."""
-    size = bucket(count) if count else 0
-    return size if size <= count else largest_bucket(count - 1)
+    if not count:
+        return 0
+    power = 1 << (count.bit_length() - 1)
+    return power * 3 // 2 if count >= power * 3 // 2 else power
 
 
 def padded_length(tokens: int) -> int:

@@ -29,6 +29,13 @@ def encode(
         ConfigError: there are no prompts, one is empty or no text, or there is no chat template for
             a chat, or the template does not take it.
     """
+    check_forms(prompts)
+    date = date or datetime.now()
+    return [_encode(tokenizer, number, prompt, date) for number, prompt in enumerate(prompts)]
+
+
+def check_forms(prompts: Sequence[Prompt]) -> None:
+    """Raise ConfigError if there are no prompts, or if one is neither text nor a chat."""
     if not isinstance(prompts, Sized):
         raise ConfigError(
             f"task: prompts(split) must return a list, and it returned {type(prompts).__name__}"
@@ -38,17 +45,22 @@ def encode(
             "task: its list of prompts is empty; "
             "prompts(split) must return at least one, for train and for test"
         )
-    date = date or datetime.now()
-    return [_encode(tokenizer, number, prompt, date) for number, prompt in enumerate(prompts)]
+    for number, prompt in enumerate(prompts):
+        position = f"task: prompt {number}"
+        if not isinstance(prompt, str | list):
+            raise ConfigError(f"{position} is neither a str nor a list of messages: {prompt!r}")
+        _check_is_text(position, prompt)
+        for message in prompt if isinstance(prompt, list) else ():
+            fields = message if isinstance(message, dict) else {}
+            has_content = fields.get("content") is not None or fields.get("tool_calls")
+            if not (isinstance(fields.get("role"), str) and has_content):
+                raise ConfigError(f"{position}: {message!r} is not a message with role and content")
 
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, number: int, prompt: Prompt, date: datetime
 ) -> list[int]:
     position = f"task: prompt {number}"
-    if not isinstance(prompt, str | list):
-        raise ConfigError(f"{position} is neither a str nor a list of messages: {prompt!r}")
-    _check_is_text(position, prompt)
     if prompt == []:
         ids = []
     elif isinstance(prompt, list):
@@ -91,11 +103,6 @@ def _encode_chat(
             f"{position} is a chat, but the tokenizer of {tokenizer.name_or_path} has "
             "no chat template; use an instruct model, or prompts that are plain strings"
         )
-    for message in messages:
-        fields = message if isinstance(message, dict) else {}
-        has_content = fields.get("content") is not None or fields.get("tool_calls")
-        if not (isinstance(fields.get("role"), str) and has_content):
-            raise ConfigError(f"{position}: {message!r} is not a message with role and content")
     continues = messages[-1]["role"] == "assistant"
     try:
         template = with_date(tokenizer.get_chat_template(), date)

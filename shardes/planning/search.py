@@ -14,8 +14,8 @@ from shardes.errors import ConfigError
 from shardes.planning.devices import GPUS, Device, gpu, measured_cpu, slowest_gpu, with_rates
 from shardes.planning.layouts import Machine
 from shardes.planning.planner import Plan, Planner
-from shardes.planning.shapes import config_file
 from shardes.planning.workload import read_workload
+from shardes.sharding.model_directory import config_file
 
 UNITS = {
     "KB": 1e3,
@@ -192,7 +192,7 @@ def _device(config: Config, known: Situation) -> tuple[Device, str]:
 
 def _size(text: str, flag: str) -> int:
     """A number of bytes written as 80GB or 2TiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", str(text))  # 80, from Python
     size = float(match[1]) * UNITS[match[2]] if match else 0
     if not 1 <= size < 2**63:
         raise ConfigError(f"{flag} {text}: must be a size such as 80GB, 500MB or 2TB")

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardes.config.schema import Attention, Config, EngineName
 from shardes.engines import empty_model
 from shardes.errors import ConfigError, mistakes_in
 from shardes.es.update import evolves
-from shardes.sharding.model_directory import download
+from shardes.sharding.model_directory import config_file
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "intermediate_size")
@@ -145,17 +143,6 @@ def splits_experts(model: ModelShapes, tensor: int) -> bool:
     return tensor > 1 and any(
         parameter.dim is not None for parameter in model.parameters if ".experts." in parameter.name
     )
-
-
-def config_file(path: str) -> Path:
-    """config.json of a model directory, or of a hub id, of which only that file is downloaded.
-
-    Raises:
-        ConfigError: it is not a directory, and the download fails.
-    """
-    if Path(path).is_dir():
-        return Path(path) / "config.json"
-    return download(path, lambda: hf_hub_download(path, "config.json"))
 
 
 def read_shapes(

@@ -1,14 +1,15 @@
 """The prompts and responses of a run, as numbers of tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from shardes.config.schema import Config, Decode
-from shardes.es.population import held_out_numbers, select
+from shardes.es.population import check_prompts_per_iteration, held_out_numbers, select
 from shardes.inference.buckets import attended_length, bucket, padded_length
 from shardes.inference.generation import batches
-from shardes.inference.prompts import Prompt, encode
+from shardes.inference.prompts import Prompt, check_forms, encode
 from shardes.planning.layouts import Layout
 from shardes.sharding.model_directory import open_tokenizer
 from shardes.tasks import configured_task, prompts_of
@@ -89,6 +90,9 @@ def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None
     Args:
         prompts: the number of training prompts, in place of the task's.
         prompt_tokens: the length of every prompt, in place of the task's.
+
+    Raises:
+        ConfigError: the task cannot be used, or has no prompts for an iteration.
     """
     if prompts is not None and prompt_tokens is not None:
         lengths = {"train": [prompt_tokens] * prompts, "test": []}
@@ -98,6 +102,8 @@ def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None
             split: _lengths(config.model.path, prompts_of(task, split))
             for split in ("train", "test")
         }
+        if prompts is None:
+            check_prompts_per_iteration(config, len(lengths["train"]))
         if prompt_tokens is not None:
             lengths = {split: [prompt_tokens] * len(values) for split, values in lengths.items()}
         if prompts is not None:
@@ -121,8 +127,15 @@ def _lengths(path: str, prompts: Sequence[Prompt]) -> list[int]:
     if directory.is_dir() and any(directory.glob("tokenizer*")):
         tokenizer = open_tokenizer(directory)
         return [len(tokens) for tokens in encode(tokenizer, prompts)]
+    check_forms(prompts)
     texts = (
-        prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        prompt if isinstance(prompt, str) else "".join(_text(message) for message in prompt)
         for prompt in prompts
     )
     return [-(-len(text) // CHARACTERS_PER_TOKEN) for text in texts]
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """The text of a message, whose content may be a list of parts, or calls of tools."""
+    content = message.get("content")
+    return content if isinstance(content, str) else str(content or message.get("tool_calls"))

@@ -120,9 +120,13 @@ def page(title: str, about: Sequence[str], sections: Mapping[str, Sequence[Block
 
 
 def _printable(value: Any) -> Any:
-    """Text without control characters, which HTML must not hold: Unicode has a picture of each."""
+    """Text without control characters, which HTML must not hold: Unicode has a picture of each.
+
+    Halves of UTF-16's pairs, which a damaged file may hold, become U+FFFD: UTF-8 has none.
+    """
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
+    value = re.sub("[\ud800-\udfff]", "\ufffd", value)
     return re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), value)
 
 

@@ -14,7 +14,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from shardes.errors import ConfigError, described, mistakes_in, nearby, one_line
 
-INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+CONFIG, INDEX, SINGLE = "config.json", SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 # The files beside the weights that define a model. Code is copied with the model, but runs only
 # with model.trust_remote_code.
 COMPANIONS = ["*.json", "*.jinja", "*.py", "tokenizer.model", "LICENSE*"]
@@ -44,23 +44,30 @@ def model_directory(path: str, said: str = "model.path=") -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
+    return _downloaded(path, lambda: _fetch(path), said)
+
+
+def config_file(path: str) -> Path:
+    """config.json of a model directory, or of a hub's model, of which only that file is downloaded.
+
+    Raises:
+        ConfigError: as `model_directory`.
+    """
+    if Path(path).is_dir():
+        return Path(path) / CONFIG
+    return _downloaded(path, lambda: _fetch_files(path, [CONFIG], [CONFIG])) / CONFIG
+
+
+def _downloaded(path: str, fetch: Callable[[], Path], said: str = "model.path=") -> Path:
+    """What `fetch` returns after it has downloaded files of the model `path`."""
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ConfigError(
             f"{said}{path}: no such directory, and not a hub id (owner/name) either{nearby(path)}"
         )
     if path in MADE_BY:
         raise ConfigError(f"{said}{path}: no such directory; {MADE_BY[path]} makes it")
-    return download(path, lambda: _fetch(path), said)
-
-
-def download(path: str, fetch: Callable[[], str], said: str = "model.path=") -> Path:
-    """The local path that `fetch` returns after it has downloaded files of the model `path`.
-
-    Raises:
-        ConfigError: the download fails.
-    """
     try:
-        return Path(fetch())
+        return fetch()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = one_line(str(error).strip().partition("\n")[0] or error)
         raise ConfigError(
@@ -69,9 +76,9 @@ def download(path: str, fetch: Callable[[], str], said: str = "model.path=") -> 
         ) from error
 
 
-def _fetch(path: str) -> str:
+def _fetch(path: str) -> Path:
     """Download what is read of a model on the hub: its small files first, then its weights."""
-    directory = _fetch_files(path, [*COMPANIONS, *VOCABULARIES, CARD], ["config.json"])
+    directory = _fetch_files(path, [*COMPANIONS, *VOCABULARIES, CARD], [CONFIG])
     check_unquantised(directory)
     config = read_config(directory)
     single = config.get("transformers_weights") or SINGLE
@@ -85,7 +92,7 @@ def _fetch(path: str) -> str:
     # It downloads its own files. Its errors are reported where the directory's is loaded.
     with suppress(Exception):
         AutoTokenizer.from_pretrained(path, revision=directory.name, trust_remote_code=False)
-    return str(directory)
+    return directory
 
 
 def _fetch_files(
@@ -108,7 +115,7 @@ def _fetch_files(
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of config.json; empty if it is missing or unreadable."""
     try:
-        config = json.loads((directory / "config.json").read_bytes())
+        config = json.loads((directory / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

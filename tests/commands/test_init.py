@@ -41,6 +41,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
         (["mine"], "mine: exists and is not empty"),
         (["other", "fact"], "fact: no such config; did you mean facts?"),
         (["a: b"], "a: b: choose a path of letters"),
+        (["@mine"], "@mine: choose a path of letters"),
     ):
         done = call(cli.main, "init", *arguments)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), done.stderr

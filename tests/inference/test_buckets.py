@@ -15,6 +15,7 @@ def test_a_bucket_holds_the_count_and_is_less_than_half_empty():
         assert bucket(count) == min(size for size in sizes if size >= count)
         assert largest_bucket(count) == max(size for size in sizes if size <= count)
     assert largest_bucket(0) == 0
+    assert largest_bucket(10**9) == 1 << 29 | 1 << 28
 
 
 @pytest.mark.parametrize(

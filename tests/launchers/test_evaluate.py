@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch import deepspeed, script
+from shardes import evaluation
 from shardes.errors import ConfigError
 from shardes.es.statistics import interval, proportion_interval
 from shardes.inference.log_probs import k3, log_probs
@@ -127,9 +128,21 @@ def test_intervals():
         (["--samples", "-1"], "--samples -1: must not be negative"),
         (["--split", "other"], "--split other: the task has no such prompts"),
         (["--out", "/nowhere/x.json"], "there is no directory /nowhere"),
-        (["--model", "/nowhere"], "model.path=/nowhere: no such directory"),
+        (["--out", "/tmp"], "--out /tmp: a directory; name a file in it"),
+        (["--model", "/nowhere"], "--model /nowhere: no such directory"),
     ],
 )
 def test_mistakes_are_explained(home, options, message):
     with pytest.raises(ConfigError, match=message):
         evaluate.prepare([str(home / "config.yaml"), *options], SimpleNamespace(rank=0, size=1))
+
+
+def test_evaluations_beside_each_other_overwrite_none(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = SimpleNamespace(rank=0, size=1)
+    for number, prepared in enumerate(
+        [evaluate.prepare([str(home / "config.yaml")], job) for _ in range(2)]
+    ):
+        evaluation.write(prepared, {"test": {"number": number}}, 1.0)
+        assert json.loads(prepared.out.read_text())["splits"]["test"]["number"] == number
+    assert {file.name for file in tmp_path.iterdir()} == {"evaluation.json", "evaluation_2.json"}

@@ -232,6 +232,30 @@ def test_a_users_task(config, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "task: its list of prompts is empty"),
+        ([3], "task: prompt 0 is neither a str nor a list of messages: 3"),
+        ([[{"role": "user"}]], "task: prompt 0: {'role': 'user'} is not a message with role and"),
+        (["a"], "task.prompts_per_iteration=2: the task has 1 training prompts"),
+        (["a", [{"role": "user", "content": [{"type": "text", "text": "b"}]}]], ""),
+    ],
+)
+def test_prompts_that_training_refuses_are_refused(config, tmp_path, prompts, message):
+    (tmp_path / "own.py").write_text(f"""
+class Own:
+    def prompts(self, split):
+        return {prompts!r}
+    def score(self, split, responses, which=None):
+        return [0.0] * len(responses)
+""")
+    keys = ["task.name=null", f"task.path={tmp_path}/own.py:Own", "task.prompts_per_iteration=2"]
+    done = call(main, config(DATA / "llama-3.1-8b"), *keys, *NODE_OF_8)
+    assert done.returncode == (2 if message else 0) and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == bool(message)
+
+
 def test_error_messages(config, tmp_path):
     fine = config(DATA / "llama-3.1-8b")
     (tmp_path / "model").mkdir()
@@ -267,6 +291,7 @@ def test_error_messages(config, tmp_path):
         ([fine, *overrides, "es.sigam=1"], "es.sigma"),
         ([*overrides], "CONFIG.yaml or --model is missing"),
         (["--model", tmp_path / "model", *overrides], "no readable config.json"),
+        (["--model", "nowhere", *overrides], "model.path=nowhere: no such directory, and not a"),
     ]:
         done = call(main, *arguments)
         assert done.returncode == 2, (arguments, done.stdout)

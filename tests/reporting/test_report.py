@@ -202,6 +202,10 @@ def test_damaged_files_and_infinite_rewards_leave_a_report(run):
         )
     )
     (run / "samples.jsonl").write_bytes(b'{"iteration": 0, "split": "test"}\n\xff\n')
+    (run / "extremes.jsonl").write_text(
+        '{"iteration": 0, "kind": "\\ud800", "member": 1, "response": "", "reward": 0, '
+        '"prompt": ""}\n'
+    )
     (run / "summary.json").write_text("{")
     (run / "config.yaml").write_text("- a")
     (run / "logs" / "attempt_1.bak").mkdir()
@@ -211,4 +215,5 @@ def test_damaged_files_and_infinite_rewards_leave_a_report(run):
     assert f"WARNING: {run}/metrics.jsonl: damaged and left out: line 2, 3, 6" in done.stderr
     page = Page(run / "report.html")
     assert "damaged and left out" in page.text and "Held-out accuracy" in page.text
+    assert "\ufffd, by member 1" in page.text
     assert page.figures[0]["data"][-1]["name"] == "center, held-out prompts"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -69,6 +70,15 @@ def test_runs_are_drawn_as_png_and_svg(runs, tmp_path):
     assert "no run directory" in call(plot.main, tmp_path).stderr
 
 
+def test_a_run_under_way_and_any_title_are_drawn(runs, tmp_path):
+    rows = (runs["copy"] / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(rows[:-9])  # while a line is written
+    done = call(plot.main, tmp_path, "--title", r"5 $\foo$", "--out", tmp_path / "p")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "summary.json").write_text("{")
+    assert "summary.json: damaged" in call(plot.main, tmp_path, "--out", tmp_path / "p").stderr
+
+
 def test_an_exact_center_walks_and_a_rounded_one_stands_still(runs, uneven_llama, tmp_path):
     labelled = [f"{name}={run}" for name, run in runs.items()]
     done = call(shifts.main, uneven_llama, *labelled, "--out", tmp_path / "s")
@@ -104,6 +114,24 @@ def test_sweeps_are_summed_up_by_setting():
     ]
     assert "| 0.1 | 0.2 | 2 | -15.0 ± 5.0 | 0.2000 ± 0.1000 |" in sweep.table(rows)
     assert [row["reward"] for row in sweep.front(rows)] == [-12.0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--setting", "-1", "0.1"], r"es\.sigma=-1\.0: must be positive"),
+        (["--seeds", "-1"], r"es\.seed=-1: must"),
+        (["es.sigma=1"], r"es\.sigma=1: a sweep sets it, by --setting, .*; leave it out"),
+        (["run.dir=mine"], r"run\.dir=mine: a sweep sets it"),
+        (["checkpoint.every=0"], r"checkpoint\.every=0: a sweep evaluates"),
+    ],
+)
+def test_a_sweep_begins_only_if_all_of_it_can_be_run(tmp_path, arguments, message):
+    (tmp_path / "config.yaml").write_text("model: {path: m}\ntask: {name: conciseness}\n")
+    options = [tmp_path / "config.yaml", tmp_path / "out", *arguments, "--setting", 0.1, 0.1]
+    done = call(sweep.main, *options)
+    assert done.returncode == 2 and re.match(f"error: {message}", done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
