@@ -8,6 +8,7 @@ from rich.table import Table
 
 from shardes.planning.layouts import Machine
 from shardes.planning.planner import Plan, Planner
+from shardes.words import counted
 
 Assessment = Mapping[str, Any]  # what Planner.assess returns
 
@@ -43,7 +44,8 @@ def _print_assessments(
         "",
         *(f"{title}\n{assessment['plan']}" for title, assessment in assessments.items()),
         title=f"{planner.config.model.path}: {model.numel / 1e9:.2f} billion parameters, "
-        f"{machine.nodes} × {machine.per_node} {ranks}; replicas × shard × tensor",
+        f"{counted(machine.nodes, 'node')} of {machine.per_node} {ranks}; layouts are replicas × "
+        "shard × tensor",
     )
     columns = list(assessments.values())
     for name, cells in _memory_rows(columns, machine):
@@ -69,7 +71,7 @@ def _memory_rows(
     for place, name in (("gpu", "GPU"), ("host", "host")):
         for part in columns[0][place] | columns[-1][place]:
             sizes = [shown_bytes(column[place].get(part, 0)) for column in columns]
-            yield f"{name}: {part}", sizes
+            yield f"{name}, each rank: {part}", sizes
     if machine.gpu_memory is not None:
         limit = shown_bytes(machine.gpu_memory)
         sizes = [f"{shown_bytes(column['gpu_total'])} of {limit}" for column in columns]

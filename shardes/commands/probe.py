@@ -39,8 +39,10 @@ from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
 from shardes.reporting import json_lines
 from shardes.reporting.probe import FILE, print_report, probe_report
+from shardes.reporting.progress import MEMBER_LINES
 from shardes.rewards.scoring import Scorer
 from shardes.storage.files import make_directory, write_whole
+from shardes.storage.journal import JOURNAL
 from shardes.storage.resume import recorded_date
 
 EXAMPLES = """examples:
@@ -115,6 +117,8 @@ def prepare(argv: list[str], job: Job) -> PreparedProbe:
     command = shlex.join(["shardes", "train", arguments.config, *arguments.overrides])
     if job.size > 1:
         command += f" --gpus {job.size}"
+    if (Path(config.run.dir) / JOURNAL).exists():  # a run that has other values
+        command += f" {shlex.quote(f'run.dir={config.run.dir}_probed')}"
     return PreparedProbe(
         **vars(prepared), prompts=prompts, sigmas=sigmas, pairs=pairs, command=command
     )
@@ -162,17 +166,22 @@ def work(job: Job, prepared: PreparedProbe, watcher: ShutdownWatcher) -> None:
 
 @contextmanager
 def shown(queue: WorkQueue, members: int, poll: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """A context with a progress bar, if the output is a terminal; yields a poll that updates it."""
+    """A context with a progress bar, or with a line now and then if the output is not a terminal;
+    yields a poll that updates it.
+    """
     console, since = Console(), time.monotonic()
+    interval = REPORT_INTERVAL if console.is_terminal else MEMBER_LINES
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("members", total=members)
 
         def watched() -> None:
             nonlocal since
             poll()
-            if time.monotonic() - since > REPORT_INTERVAL:
-                since = time.monotonic()
-                bar.update(task, completed=queue.number_done())
+            if time.monotonic() - since > interval:
+                since, done = time.monotonic(), queue.number_done()
+                bar.update(task, completed=done)
+                if not console.is_terminal:
+                    print(f"members: {done} of {members}", flush=True)
 
         yield watched
 

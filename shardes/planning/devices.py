@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from shardes.engines.linear import linear, use_own_forward
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, suggestion
 from shardes.inference.generation import Decoder
 from shardes.noise import add_noise
 from shardes.sharding.digest import digest
@@ -90,7 +90,8 @@ def gpu(name: str) -> Device:
     for known, device in GPUS.items():
         if known.lower() == name.lower():
             return device
-    raise ConfigError(f"--gpu {name}: not known; one of {', '.join(GPUS)}, or cpu")
+    known_names = [*GPUS, "cpu"]
+    raise ConfigError(f"--gpu {name}: not known; {suggestion(name.upper(), known_names)}")
 
 
 def slowest_gpu(memory: int) -> str:

@@ -34,6 +34,7 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
             "measured rates of this CPU; iterations of runs took 1.1 to 1.6 times that: "
             "docs/plan.md"
         )
+    of_ranks = "rank hours, likely" if on_cpu else "GPU hours, likely"
     figures = {
         "hours, at least": (
             seconds / 3600,
@@ -42,7 +43,10 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
             "response as long as allowed, at full rates",
         ),
         "hours, likely": (likely / 3600, rates),
-        "GPU hours, likely": (likely / 3600 * machine.ranks, rates),
+        of_ranks: (
+            likely / 3600 * machine.ranks,
+            rates,
+        ),
         "tokens/s, likely": (tokens * es.iterations / likely, "of members' responses"),
         "bytes between replicas": (
             sent.replicas * es.iterations,

@@ -123,6 +123,8 @@ def _planner(config: Config, known: Situation) -> tuple[Planner, list[str]]:
     notes = [note] + [VLLM] * (config.engine is EngineName.vllm)
     on_cpu = not device.capacity
     host_memory = _size(known.host_memory or HOST_MEMORY, "--host-memory")
+    if not (on_cpu or known.host_memory):
+        notes.append(f"host memory: {HOST_MEMORY} per node, an assumption (--host-memory)")
     if on_cpu and not known.host_memory:
         host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = None if on_cpu else device.capacity
@@ -171,8 +173,8 @@ def _device(config: Config, known: Situation) -> tuple[Device, str]:
         )
         if busy > 0.5:
             note += (
-                f"; other programs kept {busy:.1f} cores busy in the last minute: rates and times "
-                "are those of a busy machine, and may be far off"
+                f"; the machine was busy in the last minute (load {busy:.1f}), and so rates and "
+                "times may be far off"
             )
         return with_rates(device, known.rates), note
     name = known.gpu or slowest_gpu(memory or 0)

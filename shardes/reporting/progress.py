@@ -25,6 +25,90 @@ class _ProgressBar(Progress):
         yield Text(self.status)
 
 
+class Pace:
+    """How fast a run goes, and how long it still takes.
+
+    Evaluations of the center are timed apart: iterations of equal work are seldom equally often
+    followed by one. All times are of the monotonic clock.
+
+    Args:
+        start, restored: as for `Terminal`.
+        every: eval.every.
+        now: the time at which the first iteration of this start begins.
+    """
+
+    def __init__(
+        self,
+        iterations: int,
+        population_size: int,
+        start: int,
+        restored: int,
+        every: int,
+        now: float,
+    ):
+        self._iterations, self._population_size = iterations, population_size
+        self._first, self._restored, self._every = start, restored, every
+        self._start = start + restored / population_size
+        # Without the time of evaluations, from here on:
+        self._started = self._began = self._done_at = now  # the run, the iteration, its last member
+        self._done = restored
+        self._evaluating_since: float | None = None
+        self._evaluations, self._evaluation = 0.0, 0.0  # seconds of all, and of the last
+
+    def evaluating(self, now: float) -> float:
+        """The seconds that the evaluation takes so far."""
+        if self._evaluating_since is None:
+            self._evaluating_since = now
+        return now - self._evaluating_since
+
+    def members(self, iteration: int, done: int, now: float) -> float:
+        """The seconds that are left when so many members of an iteration are done; NaN if unknown.
+
+        Between two members' ends it falls with the time.
+        """
+        now = self._working(now)
+        if done != self._done:
+            self._done, self._done_at = done, now
+        new = done - self._restored if iteration == self._first else done
+        before = iteration - self._start  # iterations, since this start
+        if before > 0:
+            per_iteration = (self._began - self._started) / before
+        else:
+            per_iteration = (
+                self.until_last_member * self._population_size / new if new else math.nan
+            )
+        left = per_iteration * (self._iterations - max(iteration, self._start))
+        return max(left - (now - self._began), 0.0) + self._evaluations_after(iteration)
+
+    @property
+    def until_last_member(self) -> float:
+        """The seconds from the iteration's begin until the last of its members that is done."""
+        return self._done_at - self._began
+
+    def end_iteration(self, iteration: int, now: float) -> float:
+        """The seconds that are left when an iteration has ended; NaN if unknown."""
+        now = self._working(now)
+        self._began = self._done_at = now
+        self._done = 0
+        done = iteration + 1 - self._start  # 0: its members were all evaluated before
+        per_iteration = (now - self._started) / done if done else math.nan
+        left = per_iteration * (self._iterations - iteration - 1)
+        return left + self._evaluations_after(iteration)
+
+    def _working(self, now: float) -> float:
+        """The time without that of evaluations, of which the present one has ended."""
+        if self._evaluating_since is not None:
+            self._evaluation, self._evaluating_since = now - self._evaluating_since, None
+            self._evaluations += self._evaluation
+        return now - self._evaluations
+
+    def _evaluations_after(self, iteration: int) -> float:
+        """The seconds of evaluations after an iteration, the final one included."""
+        between = range(iteration + 1, self._iterations)
+        count = sum(t % self._every == 0 for t in between) if self._every else 0
+        return (count + 1) * self._evaluation
+
+
 class Terminal:
     """Standard output of rank 0; if it is not a terminal, lines are printed and no bar is shown.
 
@@ -33,6 +117,7 @@ class Terminal:
         start: the first iteration of this start.
         restored: the members of that iteration that were evaluated before.
         best_held_out: the best held-out reward so far; -inf if none was measured.
+        every: eval.every.
     """
 
     def __init__(
@@ -42,10 +127,9 @@ class Terminal:
         start: int,
         restored: int,
         best_held_out: float,
+        every: int,
     ):
         self._iterations, self._population_size = iterations, population_size
-        self._first, self._restored = start, restored
-        self._start = start + restored / population_size
         self._figures = {"best held-out": best_held_out} if math.isfinite(best_held_out) else {}
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = _ProgressBar(
@@ -57,13 +141,11 @@ class Terminal:
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=population_size, left="")
+        self._task = self._bar.add_task("", total=population_size, visible=False, left="")
+        self._bar.status = "preparing the first iteration"
         self._bar.start()
-        self._started = self._iteration_started = self._printed = time.monotonic()
-        # The members of this iteration that were done when the last of them was, and when it was.
-        self._done, self._done_at = restored, self._started
-        self._evaluating_since: float | None = None
-        self._evaluation = 0.0  # seconds of the last evaluation; one more comes at the end
+        self._printed = now = time.monotonic()
+        self._pace = Pace(iterations, population_size, start, restored, every, now)
 
     def say(self, line: str) -> None:
         self._printed = time.monotonic()
@@ -75,29 +157,19 @@ class Terminal:
         Without a bar: as a line, if nothing was printed for MEMBER_LINES seconds.
         """
         now = time.monotonic()
-        self._end_evaluation(now)
-        if done != self._done:
-            self._done, self._done_at = done, now
-        elapsed, until_done = now - self._iteration_started, self._done_at - self._iteration_started
+        left = _time_left(self._pace.members(iteration, done, now))
         self._figures.pop("tokens/s", None)
-        if tokens and until_done > 0:
-            self._figures["tokens/s"] = tokens / until_done
-        new = done - self._restored if iteration == self._first else done
-        before = iteration - self._start  # iterations, since this start
-        if before > 0:
-            per_iteration = (self._iteration_started - self._started) / before
-        else:
-            per_iteration = until_done * self._population_size / new if new > 0 else math.nan
-        to_come = per_iteration * (self._iterations - max(iteration, self._start))
-        time_left = self._time_left(to_come - elapsed)
-        if not self._console.is_terminal and now - self._printed >= MEMBER_LINES:
+        if tokens and self._pace.until_last_member > 0:
+            self._figures["tokens/s"] = tokens / self._pace.until_last_member
+        if self._is_due(now):
             members = f"members: {done} of {self._population_size} of iteration {iteration}"
-            self.say("  ".join(filter(None, (members, self._rate(), time_left))))
+            self.say("  ".join(filter(None, (members, self._rate(), left))))
         self._bar.update(
             self._task,
             description=f"iteration {iteration} of {self._iterations}",
             completed=done,
-            left=time_left,
+            left=left,
+            visible=True,
         )
         self._bar.status = self._status()
 
@@ -107,21 +179,15 @@ class Terminal:
         Without a bar: as a line, if nothing was printed for MEMBER_LINES seconds.
         """
         now = time.monotonic()
-        if self._evaluating_since is None:
-            self._evaluating_since = now
-        passed = duration(now - self._evaluating_since)
-        if not self._console.is_terminal and now - self._printed >= MEMBER_LINES:
-            self.say(f"evaluating the center: {passed} so far")
-        self._bar.update(self._task, description=f"evaluating the center {passed}", left="")
+        passed = f"evaluating the center: {duration(self._pace.evaluating(now))} so far"
+        if self._is_due(now):
+            self.say(passed)
+        self._bar.update(self._task, visible=False)
+        self._bar.status = passed
 
-    def _end_evaluation(self, now: float) -> None:
-        if self._evaluating_since is not None:
-            self._evaluation, self._evaluating_since = now - self._evaluating_since, None
-
-    def _time_left(self, iterations: float) -> str:
-        """The time that the iterations to come take, and the evaluation after them."""
-        left = max(iterations, 0.0) + self._evaluation
-        return f"{duration(left)} left" if math.isfinite(left) else ""
+    def _is_due(self, now: float) -> bool:
+        """Whether to print a line in place of the bar."""
+        return not self._console.is_terminal and now - self._printed >= MEMBER_LINES
 
     def log_iteration(self, metrics: dict[str, float], tokens: int) -> str:
         """Print the line that sums up an iteration, and return it.
@@ -129,12 +195,9 @@ class Terminal:
         Args:
             tokens: those generated since this start, without members evaluated before it.
         """
-        iteration, now = int(metrics["iteration"]), time.monotonic()
-        self._end_evaluation(now)
+        iteration = int(metrics["iteration"])
+        left = _time_left(self._pace.end_iteration(iteration, time.monotonic()))
         rate = tokens / metrics["seconds"]
-        done = iteration + 1 - self._start  # 0: its members were all evaluated before
-        per_iteration = (now - self._started) / done if done else math.nan
-        time_left = self._time_left(per_iteration * (self._iterations - iteration - 1))
         held_out = f"  held-out {held_out_text(metrics)}" if "held_out_reward" in metrics else ""
         failed = (
             f"  {metrics['scoring_failures']} not scored" if metrics.get("scoring_failures") else ""
@@ -143,15 +206,14 @@ class Terminal:
             f"iteration {iteration}  reward {significant(metrics['reward_mean'])} ± "
             f"{significant(metrics['reward_std'])}  best {significant(metrics['reward_max'])}"
             f"{held_out}{failed}  "
-            f"{metrics['seconds']:.1f} s  {rate:.0f} tokens/s  {time_left}"
+            f"{metrics['seconds']:.1f} s  {rate:.0f} tokens/s  {left}"
         ).rstrip()
         self.say(line)
-        self._iteration_started, self._done = now, 0
         self._figures |= {"reward": metrics["reward_mean"], "tokens/s": rate}
         if "held_out_reward" in metrics:
             self._figures["held-out"] = reward = metrics["held_out_reward"]
             self._figures["best held-out"] = max(self._figures.get("best held-out", reward), reward)
-        self._bar.update(self._task, completed=self._population_size, left=time_left)
+        self._bar.update(self._task, completed=self._population_size, left=left)
         self._bar.status = self._status()
         return line
 
@@ -166,7 +228,14 @@ class Terminal:
         return f"{self._figures['tokens/s']:.0f} tokens/s" if "tokens/s" in self._figures else ""
 
     def close(self) -> None:
+        """Leave only the lines."""
+        self._bar.update(self._task, visible=False)
+        self._bar.status = ""
         self._bar.stop()
+
+
+def _time_left(seconds: float) -> str:
+    return f"{duration(seconds)} left" if math.isfinite(seconds) else ""
 
 
 @contextmanager

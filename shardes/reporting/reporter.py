@@ -134,6 +134,7 @@ class RunReporter(Reporter):
             resume.iteration,
             len(resume.rewards),
             best.get("held_out_reward", -math.inf),
+            config.eval.every,
         )
         self._loggers = Loggers(
             config.tracking.loggers, directory, settings.nested(config), self.say

@@ -265,7 +265,7 @@ def test_error_messages(config, tmp_path):
     overrides = ["--gpus", 8, "--gpu", "H100"]
     for arguments, expected in [
         ([fine, "--gpus", 8], "--gpu is missing: the card's name"),
-        ([fine, "--gpu", "H1000"], "--gpu H1000: not known; one of H100, H200"),
+        ([fine, "--gpu", "H1000"], "--gpu H1000: not known; did you mean H100?"),
         ([fine, "--gpu-memory", "60GB"], "no known card has that memory"),
         ([fine, *overrides, "--bandwidth", "0"], "--bandwidth 0.0: must be positive"),
         ([fine, *overrides, "--latency", "nan"], "--latency nan: must be positive"),

@@ -141,7 +141,7 @@ def test_memory_alone_stands_for_the_slowest_card(config):
         report(file, "--gpus", 1, *flag) for flag in (["--gpu-memory", "24GB"], ["--gpu", "l4"])
     )
     assert by_memory["best"] == by_name["best"]
-    assert "L4, the slowest card known with that memory" in by_memory["notes"][-1]
+    assert "L4, the slowest card known with that memory" in by_memory["notes"][0]
 
 
 def test_the_whole_run(config):

@@ -30,6 +30,7 @@ def test_the_bar_on_a_terminal(tmp_path):
         reporter.log_iteration(METRICS | {"held_out_reward": 0.25})
         reporter.member_finished(600)
         reporter.progress(1, 2)
+        time.sleep(0.5)  # the bar is drawn ten times a second
         reporter.close()
     thread.join(10)
     os.close(reader)
@@ -55,7 +56,7 @@ def test_members_of_an_earlier_start_count_neither_as_tokens_nor_as_time(capsys,
     """Iteration 1 of 4 goes on with two of its four members; they take ten seconds."""
     clock = iter([0.0, 10.0, 10.0, 10.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 10.0))
-    terminal = progress.Terminal(4, 4, start=1, restored=2, best_held_out=-math.inf)
+    terminal = progress.Terminal(4, 4, start=1, restored=2, best_held_out=-math.inf, every=0)
     metrics = METRICS | {"iteration": 1, "seconds": 10.0}
     assert terminal.log_iteration(metrics, tokens=30).endswith("10.0 s  3 tokens/s  0:40 left")
     terminal.close()
@@ -94,7 +95,9 @@ def lines_at(steps, capsys, monkeypatch, **terminal) -> list[str]:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     shown = progress.Terminal(
-        **dict(iterations=2, population_size=4, start=0, restored=0, best_held_out=-math.inf)
+        **dict(
+            iterations=2, population_size=4, start=0, restored=0, best_held_out=-math.inf, every=1
+        )
         | terminal
     )
     for seconds, method, *arguments in steps:
