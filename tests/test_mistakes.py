@@ -339,7 +339,7 @@ MISTAKES = {
     "cli env please": r"unrecognized arguments: please; see shardes env --help",
     # planning
     "cli plan config.yaml --gpus 8": r"--gpu is missing: the card's name, .* such as 80GB",
-    "cli plan config.yaml --gpu H9": r"--gpu H9: not known; one of H100, .*, or cpu",
+    "cli plan config.yaml --gpu H9": r"--gpu H9: not known; there are: H100, .*, cpu",
     "cli plan config.yaml --gpus 8 --gpu-memory 80": (
         r"--gpu-memory 80: must be a size such as 80GB"
     ),
