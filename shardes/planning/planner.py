@@ -220,9 +220,10 @@ class Planner:
 
     def _filled(self, engine: EngineName, layout: Layout) -> Iterator[Plan]:
         if engine is EngineName.vllm:
-            only = self._with_vllm(layout)
-            if self.memory(only).fits(self.machine) and not self._beyond_cache(layout):
-                yield only
+            own = self._with_vllm(layout)
+            plans = (replace(own, center=center) for center in self._centers(layout))
+            if not self._beyond_cache(layout):
+                yield from (plan for plan in plans if self.memory(plan).fits(self.machine))
             return
         row = self.workload.length(max(self.workload.train + self.workload.test))
         for center in self._centers(layout):
