@@ -96,6 +96,10 @@ def _check(subject: str, rule: Rule) -> None:
     if torch.equal(whole[0], thetas):
         raise ConfigError(f"{subject}: update must change theta in place, and it did not")
     for number, found in enumerate(whole):
+        if found.shape != thetas.shape or not found.isfinite().all():
+            raise ConfigError(
+                f"{subject}: update must leave theta and the buffers finite and of their sizes"
+            )
         if not torch.equal(found, torch.cat([part[number] for part in parts])):
             raise ConfigError(
                 f"{subject}: update gives an element other bits where theta is cut into other "

@@ -165,6 +165,7 @@ def vllm_memory(
     es: ESConfig,
     vllm: VLLMConfig,
     gpu_memory: float | None,
+    center_on_device: bool = False,
 ) -> Memory:
     """The peak memory of a rank with engine=vllm; `gpu_memory` is None on CPUs.
 
@@ -191,6 +192,8 @@ def vllm_memory(
         packed = {"packed experts": model.experts_numel // layout.tensor * model.itemsize}
         return Memory({}, live | center | computing | packed | libraries)
     reserve = {"reserve": int(MARGIN * gpu_memory)}
+    if center_on_device:
+        return Memory(live | center | computing | reserve, libraries)
     return Memory(live | computing | reserve, center | libraries)
 
 

@@ -123,7 +123,11 @@ class Planner:
         memory = self.machine.gpu_memory
         if center and not center_on_device(self.config, model, module.config, memory):
             center = CenterDevice.host
-        return Plan(engine, layout, generation.batch_tokens, members, center)
+        plan = Plan(engine, layout, generation.batch_tokens, members, center)
+        is_free = engine is EngineName.vllm and self.config.center.device is CenterDevice.auto
+        if is_free and not self.memory(plan).fits(self.machine):  # beside vLLM's cache
+            return replace(plan, center=center and CenterDevice.host)
+        return plan
 
     def assess(self, plan: Plan) -> dict[str, Any]:
         """A plan's memory, traffic and times, ready for JSON."""
@@ -151,9 +155,10 @@ class Planner:
     def memory(self, plan: Plan) -> Memory:
         model, workload, es = self._read(plan.engine)[0], self._work(plan), self.config.es
         gpu_memory = self.machine.gpu_memory
-        if plan.engine is EngineName.vllm:
-            return vllm_memory(model, plan.layout, workload, es, self.config.vllm, gpu_memory)
         on_device = plan.center_on_device
+        if plan.engine is EngineName.vllm:
+            vllm = self.config.vllm
+            return vllm_memory(model, plan.layout, workload, es, vllm, gpu_memory, on_device)
         return rank_memory(model, plan.layout, workload, es, gpu_memory, center_on_device=on_device)
 
     def estimate(self, plan: Plan) -> Estimate:
@@ -215,9 +220,10 @@ class Planner:
 
     def _filled(self, engine: EngineName, layout: Layout) -> Iterator[Plan]:
         if engine is EngineName.vllm:
-            only = self._with_vllm(layout)
-            if self.memory(only).fits(self.machine) and not self._beyond_cache(layout):
-                yield only
+            own = self._with_vllm(layout)
+            plans = (replace(own, center=center) for center in self._centers(layout))
+            if not self._beyond_cache(layout):
+                yield from (plan for plan in plans if self.memory(plan).fits(self.machine))
             return
         row = self.workload.length(max(self.workload.train + self.workload.test))
         for center in self._centers(layout):

@@ -166,6 +166,8 @@ def load_task(
         raise ConfigError(
             f"task.name, task.path: {problem}; give one: a built-in task's name, or file.py:Class"
         )
+    for split in {"train", "test"}.intersection(tests):
+        raise ConfigError(f"task.tests: {split} is the set of task.{split}; choose another name")
     values: dict[str, Any] = {"train": train, "test": test, "tests": dict(tests) or None}
     values |= {"template": template, "chat": None if chat else False, "system": system}
     values |= {"prompt_field": prompt_field, "reward": reward}

@@ -84,6 +84,8 @@ def test_a_rule_is_its_formula_on_any_cut(tmp_path):
             "n = 0\n    def update(self, theta, step, alpha): self.n += 1; theta.mul_(self.n)",
             "other bits where theta is cut",
         ),
+        ("def update(self, theta, step, alpha): theta.resize_(0)", "finite and of their sizes"),
+        ("def update(self, theta, step, alpha): theta.log_()", "finite and of their sizes"),
         ("def update(self, theta, step): pass", "update raised TypeError"),
         ("buffers = 2\n    def update(self, theta, step, alpha, a): pass", "raised TypeError"),
         ("buffers = '1'\n    def update(self, *all): pass", "buffers is '1', not a number"),

@@ -59,6 +59,20 @@ def test_memory_and_time_are_those_of_the_place(config):
         assert device["seconds"][part] == host["seconds"][part]
 
 
+def test_a_center_on_the_gpu_counts_beside_the_cache_of_vllm(config):
+    file, keys = config(DATA / "llama-3.1-8b"), ["engine=vllm", "vllm.cache_size=20"]
+    host, device, auto, beside = (
+        report(file, *keys, f"center.device={place}", *more, *MACHINE)["configured"]
+        for place, *more in (
+            ["host"], ["device"], ["auto"], ["auto", "vllm.cache_size=45"],
+        )
+    )  # fmt: skip
+    assert device["gpu"].pop("center") == host["host"].pop("center") == 4 * PARAMETERS
+    assert device["gpu"] == host["gpu"] and device["host"] == host["host"]
+    assert auto["fits"] and auto["center_device"] == "device"
+    assert beside["fits"] and beside["center_device"] == "host"
+
+
 def test_the_search_settles_the_place_and_prints_it(config):
     """A center on the GPU serves where memory is left or the host's is short; else, a larger
     batch.

@@ -345,7 +345,8 @@ def test_vllm_is_planned_with_its_cache_and_its_layouts():
     for best in plan["best"]:
         assert best["gpu"]["key-value cache"] == 20e9
         assert best["layout"]["engine"] == "vllm" and best["layout"]["shard"] == 1
-        assert best["settings"] == f"sharding.tensor={best['layout']['tensor']}"
+        tensor, place = best["layout"]["tensor"], best["center_device"]
+        assert best["settings"] == f"sharding.tensor={tensor} center.device={place}"
     assert {8, 4, 2, 1} == {best["layout"]["tensor"] for best in plan["best"]}
     code, plan = planned("vllm.cache_size=79")
     assert code == 1 and plan["best"] == []

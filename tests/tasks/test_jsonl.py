@@ -94,6 +94,8 @@ def test_a_beginning_of_the_response_is_marked(load):
 def test_further_named_test_sets(load, tmp_path):
     (tmp_path / "more.jsonl").write_text('{"prompt": "one\u2028line"}')
     assert load(tests={"more": "more.jsonl"}).prompts("more") == [user("one\u2028line")]
+    with pytest.raises(ConfigError, match=r"task.tests: train is the set of task.train; choose"):
+        load_task("jsonl", None, "a.jsonl", "b.jsonl", {"train": "more.jsonl"})
 
 
 def test_a_template_only_looks_up_fields():
