@@ -102,6 +102,10 @@ def train(
         KeyboardInterrupt: it was stopped. Nothing is lost: call again to go on.
     """
     loaded = _load(config, overrides)
+    if callback is not None and not callable(callback):
+        raise ConfigError(
+            f"callback={callback!r:.100}: must be a function of an iteration's metrics"
+        )
     on_metrics = callback or _ignore
     if gpus is None:
         from shardes import lifecycle, training
@@ -274,8 +278,8 @@ def _run_ranks(
     on_metrics: Callable[[dict[str, float]], None] = _ignore,
 ) -> None:
     """Run `shardes COMMAND` with these settings on several ranks."""
-    if ranks < 1:
-        raise ConfigError(f"gpus={ranks}: must be at least 1")
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ConfigError(f"gpus={ranks!r}: must be a number of ranks, at least 1")
     if task is not None:
         raise ConfigError(
             f"task={type(task).__name__}: an object of this process, which the ranks of "

@@ -223,7 +223,9 @@ def test_what_a_callback_raises_ends_the_run(settings):
         ({}, {"task": Letters}, r"task=Letters: a class; pass an object, Letters\(\)"),
         ({}, {"task": Rewards()}, r"task=Rewards: has no score.*task.path=file.py:Rewards"),
         ({}, {"gpus": 2}, r"task=Letters: an object of this process.*task.path=FILE.py:CLASS"),
-        ({}, {"gpus": 0}, r"gpus=0: must be at least 1"),
+        ({}, {"gpus": 0}, r"gpus=0: must be a number of ranks, at least 1"),
+        ({}, {"gpus": "2"}, r"gpus='2': must be a number of ranks"),
+        ({}, {"callback": 3}, r"callback=3: must be a function of an iteration's metrics"),
         ({"sharding.tensor": 2}, {}, r"does not divide the 1 ranks"),
     ],
 )
