@@ -51,9 +51,12 @@ def nothing_is_left(monkeypatch):
         threads = {t.name for t in threading.enumerate() if "ThreadPool" not in t.name}
         return handlers, dist.is_initialized(), "RANK" in os.environ, sys.excepthook, threads
 
+    # A shell ignores SIGINT in what it starts in the background.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = state()
     yield
     assert state() == before
+    signal.signal(signal.SIGINT, ignored)
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,7 @@ def test_an_example_runs(file, uneven_llama, judge, judging_llama, tmp_path, mon
 
 def test_every_example_is_in_the_readme_with_its_command():
     text = (EXAMPLES / "README.md").read_text()
-    commands = [
-        shlex.split(line) for line in re.findall(r"^    (deepspeed .*)$", text, re.MULTILINE)
-    ]
+    commands = [shlex.split(line) for line in re.findall(r"^    (shardes .*)$", text, re.MULTILINE)]
     assert {ROOT / word for words in commands for word in words if word.endswith(".yaml")} == set(
         CONFIGS
     )

@@ -203,6 +203,7 @@ def test_a_zero_3_checkpoint(export, external, biased_qwen, tmp_path):
     assert len(changed) > len(exported) / 2
 
 
+@pytest.mark.slow
 def test_transformers_distributed_save(export, external, biased_qwen, tmp_path):
     done = export(external / "distributed", tmp_path / "out", "--base", biased_qwen)
     assert done.returncode == 0, done.stderr

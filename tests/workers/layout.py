@@ -1,5 +1,5 @@
-"""Runs models on one engine and layout: ENGINE REPLICAS SHARD TENSOR MODEL_DIRECTORY ...; started
-by the zygote.
+"""Runs models on one engine and layout: ENGINE REPLICAS SHARD TENSOR EVERY MODEL_DIRECTORY ...;
+started by the zygote. EVERY: 1, or 2 for every second variant.
 """
 
 from pathlib import Path
@@ -51,10 +51,8 @@ def main(argv: list[str]) -> int:
     job = join_job(60)
     world = form_replica(job, replicas, shard, tensor, 120)
     result = {"rank": job.rank}
-    # Four ranks are slow here, and run what two ranks run: every second variant is enough.
-    variants = VARIANTS if job.size < 4 else VARIANTS[::2]
-    for directory in map(Path, argv[4:]):
-        for dtype, gather, offload in variants:
+    for directory in map(Path, argv[5:]):
+        for dtype, gather, offload in VARIANTS[:: int(argv[4])]:
             if shard == 1 and (
                 gather is Gather.layer or (engine is FSDPEngine and offload is Offload.cpu)
             ):
