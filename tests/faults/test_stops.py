@@ -233,7 +233,7 @@ def test_a_directory_in_use_is_refused_and_that_of_a_dead_process_is_not(
     "number, code",
     [
         pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
-        (signal.SIGINT, 0),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
         (signal.SIGUSR1, 75),
     ],
 )

@@ -310,6 +310,7 @@ def test_a_directory_that_cannot_be_made(config):
         train.prepare([config(("run", "dir", "/proc/run"))], Job(0, 1, dist.HashStore()))
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named(config):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

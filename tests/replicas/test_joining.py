@@ -202,6 +202,7 @@ def test_a_replica_without_the_runs_directory_needs_the_token_and_begins_from_th
     assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["token"]
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_loses_its_member_alone(start, alone, tmp_path, record_property):
     primary = start(join=False, slow=0.005)
     client = start(slow=0.2)  # a member takes it five seconds, so that it is killed within one
