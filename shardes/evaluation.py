@@ -107,6 +107,7 @@ def prepare(
     if samples < 0:
         raise ConfigError(f"--samples {samples}: must not be negative")
     base_path = config.model.path
+    config.es.members_per_batch = 1  # there are no members, and so nothing is to be built for them
     if base and model is None:
         raise ConfigError(f"--base: compares model.path={base_path} with --model DIR; give that")
     if model:

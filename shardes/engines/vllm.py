@@ -90,12 +90,12 @@ def _import() -> None:
 def check_sharding(sharding: ShardingConfig) -> None:
     """Raise ConfigError for ways of sharding that engine=vllm does not have."""
     for key, value, holds, demand in (
-        ("shard", sharding.shard, sharding.shard == 1, "has no shard axis"),
-        ("gather", "layer", sharding.gather is Gather.member, "gathers nothing"),
-        ("offload", "cpu", sharding.offload is Offload.none, "keeps weights on the device"),
+        ("shard", sharding.shard, sharding.shard == 1, "has no shard axis; use sharding.tensor,"),
+        ("gather", "layer", sharding.gather is Gather.member, "gathers nothing; leave it out,"),
+        ("offload", "cpu", sharding.offload is Offload.none, "offloads nothing; leave it out,"),
     ):
         if not holds:
-            raise ConfigError(f"sharding.{key}={value}: engine=vllm {demand}; use another engine")
+            raise ConfigError(f"sharding.{key}={value}: engine=vllm {demand} or another engine")
 
 
 def check_processors(names: str) -> None:

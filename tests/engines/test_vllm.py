@@ -248,6 +248,7 @@ def test_runs_of_one_process(tmp_path):
     first, refused, *others = results["digests"]
     assert "raise vllm.cache_size" in refused and others == [first, first]
     assert results["left"] == [0, False]
+    assert results["sampled"] == [True, True]  # of low-rank settings, without members
 
 
 def test_a_killed_run_goes_on_with_another_engine(tmp_path):

@@ -88,7 +88,7 @@ def test_vllm_that_is_not_there(monkeypatch):
     [
         ("sharding.shard=2", "sharding.shard=2: engine=vllm has no shard axis"),
         ("sharding.gather=layer", "sharding.gather=layer: engine=vllm gathers nothing"),
-        ("sharding.offload=cpu", "sharding.offload=cpu: engine=vllm keeps"),
+        ("sharding.offload=cpu", "sharding.offload=cpu: engine=vllm offloads nothing"),
         ("es.restore=subtract", "es.restore=subtract: engine=vllm needs the exact center"),
         ("generation.decode=graph", "generation.decode=graph: engine=vllm decodes by itself"),
     ],
