@@ -21,7 +21,7 @@ from shardes.config import loading
 from shardes.config.schema import Config
 from shardes.distributed import environment
 from shardes.distributed.local_ranks import run_ranks
-from shardes.errors import PRIMARY_LOST, ConfigError, RunError, Stopped, mistakes_in
+from shardes.errors import PRIMARY_LOST, ConfigError, RunError, Stopped
 from shardes.reporting import json_lines
 
 if TYPE_CHECKING:
@@ -210,17 +210,17 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         ConfigError: it holds no run.
     """
     path = Path(os.path.expanduser(directory))
-    file, summary = path / "config.yaml", path / "summary.json"
+    file = path / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{path}: no run directory: it has no config.yaml")
-    with mistakes_in(f"{summary}: damaged; start the run again, which writes it"):
-        results = json.loads(summary.read_bytes()) if summary.is_file() else {}
+    from shardes.reporting.run_directory import read_summary  # imports plotly
+
     return Run(
         path,
         loading.load(str(file), []),
         json_lines.read(path / "metrics.jsonl"),
         json_lines.read(path / "samples.jsonl"),
-        results,
+        read_summary(path),
     )
 
 

@@ -77,7 +77,7 @@ class LaunchParser(CommandParser):
         ranks = "--gpus N, --nproc N  ranks on this host; default: one for each GPU"
         if "--dry-run" in options:
             ranks += "\n--dry-run            check, print the settings, start nothing"
-        self.add_argument_group("started here", ranks)
+        self.add_argument_group("options of the start", ranks)
         # deepspeed's launcher passes it
         self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from shardes.commands.arguments import CommandParser, path, reports_errors
 from shardes.distributed import environment
-from shardes.errors import ConfigError, mistakes_in, unusable_files
+from shardes.errors import ConfigError, unusable_files
 from shardes.reporting import json_lines
-from shardes.reporting.run_directory import read_json
+from shardes.reporting.run_directory import read_summary
 
 
 def matplotlib_or_error() -> Any:
@@ -37,13 +37,9 @@ def curve(directory: Path, key: str) -> dict[int, float]:
     """A run's metric by iteration. The last evaluation is in summary.json."""
     rows = json_lines.read(directory / "metrics.jsonl")
     values = {row["iteration"]: row[key] for row in rows if key in row}
-    summary = directory / "summary.json"
-    if summary.exists():
-        with mistakes_in(f"{summary}: damaged; start the run again, which writes it"):
-            last = read_json(summary)
-            # The members' last is in metrics.jsonl.
-            if key != "reward_mean" and f"{key}_last" in last:
-                values[last["iterations"]] = last[f"{key}_last"]
+    last = read_summary(directory)
+    if key != "reward_mean" and f"{key}_last" in last:  # the members' last is in metrics.jsonl
+        values[last["iterations"]] = last[f"{key}_last"]
     return values
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from shardes.config.schema import Config, Restore
 from shardes.planning.devices import SHARE
+from shardes.planning.shapes import ModelShapes
 from shardes.planning.time import Estimate
 from shardes.words import counted
 
@@ -17,7 +18,7 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
     Returns:
         by name: "value", in hours, tokens per second or bytes, and "assumption".
     """
-    es, checkpoint, machine = config.es, config.checkpoint, estimate.machine
+    es, machine = config.es, estimate.machine
     iteration = estimate.seconds().total
     evaluations = 1 + len(range(0, es.iterations, config.eval.every or es.iterations))
     seconds = es.iterations * iteration + evaluations * estimate.evaluation()
@@ -26,8 +27,6 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
     tokens = es.population_size * len(estimate.workload.train) * estimate.response
     sent = estimate.traffic()
     within = machine.ranks * (sent.reduced + sent.gathered)
-    kept = checkpoint.keep + 1 + checkpoint.best if checkpoint.every else 0
-    itemsize = 4 if es.restore is Restore.copy else estimate.model.itemsize
     rates = f"{SHARE:.0%} of the peak rates: an assumption"
     if on_cpu:
         rates = (
@@ -43,23 +42,28 @@ def whole_run(config: Config, estimate: Estimate) -> dict[str, Any]:
             "response as long as allowed, at full rates",
         ),
         "hours, likely": (likely / 3600, rates),
-        of_ranks: (
-            likely / 3600 * machine.ranks,
-            rates,
-        ),
+        of_ranks: (likely / 3600 * machine.ranks, rates),
         "tokens/s, likely": (tokens * es.iterations / likely, "of members' responses"),
         "bytes between replicas": (
             sent.replicas * es.iterations,
             "337 bytes per member, measured with eight members",
         ),
         "bytes within replicas": (within * es.iterations, "sums and gathers in a ring"),
-        "disk": (
-            kept * itemsize * estimate.model.numel + es.iterations * es.population_size * RECORD,
-            f"{kept} snapshots of the center, one of them being written, and the journal; "
-            "samples and logs left out",
-        ),
+        "disk": _disk(config, estimate.model),
     }
     return {
         name: {"value": value, "assumption": assumption}
         for name, (value, assumption) in figures.items()
     }
+
+
+def _disk(config: Config, model: ModelShapes) -> tuple[int, str]:
+    """The bytes of a run directory, and what they hold."""
+    es, checkpoint = config.es, config.checkpoint
+    kept = checkpoint.keep + 1 + checkpoint.best if checkpoint.every else 0
+    itemsize = 4 if es.restore is Restore.copy else model.itemsize
+    return (
+        kept * itemsize * model.numel + es.iterations * es.population_size * RECORD,
+        f"{kept} snapshots of the center, one of them being written, and the journal; "
+        "samples and logs left out",
+    )

@@ -32,25 +32,21 @@ class Pace:
     followed by one. All times are of the monotonic clock.
 
     Args:
-        start, restored: as for `Terminal`.
+        iterations: of the whole run.
+        start: the first iteration of this start, which begins now.
+        restored: the members of that iteration that were evaluated before.
         every: eval.every.
-        now: the time at which the first iteration of this start begins.
     """
 
     def __init__(
-        self,
-        iterations: int,
-        population_size: int,
-        start: int,
-        restored: int,
-        every: int,
-        now: float,
+        self, iterations: int, population_size: int, start: int, restored: int, every: int
     ):
-        self._iterations, self._population_size = iterations, population_size
+        self.iterations, self.population_size = iterations, population_size
         self._first, self._restored, self._every = start, restored, every
         self._start = start + restored / population_size
         # Without the time of evaluations, from here on:
-        self._started = self._began = self._done_at = now  # the run, the iteration, its last member
+        # the run, the iteration, the last of its members that was done
+        self._started = self._began = self._done_at = time.monotonic()
         self._done = restored
         self._evaluating_since: float | None = None
         self._evaluations, self._evaluation = 0.0, 0.0  # seconds of all, and of the last
@@ -74,10 +70,8 @@ class Pace:
         if before > 0:
             per_iteration = (self._began - self._started) / before
         else:
-            per_iteration = (
-                self.until_last_member * self._population_size / new if new else math.nan
-            )
-        left = per_iteration * (self._iterations - max(iteration, self._start))
+            per_iteration = self.until_last_member * self.population_size / new if new else math.nan
+        left = per_iteration * (self.iterations - max(iteration, self._start))
         return max(left - (now - self._began), 0.0) + self._evaluations_after(iteration)
 
     @property
@@ -92,7 +86,7 @@ class Pace:
         self._done = 0
         done = iteration + 1 - self._start  # 0: its members were all evaluated before
         per_iteration = (now - self._started) / done if done else math.nan
-        left = per_iteration * (self._iterations - iteration - 1)
+        left = per_iteration * (self.iterations - iteration - 1)
         return left + self._evaluations_after(iteration)
 
     def _working(self, now: float) -> float:
@@ -104,7 +98,7 @@ class Pace:
 
     def _evaluations_after(self, iteration: int) -> float:
         """The seconds of evaluations after an iteration, the final one included."""
-        between = range(iteration + 1, self._iterations)
+        between = range(iteration + 1, self.iterations)
         count = sum(t % self._every == 0 for t in between) if self._every else 0
         return (count + 1) * self._evaluation
 
@@ -113,23 +107,11 @@ class Terminal:
     """Standard output of rank 0; if it is not a terminal, lines are printed and no bar is shown.
 
     Args:
-        iterations: of the whole run.
-        start: the first iteration of this start.
-        restored: the members of that iteration that were evaluated before.
         best_held_out: the best held-out reward so far; -inf if none was measured.
-        every: eval.every.
     """
 
-    def __init__(
-        self,
-        iterations: int,
-        population_size: int,
-        start: int,
-        restored: int,
-        best_held_out: float,
-        every: int,
-    ):
-        self._iterations, self._population_size = iterations, population_size
+    def __init__(self, pace: Pace, best_held_out: float):
+        self._pace = pace
         self._figures = {"best held-out": best_held_out} if math.isfinite(best_held_out) else {}
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = _ProgressBar(
@@ -141,11 +123,10 @@ class Terminal:
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=population_size, visible=False, left="")
+        self._task = self._bar.add_task("", total=pace.population_size, visible=False, left="")
         self._bar.status = "preparing the first iteration"
         self._bar.start()
-        self._printed = now = time.monotonic()
-        self._pace = Pace(iterations, population_size, start, restored, every, now)
+        self._printed = time.monotonic()
 
     def say(self, line: str) -> None:
         self._printed = time.monotonic()
@@ -162,11 +143,11 @@ class Terminal:
         if tokens and self._pace.until_last_member > 0:
             self._figures["tokens/s"] = tokens / self._pace.until_last_member
         if self._is_due(now):
-            members = f"members: {done} of {self._population_size} of iteration {iteration}"
+            members = f"members: {done} of {self._pace.population_size} of iteration {iteration}"
             self.say("  ".join(filter(None, (members, self._rate(), left))))
         self._bar.update(
             self._task,
-            description=f"iteration {iteration} of {self._iterations}",
+            description=f"iteration {iteration} of {self._pace.iterations}",
             completed=done,
             left=left,
             visible=True,
@@ -213,7 +194,7 @@ class Terminal:
         if "held_out_reward" in metrics:
             self._figures["held-out"] = reward = metrics["held_out_reward"]
             self._figures["best held-out"] = max(self._figures.get("best held-out", reward), reward)
-        self._bar.update(self._task, completed=self._population_size, left=left)
+        self._bar.update(self._task, completed=self._pace.population_size, left=left)
         self._bar.status = self._status()
         return line
 

@@ -17,7 +17,7 @@ from shardes.reporting import json_lines
 from shardes.reporting.attempts import Attempt
 from shardes.reporting.learning import LearningWatch
 from shardes.reporting.loggers import Loggers
-from shardes.reporting.progress import Terminal, held_out_text, significant
+from shardes.reporting.progress import Pace, Terminal, held_out_text, significant
 from shardes.storage.journal import Record
 from shardes.storage.resume import ResumePoint
 
@@ -128,14 +128,14 @@ class RunReporter(Reporter):
             open(directory / name, "a", encoding="utf-8") for name in (METRICS, SAMPLES, EXTREMES)
         )
         es = config.es
-        self._terminal = Terminal(
+        pace = Pace(
             es.iterations,
             es.population_size,
             resume.iteration,
             len(resume.rewards),
-            best.get("held_out_reward", -math.inf),
             config.eval.every,
         )
+        self._terminal = Terminal(pace, best.get("held_out_reward", -math.inf))
         self._loggers = Loggers(
             config.tracking.loggers, directory, settings.nested(config), self.say
         )

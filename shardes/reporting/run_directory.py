@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from shardes.errors import ConfigError, one_line
+from shardes.errors import ConfigError, mistakes_in, one_line
 from shardes.reporting import json_lines
 from shardes.reporting.attempts import attempts
 from shardes.reporting.probe import FILE as PROBE
@@ -78,6 +78,22 @@ def drawable(value: Any) -> bool:
 
 def read_json(file: Path) -> Any:
     return json.loads(file.read_bytes())
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """A run's summary.json; empty if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    file = directory / "summary.json"
+    if not file.is_file():
+        return {}
+    with mistakes_in(f"{file}: damaged; start the run again, which writes it"):
+        summary = dict(read_json(file))
+        if "iterations" not in summary:
+            raise ValueError("it has no iterations")
+        return summary
 
 
 def _settings(file: Path) -> Any:

@@ -180,6 +180,10 @@ def load_task(
     if name == "jsonl":
         function = _reward_of_jsonl(reward)
         return Jsonl(train, test, tests, template, chat, system, prompt_field, function)
+    return _built_in(name, train, test, tests)
+
+
+def _built_in(name: str, train: str | None, test: str | None, tests: Mapping[str, str]) -> Task:
     if name not in TASKS:
         raise ConfigError(f"task.name={name}: no such task; {suggestion(name, [*TASKS, 'jsonl'])}")
     sources = {

@@ -56,7 +56,8 @@ def test_members_of_an_earlier_start_count_neither_as_tokens_nor_as_time(capsys,
     """Iteration 1 of 4 goes on with two of its four members; they take ten seconds."""
     clock = iter([0.0, 10.0, 10.0, 10.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 10.0))
-    terminal = progress.Terminal(4, 4, start=1, restored=2, best_held_out=-math.inf, every=0)
+    pace = progress.Pace(4, 4, start=1, restored=2, every=0)
+    terminal = progress.Terminal(pace, -math.inf)
     metrics = METRICS | {"iteration": 1, "seconds": 10.0}
     assert terminal.log_iteration(metrics, tokens=30).endswith("10.0 s  3 tokens/s  0:40 left")
     terminal.close()
@@ -90,16 +91,11 @@ def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch
     assert line.startswith("members: 1 of 3 of iteration 0  ") and line.endswith(" left")
 
 
-def lines_at(steps, capsys, monkeypatch, **terminal) -> list[str]:
+def lines_at(steps, capsys, monkeypatch) -> list[str]:
     """What is printed when calls are made at given seconds; a method's name, and its arguments."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    shown = progress.Terminal(
-        **dict(
-            iterations=2, population_size=4, start=0, restored=0, best_held_out=-math.inf, every=1
-        )
-        | terminal
-    )
+    shown = progress.Terminal(progress.Pace(2, 4, start=0, restored=0, every=1), -math.inf)
     for seconds, method, *arguments in steps:
         now[0] = seconds
         getattr(shown, method)(*arguments)
