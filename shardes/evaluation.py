@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
@@ -27,7 +27,7 @@ from shardes.distributed.world import Job
 from shardes.engines import Engine
 from shardes.errors import ConfigError, RunError, Stopped, mistakes_in
 from shardes.inference.log_probs import k3
-from shardes.inference.sampler import Sampler, invalid_logits
+from shardes.inference.sampler import Sampler, ignore_response, invalid_logits
 from shardes.launch import PreparedRun
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
@@ -197,24 +197,26 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
         prepared.config.run.timeout,
         poll=watcher.poll,
     )
-    _answer(prepared, engine, sampler, pieces, queue, watcher.poll)
-    if world.is_primary:
-        results = [PieceResult(**json.loads(text)) for text in queue.collect()]
-        failed = prepared.out.with_suffix(".failed.json")
-        scorer = Scorer(
-            prepared.config.task, prepared.task, failed, watcher.poll, watcher.users_code
-        )
-        with closing(scorer):
+    scoring = closing(_scorer(prepared, watcher)) if world.is_primary else nullcontext()
+    with scoring as scorer:
+        _answer(prepared, engine, sampler, pieces, queue, scorer, watcher.poll)
+        if scorer:
+            results = [PieceResult(**json.loads(text)) for text in queue.collect()]
             splits = {
                 split: _split_report(prepared, scorer, split, sampler, pieces, results)
                 for split in prepared.prompts
             }
-        write(prepared, splits, time.monotonic() - started)
-        if prepared.side_by_side:
-            print_comparison(splits)
-        else:
-            print(summary(splits), flush=True)
+            write(prepared, splits, time.monotonic() - started)
+            if prepared.side_by_side:
+                print_comparison(splits)
+            else:
+                print(summary(splits), flush=True)
     dist.barrier()
+
+
+def _scorer(prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> Scorer:
+    settings, failed = prepared.config.task, prepared.out.with_suffix(".failed.json")
+    return Scorer(settings, prepared.task, failed, watcher.poll, watcher.users_code)
 
 
 def _pieces(prepared: PreparedEvaluation) -> list[Piece]:
@@ -233,13 +235,19 @@ def _answer(
     sampler: Sampler,
     pieces: Sequence[Piece],
     queue: WorkQueue,
+    scorer: Scorer | None,
     poll: Callable[[], None],
 ) -> None:
-    """Answer this replica's pieces with the model, then with the base if they are compared."""
+    """Answer this replica's pieces with the model, then with the base if they are compared.
+
+    Args:
+        scorer: tries out the reward with the first response; on the primary rank.
+    """
     results = {}
     for number in queue.claims():
         piece = pieces[number]
-        results[number] = result = PieceResult(_generate(prepared, piece, sampler, poll))
+        ended = partial(_try_out, scorer, sampler, piece) if scorer else ignore_response
+        results[number] = result = PieceResult(_generate(prepared, piece, sampler, poll, ended))
         if piece.sample and prepared.base:
             prompts = _piece_prompts(prepared, piece)
             result.tuned = sampler.log_probs(prompts, result.tokens, poll)
@@ -256,18 +264,29 @@ def _answer(
         queue.post(number, json.dumps(asdict(result)))
 
 
+def _try_out(scorer: Scorer, sampler: Sampler, piece: Piece, row: int, response: list[int]) -> None:
+    if response and not scorer.is_tried:  # an empty one could not be completed
+        (text,) = sampler.texts([response])
+        scorer.try_out(piece.split, text, piece.rows[row])
+
+
 def _piece_prompts(prepared: PreparedEvaluation, piece: Piece) -> list[list[int]]:
     return [prepared.prompts[piece.split][row] for row in piece.rows]
 
 
 def _generate(
-    prepared: PreparedEvaluation, piece: Piece, sampler: Sampler, poll: Callable[[], None]
+    prepared: PreparedEvaluation,
+    piece: Piece,
+    sampler: Sampler,
+    poll: Callable[[], None],
+    ended: Callable[[int, list[int]], None] = ignore_response,
 ) -> list[list[int]]:
     """The responses of a piece, as token ids."""
     seeds = None
     if piece.sample:
         seeds = [_seed(prepared.config.es.seed, row, piece.sample) for row in piece.rows]
-    return sampler.generate(_piece_prompts(prepared, piece), seeds, poll)
+    prompts = _piece_prompts(prepared, piece)
+    return sampler.generate(prompts, seeds, poll, ended=ended)
 
 
 def _seed(run_seed: int, prompt: int, sample: int) -> int:

@@ -166,24 +166,17 @@ class PrimaryEvaluator(Evaluator):
         super().__init__(**shared)
         self._task, self._scorer, self._reporter = task, scorer, reporter
         self._journal = journal
-        # With another task.on_error a failure ends nothing. A batch is never a part of the prompts.
-        self._has_scored = (
-            not scorer.in_workers or scorer.is_batch or self._config.task.on_error != "fail"
-        )
 
     def poll(self) -> None:
         super().poll()
         self._reporter.evaluating()
 
     def ended(self, split: Split, part: slice, row: int, response: list[int]) -> None:
-        """Score this start's first response at once: a mistake in the reward is reported before the
-        others have ended.
-        """
-        if self._has_scored or not response:  # an empty one could not be completed
-            return
-        self._has_scored = True
-        numbers = self._numbers(split) or range(len(self._prompts[split]))
-        self._scorer(split, self._sampler.texts([response]), [numbers[part][row]])
+        """Try out the reward with this start's first response."""
+        if response and not self._scorer.is_tried:  # an empty one could not be completed
+            numbers = self._numbers(split) or range(len(self._prompts[split]))
+            (text,) = self._sampler.texts([response])
+            self._scorer.try_out(split, text, numbers[part][row])
 
     def finish(self, t: int) -> dict[str, float]:
         self._score_pending()

@@ -81,6 +81,8 @@ class Scorer:
         self.is_batch = isinstance(task, Jsonl) and is_batch(settings.reward or "")
         self.parts: dict[str, float] = {}
         self._part_names: set[str] | None = None  # once a response was scored
+        # With another task.on_error a failure ends nothing. A batch is never a part of the prompts.
+        self.is_tried = not self.in_workers or self.is_batch or settings.on_error != "fail"
 
     def __call__(
         self,
@@ -91,6 +93,17 @@ class Scorer:
     ) -> list[float]:
         """One reward per response: see `start`, whose function this calls."""
         return self.start(split, responses, which, failures)()
+
+    def try_out(self, split: str, response: str, number: int) -> None:
+        """Score the first response, to prompt `number`, at once: a mistake in the reward is
+        reported before the others have ended.
+
+        Raises:
+            ConfigError: see `start`.
+        """
+        if not self.is_tried:
+            self.is_tried = True
+            self(split, [response], [number])
 
     def start(
         self,

@@ -127,8 +127,14 @@ def test_a_failure_ends_the_run_with_prompt_and_response(zygote, home, tmp_path)
     assert run.wait(120) == [0], run.text()
 
 
-def test_a_mistake_in_the_reward_is_known_from_the_first_response(zygote, home, tmp_path):
-    run = zygote.start(home("example['answr']"), log=tmp_path / "log")
+@pytest.mark.parametrize(
+    "tool, options", [("train", []), ("evaluate", ["--split", "train", "--out", "report.json"])]
+)
+def test_a_mistake_in_the_reward_is_known_from_the_first_response(
+    zygote, home, tmp_path, tool, options
+):
+    options = [f"{tmp_path}/{option}" if "." in option else option for option in options]
+    run = zygote.start(home("example['answr']"), *options, log=tmp_path / "log", tool=tool)
     assert run.wait(120) == [2], run.text()
     assert "KeyError: 'answr'" in run.text() and "Traceback" not in run.text()
     assert len((tmp_path / "pids").read_text().splitlines()) == 1  # of four
