@@ -23,10 +23,23 @@ LAYOUTS = {  # engine, replicas, shard, tensor
 }
 
 
-def models(engine: str, shard: int, tensor: int) -> list[str]:
-    """The models that an engine supports: only AutoTP splits heads unevenly, and not experts."""
-    # Four ranks are slow here, so they get fewer models.
-    names = ["biased_qwen"] if shard * tensor == 4 else ["tied_llama", "biased_qwen"]
+# The layouts of the default run, with models of which each is there under every kind of sharding
+# that supports it. The other layouts cover the same code, and tests/launchers always runs two
+# replicas.
+FAST = {
+    "1 rank": ["tied_llama", "moe_qwen"],
+    "ZeRO 2": ["uneven_llama", "moe_qwen"],
+    "ZeRO 2 × TP 2": ["biased_qwen", "uneven_llama"],
+    "FSDP 2 × TP 2": ["biased_qwen", "moe_qwen"],
+}
+
+
+def models(name: str) -> list[str]:
+    """Those that a layout runs: only AutoTP splits heads unevenly, and not experts."""
+    if name in FAST:
+        return FAST[name]
+    engine, _, _, tensor = LAYOUTS[name]
+    names = ["tied_llama", "biased_qwen"]
     if engine == "deepspeed":
         names.append("uneven_llama")
     if engine == "fsdp" or tensor == 1:
@@ -34,28 +47,21 @@ def models(engine: str, shard: int, tensor: int) -> list[str]:
     return names
 
 
-# The other layouts cover the same code, and tests/launchers always runs two replicas.
-SLOW = {"2 replicas × ZeRO 2", "FSDP, 1 rank", "TP 2", "FSDP 2", "FSDP, TP 2"}
-
-
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS],
+    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in LAYOUTS],
 )
-def layout(request) -> tuple[str, int, int, int]:
-    return LAYOUTS[request.param]
+def layout(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
 def results(zygote, layout, directories, tmp_path_factory) -> list[dict]:
-    engine, replicas, shard, tensor = layout
-    is_slow = layout in {LAYOUTS[name] for name in SLOW}
-    every = "1" if is_slow or shard * tensor == 1 else "2"  # what is slow runs every variant
+    engine, replicas, shard, tensor = LAYOUTS[layout]
+    every = 2 if layout in FAST and shard > 1 else 1
     ranks, folder = replicas * shard * tensor, tmp_path_factory.mktemp("layout")
-    chosen = [str(directories[name]) for name in models(engine, shard, tensor)]
-    run = zygote.start(
-        *map(str, layout), every, *chosen, ranks=ranks, log=folder / "log", tool="layout"
-    )
+    arguments = [*LAYOUTS[layout], every, *(directories[name] for name in models(layout))]
+    run = zygote.start(*map(str, arguments), ranks=ranks, log=folder / "log", tool="layout")
     assert run.wait(240) == [0] * ranks, run.text()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -147,7 +153,7 @@ def test_decode_steps_of_fixed_shapes_give_the_same_tokens(results, references):
 
 def test_members_answer_side_by_side_as_alone(results, references, layout):
     for rank, model, dtype, values in cases(results):
-        if "moe" in model and layout[3] > 1:
+        if "moe" in model and LAYOUTS[layout][3] > 1:
             assert "experts.gate_up_proj" in values["side by side"]
         elif dtype == "float32":
             for key in ("side by side", "static side by side"):
@@ -176,7 +182,7 @@ def test_the_center_is_restored_after_a_failure(results):
 
 
 def test_every_element_is_counted_once(results, references, layout):
-    replicas = layout[1]
+    replicas = LAYOUTS[layout][1]
     totals: dict[str, int] = {}
     for result in results:
         for key, values in result.items():

@@ -20,8 +20,8 @@ def test_the_interpreted_kernel_equals_the_reference_to_the_bit():
 @pytest.mark.parametrize(
     "arguments, kernels",
     [
-        (["80"], 3),  # full noise, factors and their products, from float32 to bfloat16
-        (["90"], 3),
+        pytest.param(["80"], 3, marks=pytest.mark.slow),
+        (["90"], 3),  # full noise, factors and their products, from float32 to bfloat16
         pytest.param(["90", "all"], 19, marks=pytest.mark.slow),
     ],
 )
