@@ -9,6 +9,7 @@ by SIGINT or SIGTERM, 75 stopped by SIGUSR1 (start it again), 2 a mistake of the
 failure.
 """
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -65,18 +66,13 @@ def dry_run(argv: list[str], ranks: int) -> int:
     state = describe_run_directory(
         config, run_sources(config.task, prompts, update=config.es.update)
     )
-    sharding, generation = config.sharding, config.generation
+    sharding = config.sharding
     shard, tensor = sharding.shard, sharding.tensor
     layout = Layout(prepared.replicas, shard, tensor, sharding.gather, sharding.offload)
     lengths = {split: tuple(map(len, rows)) for split, rows in prompts.items()}
-    workload = Workload(
-        lengths["train"],
-        lengths["test"],
-        generation.max_new_tokens,
-        generation.batch_tokens,
-        members_together(config, lengths["train"], prepared.replicas),
-        generation.decode,
-    )
+    workload = Workload.of_run(config, lengths["train"], lengths["test"])
+    together = members_together(config, workload.train, prepared.replicas)
+    workload = replace(workload, members=together)
     counts = ", ".join(
         f"{len(rows)} {split}, up to {max(rows)} tokens" for split, rows in lengths.items()
     )

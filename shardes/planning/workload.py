@@ -34,6 +34,21 @@ class Workload:
     members: int = 1
     decode: Decode = Decode.eager
 
+    @classmethod
+    def of_run(cls, config: Config, train: Sequence[int], test: Sequence[int]) -> "Workload":
+        """The workload of members one after another, of the lengths of the task's prompts."""
+        size = config.task.prompts_per_iteration
+        if size is not None:
+            train = sorted(train)[-size:]  # the longest that an iteration may draw
+        asked = held_out_numbers(config.eval.prompts, len(test))
+        return cls(
+            tuple(train),
+            tuple(select(test, asked)),
+            config.generation.max_new_tokens,
+            config.generation.batch_tokens,
+            decode=config.generation.decode,
+        )
+
     def groups(self, members: int) -> Iterator[tuple[int, "Workload"]]:
         """How many groups of each size `members` make, as (number, workload of one group)."""
         full, rest = divmod(members, self.members)
@@ -108,17 +123,7 @@ def read_workload(config: Config, prompts: int | None, prompt_tokens: int | None
             lengths = {split: [prompt_tokens] * len(values) for split, values in lengths.items()}
         if prompts is not None:
             lengths["train"] = [max(lengths["train"])] * prompts
-    size = config.task.prompts_per_iteration
-    if size is not None:
-        lengths["train"] = sorted(lengths["train"])[-size:]  # the longest that may be drawn
-    asked = held_out_numbers(config.eval.prompts, len(lengths["test"]))
-    return Workload(
-        tuple(lengths["train"]),
-        tuple(select(lengths["test"], asked)),
-        config.generation.max_new_tokens,
-        config.generation.batch_tokens,
-        decode=config.generation.decode,
-    )
+    return Workload.of_run(config, lengths["train"], lengths["test"])
 
 
 def _lengths(path: str, prompts: Sequence[Prompt]) -> list[int]:

@@ -256,6 +256,16 @@ class Own:
     assert done.stderr.count("\n") == bool(message)
 
 
+def test_a_workload_is_that_of_one_iteration():
+    config = Config()
+    config.task.prompts_per_iteration, config.eval.prompts = 2, 3
+    work = Workload.of_run(config, [5, 9, 3, 7], [1] * 8)
+    assert (work.train, work.test) == ((7, 9), (1, 1, 1))
+    config.task.prompts_per_iteration = config.eval.prompts = None
+    work = Workload.of_run(config, [5, 9, 3, 7], [1] * 8)
+    assert (work.train, work.test) == ((5, 9, 3, 7), (1,) * 8)
+
+
 def test_error_messages(config, tmp_path):
     fine = config(DATA / "llama-3.1-8b")
     (tmp_path / "model").mkdir()
