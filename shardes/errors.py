@@ -30,7 +30,9 @@ class Stopped(Exception):
     def __init__(self, code: int, said: bool = False):
         reasons = {PREEMPTED: "preempted", PRIMARY_LOST: "the primary job is gone"}
         reason = reasons.get(code, "stopped as asked")
-        super().__init__(f"{reason}; nothing is lost: start the same command again to go on")
+        super().__init__(
+            f"{reason}; all finished members are kept: start the same command again to go on"
+        )
         self.code, self.said = code, said
 
 
@@ -86,7 +88,8 @@ def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) ->
 
 
 def nearby(path: str | Path, otherwise: str = "") -> str:
-    """The end of a message about a file that does not exist: what may have been meant.
+    """The end of a message about a file that does not exist: what may have been meant, or where a
+    relative path was looked for.
 
     Args:
         otherwise: the text if its directory has no similar name.
@@ -97,4 +100,5 @@ def nearby(path: str | Path, otherwise: str = "") -> str:
     similar = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.75)
     if similar:
         return f"; did you mean {Path(path).with_name(similar[0])}?"
-    return f"; {otherwise}" if otherwise else ""
+    where = "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"
+    return where + (f"; {otherwise}" if otherwise else "")

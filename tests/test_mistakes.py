@@ -195,7 +195,7 @@ MISTAKES = {
     ),
     # config files and arguments
     "cli train": r"arguments are required: CONFIG\.yaml; see shardes train --help",
-    "cli train missing.yaml": r"missing\.yaml: no such config file; shardes configs lists",
+    "cli train missing.yaml": r"missing\.yaml: no such config file \(looked in /.*; shardes config",
     "cli train confg.yaml": r"confg\.yaml: no such config file; did you mean config\.yaml\?",
     "cli train nothing": r"nothing: a directory; name the config file in it",
     "cli train bad.yaml": r"bad\.yaml: not readable as YAML: .*line 2",
@@ -221,7 +221,8 @@ MISTAKES = {
         r"model\.path=nowhere: no such directory, and not a hub id \(owner/name\) either"
     ),
     "train model.path=models/SmolLM2-135M-Instruct": (
-        r"model\.path=models/SmolLM2-135M-Instruct: no such directory; shardes get-smollm2 makes it"
+        r"model\.path=models/SmolLM2-135M-Instruct: no such directory \(looked in /.*\); "
+        r"shardes get-smollm2 makes it there"
     ),
     "cli evaluate config.yaml --model nowhere": r"--model nowhere: no such directory, and not",
     "train model.path=nothing": (

@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 
 from shardes.commands.arguments import CommandParser, path, reports_errors
-from shardes.config.shipped import is_example, shipped_config
+from shardes.config.loading import load
+from shardes.config.shipped import MADE_BY, is_example, shipped_config
 from shardes.distributed import environment
 from shardes.errors import ConfigError, unusable_files
 
@@ -31,8 +32,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", metavar="NAME", nargs="?", default="facts")
     options = parser.parse_args(argv)
     config = copy(shipped_config(options.name), options.directory)
-    print(f"{config}: set its model.path, then: shardes train {config} --dry-run")
+    for line in next_steps(config):
+        print(line)
     return 0
+
+
+def next_steps(config: Path) -> list[str]:
+    """What is left to do with a config that was copied."""
+    text = config.read_text(encoding="utf-8")
+    files = sorted(path.name for path in config.parent.iterdir() if path != config)
+    command = re.search(r"shardes train \S+(?: --gpus \d+)?", text)
+    start = command.group() if command else f"shardes train {config}"
+    return [
+        f"{config}: a config to make your own{', with ' if files else ''}{', '.join(files)}",
+        *_model_missing(config),
+        f"check it:  {start} --dry-run",
+        f"start it:  {start}",
+    ]
+
+
+def _model_missing(config: Path) -> list[str]:
+    """A line if the config's model is yet to be made in the working directory."""
+    path = load(str(config), []).model.path
+    if path not in MADE_BY or Path(path).is_dir():
+        return []
+    return [f"its model: {path} is not here yet; {MADE_BY[path]} makes it"]
 
 
 def copy(source: Path, directory: Path) -> Path:

@@ -7,6 +7,11 @@ from pathlib import Path
 
 from shardes.errors import ConfigError, suggestion
 
+MADE_BY = {  # models of the configs, and the commands that make them
+    "models/SmolLM2-135M-Instruct": "shardes get-smollm2",
+    "models/countdown-base": "python tools/make_countdown_base.py, of the repository,",
+}
+
 
 def shipped_configs() -> dict[str, Path]:
     """The files by name: `quickstart` of configs/quickstart.yaml, `facts` of

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
+from shardes.config.shipped import MADE_BY
 from shardes.errors import ConfigError, described, mistakes_in, nearby, one_line
 
 CONFIG, INDEX, SINGLE = "config.json", SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -24,10 +25,6 @@ VOCABULARIES = ["*.model", "*.tiktoken", "*.txt", "*.bpe"]
 DEQUANTISED = {
     "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
-}
-MADE_BY = {  # models of the configs, and the commands that make them
-    "models/SmolLM2-135M-Instruct": "shardes get-smollm2",
-    "models/countdown-base": "python tools/make_countdown_base.py, of the repository,",
 }
 CARD = "README.md"  # says what licence a model has
 TEMPLATES = f"{CHAT_TEMPLATE_DIR}/*.jinja"
@@ -65,7 +62,9 @@ def _downloaded(path: str, fetch: Callable[[], Path], said: str = "model.path=")
             f"{said}{path}: no such directory, and not a hub id (owner/name) either{nearby(path)}"
         )
     if path in MADE_BY:
-        raise ConfigError(f"{said}{path}: no such directory; {MADE_BY[path]} makes it")
+        raise ConfigError(
+            f"{said}{path}: no such directory{nearby(path, f'{MADE_BY[path]} makes it there')}"
+        )
     try:
         return fetch()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -100,7 +100,10 @@ def test_a_preempted_run_is_requeued_and_goes_on(
     assert slurm.command("scancel", "--batch", "--signal=USR1", job).returncode == 0
     slurm.wait(job, 120, ("PENDING",))
     record_property("seconds from USR1 to requeued", time.monotonic() - asked)
-    assert "preempted; nothing is lost" in told() and "preempted (exit code 75); requeued" in told()
+    assert (
+        "preempted; all finished members are kept" in told()
+        and "preempted (exit code 75); requeued" in told()
+    )
     state = start_again(slurm, job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), told()
     history = arrived()

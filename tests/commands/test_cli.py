@@ -153,7 +153,7 @@ def test_ctrl_c_stops_the_ranks_in_one_line(config, tmp_path):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # and with it its ranks
     assert os.waitstatus_to_exitcode(status) == 0, output
-    said = "stopped as asked; nothing is lost: start the same command again to go on"
+    said = "stopped as asked; all finished members are kept: start the same command again to go on"
     assert output.count(said) == 1, output
     assert not re.search("Traceback|error|WARNING|INFO|interrupt", output), output
     assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)

@@ -23,6 +23,15 @@ def test_a_copy_stands_alone(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = call(cli.main, "init", "mine/task", *([] if name == "facts" else [name]))
     assert done.returncode == 0, done.stderr
+    # What it says is to be done next is there, and can be done.
+    commands = [line.partition(":  ")[2] for line in done.stdout.splitlines() if ":  " in line]
+    assert [command.split()[:3] for command in commands] == [
+        ["shardes", "train", "mine/task/config.yaml"]
+    ] * 2
+    assert ("is not here yet; " in done.stdout) == (
+        "path: models/" in shipped_configs()[name].read_text()
+    )
+    assert name != "facts" or "with reward.py, test.jsonl, train.jsonl" in done.stdout
     config = load("mine/task/config.yaml", [])
     source = shipped_configs()[name]
     assert config.run.dir == "runs/task"

@@ -68,4 +68,4 @@ def test_a_signal_before_anything_began_ends_the_process_whatever_it_is_in(numbe
     )
     done = run([sys.executable, "-c", program], PYTHONPATH=str(ROOT))
     assert done.returncode == code and done.stdout.count("\n") == 1, done.stderr
-    assert "nothing is lost" in done.stdout and not done.stderr
+    assert "are kept" in done.stdout and not done.stderr
