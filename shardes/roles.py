@@ -74,9 +74,10 @@ def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> lis
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in prepared.prompts.items())
     if config.task.prompts_per_iteration is not None:
         counts += f"; {config.task.prompts_per_iteration} per iteration"
-    state = f"resumed at iteration {run.resume.iteration}" if run.resume.iteration else "a new run"
-    if run.resume.iteration == es.iterations:
-        state = "all iterations are done (a larger es.iterations goes on)"
+    done = run.resume.iteration
+    state = f"{done} are done" if done else "a new run"
+    if done == es.iterations:
+        state = "all are done (a larger es.iterations goes on)"
     rows = {
         "model": f"{model.path}, {numel:,} parameters in {model.dtype.value}",
         "layout": f"{counted(ranks, 'rank')}: {counted(prepared.replicas, 'replica')} × shard "
@@ -84,7 +85,7 @@ def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> lis
         "device": device_name(choose_device()),
         "members": f"{es.population_size} of σ = {es.sigma:g}, α = {es.alpha:g}, {noise}",
         "prompts": f"{counts}; up to {config.generation.max_new_tokens} new tokens",
-        "run": f"{config.run.dir}, {state}; {counted(es.iterations, 'iteration')} in all",
+        "run": f"{config.run.dir}, {counted(es.iterations, 'iteration')}; {state}",
     }
     return [*(f"{name:<8} {value}" for name, value in rows.items()), *run.notes]
 

@@ -87,7 +87,8 @@ class ResumePoint:
     def origin(self) -> str:
         """How the center is rebuilt, for messages."""
         source = f"snapshot {self.source}" if self.source else "the base model"
-        return f"{source} and {counted(len(self.records), 'iteration')} replayed"
+        replayed = f" and {counted(len(self.records), 'iteration')} replayed"
+        return source + (replayed if self.records else "")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -344,12 +345,11 @@ def _resume_point(
     members = len(resume.rewards)
     verb = "is" if members == 1 else "are"
     evaluated = f", of which {counted(members, 'member')} {verb} evaluated" if members else ""
+    begins = f"resuming at iteration {iteration}{evaluated}"
+    if iteration == config.es.iterations:
+        begins = "the final center"
     notes = [history.incomplete_line] if history.incomplete_line else []
-    return resume, [
-        *notes,
-        *warnings,
-        f"resuming at iteration {iteration}{evaluated}: {resume.origin}",
-    ]
+    return resume, [*notes, *warnings, f"{begins}: {resume.origin}"]
 
 
 class Lock:
