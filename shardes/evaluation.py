@@ -6,14 +6,12 @@ base: KL by the k3 estimator (the paper's equation 1), in nats per token.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +23,23 @@ from shardes.config.schema import Config
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
 from shardes.engines import Engine
-from shardes.errors import ConfigError, RunError, Stopped, mistakes_in
+from shardes.errors import ConfigError, Stopped, mistakes_in
 from shardes.inference.log_probs import k3
-from shardes.inference.sampler import Sampler, ignore_response, invalid_logits
+from shardes.inference.sampler import Sampler, invalid_logits
 from shardes.launch import PreparedRun
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
 from shardes.reporting import json_lines
 from shardes.reporting.evaluation import KINDS, differences, figures, print_comparison, summary
+from shardes.reporting.progress import counting
+from shardes.reporting.report_file import ReportFile
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.model_directory import model_directory
 from shardes.sharding.weight_files import WeightFiles, load
-from shardes.storage.files import write_whole
 from shardes.storage.resume import recorded_date
 from shardes.tasks import Task, prompts_of
 
 PIECE = 64  # prompts that a replica claims at a time
-OUT = "evaluation.json"
 
 
 @dataclass
@@ -49,15 +47,14 @@ class PreparedEvaluation(PreparedRun):
     """`prompts` are the token ids of each split's.
 
     `base` is None if the model is not compared with one. With `side_by_side` the base answers the
-    prompts, too. `overwrites`: whether a file that is already at `out` is replaced.
+    prompts, too.
     """
 
     prompts: dict[str, list[list[int]]]
     samples: int
     base: WeightFiles | None
     side_by_side: bool
-    out: Path
-    overwrites: bool
+    out: ReportFile
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,27 @@ class PieceResult:
     base_tokens: list[list[int]] = field(default_factory=list)
 
 
+OnResponse = Callable[[Piece, int, list[int]], None]  # piece, its row, token ids
+
+
+def ignore_piece(piece: Piece, row: int, response: list[int]) -> None:
+    """What is called with responses on ranks other than the primary."""
+
+
+class ResponseCount:
+    """Counts the responses of a replica, and tries out the reward with the first."""
+
+    def __init__(self, scorer: Scorer, sampler: Sampler):
+        self._scorer, self._sampler = scorer, sampler
+        self.count = 0
+
+    def __call__(self, piece: Piece, row: int, response: list[int]) -> None:
+        self.count += 1
+        if response and not self._scorer.is_tried:  # an empty one could not be completed
+            (text,) = self._sampler.texts([response])
+            self._scorer.try_out(piece.split, text, piece.rows[row])
+
+
 def prepare(
     config: Config,
     job: Job,
@@ -99,7 +117,7 @@ def prepare(
     Args:
         task: the user's object, in place of the task that the settings name.
         model, base, split, samples: see `shardes evaluate --help`.
-        out: the report; None: `unused(OUT)`.
+        out: the report; see `ReportFile`.
 
     Raises:
         ConfigError: the evaluation cannot start.
@@ -119,8 +137,7 @@ def prepare(
             base_files = WeightFiles(model_directory(base_path))
             base_files.map_names(prepared.module)
             base_files.check({name: p.shape for name, p in prepared.module.named_parameters()})
-    overwrites, out = out is not None, out or unused(OUT)
-    _check_writable(out)
+    file = ReportFile(out)
     date = launch.shared_date(job, lambda: recorded_date(config))
     prompts = {name: _encode_split(prepared, name, date) for name in split}
     return PreparedEvaluation(
@@ -129,30 +146,8 @@ def prepare(
         samples=samples,
         base=base_files,
         side_by_side=base,
-        out=out,
-        overwrites=overwrites,
+        out=file,
     )
-
-
-def _check_writable(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no directory {out.parent}")
-    if out.is_dir():
-        raise ConfigError(f"--out {out}: a directory; name a file in it")
-    if not os.access(out if _is_stream(out) else out.parent, os.W_OK):
-        raise ConfigError(f"--out {out}: cannot be written; choose another place")
-
-
-def _is_stream(file: Path) -> bool:
-    """Whether it is a device or a pipe, which no other file may replace."""
-    return file.exists() and not file.is_file()
-
-
-def unused(name: str) -> Path:
-    """The file of that name in the working directory, with a number if it exists already."""
-    file = Path(name)
-    numbered = (file.with_stem(f"{file.stem}_{number}") for number in count(2))
-    return next(path for path in chain([file], numbered) if not path.exists())
 
 
 def _encode_split(prepared: PreparedRun, split: str, date: datetime) -> list[list[int]]:
@@ -197,25 +192,30 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
         prepared.config.run.timeout,
         poll=watcher.poll,
     )
-    scoring = closing(_scorer(prepared, watcher)) if world.is_primary else nullcontext()
-    with scoring as scorer:
-        _answer(prepared, engine, sampler, pieces, queue, scorer, watcher.poll)
-        if scorer:
-            results = [PieceResult(**json.loads(text)) for text in queue.collect()]
+    if not world.is_primary:
+        _answer(prepared, engine, sampler, pieces, queue, ignore_piece, watcher.poll)
+    else:
+        with closing(_scorer(prepared, watcher)) as scorer:
+            ended = ResponseCount(scorer, sampler)
+            what = "responses" if world.replicas == 1 else "responses of replica 0"
+            total = sum(len(piece.rows) for piece in pieces) * (1 + prepared.side_by_side)
+            with counting(what, total, lambda: ended.count, watcher.poll) as queue.poll:
+                _answer(prepared, engine, sampler, pieces, queue, ended, queue.poll)
+                results = [PieceResult(**json.loads(text)) for text in queue.collect()]
             splits = {
                 split: _split_report(prepared, scorer, split, sampler, pieces, results)
                 for split in prepared.prompts
             }
-            write(prepared, splits, time.monotonic() - started)
-            if prepared.side_by_side:
-                print_comparison(splits)
-            else:
-                print(summary(splits), flush=True)
+        write(prepared, splits, time.monotonic() - started)
+        if prepared.side_by_side:
+            print_comparison(splits)
+        else:
+            print(summary(splits), flush=True)
     dist.barrier()
 
 
 def _scorer(prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> Scorer:
-    settings, failed = prepared.config.task, prepared.out.with_suffix(".failed.json")
+    settings, failed = prepared.config.task, prepared.out.path.with_suffix(".failed.json")
     return Scorer(settings, prepared.task, failed, watcher.poll, watcher.users_code)
 
 
@@ -235,19 +235,19 @@ def _answer(
     sampler: Sampler,
     pieces: Sequence[Piece],
     queue: WorkQueue,
-    scorer: Scorer | None,
+    ended: OnResponse,
     poll: Callable[[], None],
 ) -> None:
     """Answer this replica's pieces with the model, then with the base if they are compared.
 
     Args:
-        scorer: tries out the reward with the first response; on the primary rank.
+        ended: is called with each response when it ends.
     """
     results = {}
     for number in queue.claims():
         piece = pieces[number]
-        ended = partial(_try_out, scorer, sampler, piece) if scorer else ignore_response
-        results[number] = result = PieceResult(_generate(prepared, piece, sampler, poll, ended))
+        tokens = _generate(prepared, piece, sampler, ended, poll)
+        results[number] = result = PieceResult(tokens)
         if piece.sample and prepared.base:
             prompts = _piece_prompts(prepared, piece)
             result.tuned = sampler.log_probs(prompts, result.tokens, poll)
@@ -260,14 +260,8 @@ def _answer(
             prompts = _piece_prompts(prepared, piece)
             result.base = sampler.log_probs(prompts, result.tokens, poll)
         if prepared.side_by_side:
-            result.base_tokens = _generate(prepared, piece, sampler, poll)
+            result.base_tokens = _generate(prepared, piece, sampler, ended, poll)
         queue.post(number, json.dumps(asdict(result)))
-
-
-def _try_out(scorer: Scorer, sampler: Sampler, piece: Piece, row: int, response: list[int]) -> None:
-    if response and not scorer.is_tried:  # an empty one could not be completed
-        (text,) = sampler.texts([response])
-        scorer.try_out(piece.split, text, piece.rows[row])
 
 
 def _piece_prompts(prepared: PreparedEvaluation, piece: Piece) -> list[list[int]]:
@@ -278,15 +272,15 @@ def _generate(
     prepared: PreparedEvaluation,
     piece: Piece,
     sampler: Sampler,
+    ended: OnResponse,
     poll: Callable[[], None],
-    ended: Callable[[int, list[int]], None] = ignore_response,
 ) -> list[list[int]]:
     """The responses of a piece, as token ids."""
     seeds = None
     if piece.sample:
         seeds = [_seed(prepared.config.es.seed, row, piece.sample) for row in piece.rows]
     prompts = _piece_prompts(prepared, piece)
-    return sampler.generate(prompts, seeds, poll, ended=ended)
+    return sampler.generate(prompts, seeds, poll, ended=partial(ended, piece))
 
 
 def _seed(run_seed: int, prompt: int, sample: int) -> int:
@@ -374,7 +368,7 @@ def _scored(
 
 
 def write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float) -> None:
-    """Write the report, of the splits' reports: all of it or none.
+    """Write the report, of the splits' reports.
 
     Raises:
         RunError: it cannot be written.
@@ -385,13 +379,4 @@ def write(prepared: PreparedEvaluation, splits: dict[str, dict], seconds: float)
         seconds=round(seconds, 1),
         splits=splits,
     )
-    text = json_lines.to_json(report, indent=1) + "\n"
-    if not prepared.overwrites:
-        prepared.out = unused(OUT)  # an evaluation may have ended meanwhile
-    try:
-        if _is_stream(prepared.out):
-            prepared.out.write_text(text, encoding="utf-8")
-        else:
-            write_whole(prepared.out, text)
-    except OSError as error:
-        raise RunError(f"--out {prepared.out}: cannot be written: {error}") from error
+    prepared.out.write(json_lines.to_json(report, indent=1) + "\n")

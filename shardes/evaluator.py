@@ -167,6 +167,10 @@ class PrimaryEvaluator(Evaluator):
         self._task, self._scorer, self._reporter = task, scorer, reporter
         self._journal = journal
 
+    def start(self, iteration: Iteration) -> None:
+        self._reporter.evaluating()
+        super().start(iteration)
+
     def poll(self) -> None:
         super().poll()
         self._reporter.evaluating()

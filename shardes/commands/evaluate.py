@@ -18,7 +18,8 @@ from shardes.commands.arguments import LaunchParser, path
 from shardes.distributed import environment
 from shardes.distributed.signals import ShutdownWatcher
 from shardes.distributed.world import Job
-from shardes.evaluation import OUT, PreparedEvaluation
+from shardes.evaluation import PreparedEvaluation
+from shardes.reporting.report_file import OUT
 
 EXAMPLES = """examples:
   shardes evaluate configs/quickstart.yaml --model exported
@@ -59,7 +60,7 @@ def prepare(argv: list[str], job: Job) -> PreparedEvaluation:
 def work(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> None:
     evaluation.work(job, prepared, watcher)
     if job.rank == 0:
-        print(f"every response: {prepared.out}", flush=True)
+        print(f"every response: {prepared.out.path}", flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -11,17 +11,13 @@ neither read nor changed: to probe a later center, pass model.path=SNAPSHOT.
 """
 
 import shlex
-import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import Progress
 
 from shardes import launch, lifecycle
 from shardes.clock import Clock
@@ -34,12 +30,11 @@ from shardes.es.probing import Answered, CenterAnswers, Plan, default_sigmas
 from shardes.es.tuning import LEAST_PAIRS
 from shardes.launch import PreparedRun
 from shardes.probe import Probe
-from shardes.replicas.member_queue import REPORT_INTERVAL
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
 from shardes.reporting import json_lines
 from shardes.reporting.probe import FILE, print_report, probe_report
-from shardes.reporting.progress import MEMBER_LINES
+from shardes.reporting.progress import counting
 from shardes.rewards.scoring import Scorer
 from shardes.storage.files import make_directory, write_whole
 from shardes.storage.journal import JOURNAL
@@ -148,7 +143,8 @@ def work(job: Job, prepared: PreparedProbe, watcher: ShutdownWatcher) -> None:
                 f"values of σ, on {len(plan.iteration.prompts)} prompts",
                 flush=True,
             )
-            poll = queue.poll = stack.enter_context(shown(queue, members, watcher.poll))
+            progress = counting("members", members, queue.number_done, watcher.poll)
+            poll = queue.poll = stack.enter_context(progress)
         probe = Probe(config, plan, replica, scorer, queue, poll)
         center_answers = probe.answer_with_center()
         try:
@@ -162,28 +158,6 @@ def work(job: Job, prepared: PreparedProbe, watcher: ShutdownWatcher) -> None:
     if world.is_primary:
         _report(prepared, plan, center_answers, results, rms)
     dist.barrier()
-
-
-@contextmanager
-def shown(queue: WorkQueue, members: int, poll: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """A context with a progress bar, or with a line now and then if the output is not a terminal;
-    yields a poll that updates it.
-    """
-    console, since = Console(), time.monotonic()
-    interval = REPORT_INTERVAL if console.is_terminal else MEMBER_LINES
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("members", total=members)
-
-        def watched() -> None:
-            nonlocal since
-            poll()
-            if time.monotonic() - since > interval:
-                since, done = time.monotonic(), queue.number_done()
-                bar.update(task, completed=done)
-                if not console.is_terminal:
-                    print(f"members: {done} of {members}", flush=True)
-
-        yield watched
 
 
 def _report(

@@ -1,17 +1,18 @@
 """Progress on the terminal: what takes long, a bar for the members, and a line per iteration."""
 
+import contextlib
 import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
-MEMBER_LINES = 10.0  # least seconds between two lines about members, where no bar is shown
+SILENCE = 10.0  # most seconds without a line, where no bar is shown
+BAR_INTERVAL = 1.0  # seconds between two looks at what is counted
 FIRST_WAIT, NEXT_WAIT = 10.0, 60.0  # seconds until a step is said to take long, and said again
 
 
@@ -29,7 +30,8 @@ class Pace:
     """How fast a run goes, and how long it still takes.
 
     Evaluations of the center are timed apart: iterations of equal work are seldom equally often
-    followed by one. All times are of the monotonic clock.
+    followed by one. This start's first iteration, with what is compiled or allocated once, counts
+    only until there is another. All times are of the monotonic clock.
 
     Args:
         iterations: of the whole run.
@@ -47,6 +49,7 @@ class Pace:
         # Without the time of evaluations, from here on:
         # the run, the iteration, the last of its members that was done
         self._started = self._began = self._done_at = time.monotonic()
+        self._first_ended = math.nan
         self._done = restored
         self._evaluating_since: float | None = None
         self._evaluations, self._evaluation = 0.0, 0.0  # seconds of all, and of the last
@@ -65,11 +68,9 @@ class Pace:
         now = self._working(now)
         if done != self._done:
             self._done, self._done_at = done, now
-        new = done - self._restored if iteration == self._first else done
-        before = iteration - self._start  # iterations, since this start
-        if before > 0:
-            per_iteration = (self._began - self._started) / before
-        else:
+        per_iteration = self._per_iteration(iteration)
+        if math.isnan(per_iteration):
+            new = done - self._restored if iteration == self._first else done
             per_iteration = self.until_last_member * self.population_size / new if new else math.nan
         left = per_iteration * (self.iterations - max(iteration, self._start))
         return max(left - (now - self._began), 0.0) + self._evaluations_after(iteration)
@@ -84,10 +85,22 @@ class Pace:
         now = self._working(now)
         self._began = self._done_at = now
         self._done = 0
-        done = iteration + 1 - self._start  # 0: its members were all evaluated before
-        per_iteration = (now - self._started) / done if done else math.nan
-        left = per_iteration * (self.iterations - iteration - 1)
+        if iteration == self._first:
+            self._first_ended = now
+        left = self._per_iteration(iteration + 1) * (self.iterations - iteration - 1)
         return left + self._evaluations_after(iteration)
+
+    def passed(self, now: float) -> float:
+        """The seconds that the iteration has taken so far."""
+        return self._working(now) - self._began
+
+    def _per_iteration(self, iteration: int) -> float:
+        """The mean seconds of the iterations before one that has begun last; NaN if unknown."""
+        after_first = iteration - self._first - 1
+        if after_first > 0:
+            return (self._began - self._first_ended) / after_first
+        done = iteration - self._start  # 0: its members were all evaluated before
+        return (self._began - self._started) / done if done > 0 else math.nan
 
     def _working(self, now: float) -> float:
         """The time without that of evaluations, of which the present one has ended."""
@@ -106,6 +119,8 @@ class Pace:
 class Terminal:
     """Standard output of rank 0; if it is not a terminal, lines are printed and no bar is shown.
 
+    A thread prints what goes on once nothing was printed for SILENCE seconds.
+
     Args:
         best_held_out: the best held-out reward so far; -inf if none was measured.
     """
@@ -115,6 +130,7 @@ class Terminal:
         self._figures = {"best held-out": best_held_out} if math.isfinite(best_held_out) else {}
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = _ProgressBar(
+            SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -124,27 +140,47 @@ class Terminal:
             transient=True,
         )
         self._task = self._bar.add_task("", total=pace.population_size, visible=False, left="")
-        self._bar.status = "preparing the first iteration"
+        self._bar.status = self._what = "preparing the first iteration"
         self._bar.start()
-        self._printed = time.monotonic()
+        self._printed = self._since = time.monotonic()
+        self._figures_shown: tuple[str, ...] = ()
+        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._watch = threading.Thread(target=self._break_silence, daemon=True)
+        if not self._console.is_terminal:
+            self._watch.start()
 
     def say(self, line: str) -> None:
-        self._printed = time.monotonic()
-        self._console.print(line, markup=False)
+        with self._lock:
+            self._printed = time.monotonic()
+            self._console.print(line, markup=False)
+
+    def _break_silence(self) -> None:
+        with contextlib.suppress(OSError):  # the next line of the run itself reports it
+            while not self._closed.wait(1.0):
+                self._say_if_due()
+
+    def _say_if_due(self) -> None:
+        """Say what goes on if nothing was printed for SILENCE seconds, in place of the bar."""
+        with self._lock:
+            now = time.monotonic()
+            if not self._console.is_terminal and now - self._printed >= SILENCE:
+                passed = f"{self._what}, {duration(now - self._since)} so far"
+                self.say("  ".join(filter(None, (passed, *self._figures_shown))))
+
+    def _goes_on(self, what: str, since: float, *figures: str) -> None:
+        with self._lock:
+            self._what, self._since, self._figures_shown = what, since, figures
+        self._say_if_due()
 
     def progress(self, iteration: int, done: int, tokens: int) -> None:
-        """Show the number of members evaluated in an iteration, and the tokens they generated.
-
-        Without a bar: as a line, if nothing was printed for MEMBER_LINES seconds.
-        """
+        """Show the number of members evaluated in an iteration, and the tokens they generated."""
         now = time.monotonic()
         left = _time_left(self._pace.members(iteration, done, now))
         self._figures.pop("tokens/s", None)
         if tokens and self._pace.until_last_member > 0:
             self._figures["tokens/s"] = tokens / self._pace.until_last_member
-        if self._is_due(now):
-            members = f"members: {done} of {self._pace.population_size} of iteration {iteration}"
-            self.say("  ".join(filter(None, (members, self._rate(), left))))
+        what = f"members of iteration {iteration}: {done} of {self._pace.population_size}"
+        self._goes_on(what, now - self._pace.passed(now), self._rate(), left)
         self._bar.update(
             self._task,
             description=f"iteration {iteration} of {self._pace.iterations}",
@@ -155,20 +191,12 @@ class Terminal:
         self._bar.status = self._status()
 
     def evaluating(self) -> None:
-        """Show that the center is evaluated; call it again and again while it is.
-
-        Without a bar: as a line, if nothing was printed for MEMBER_LINES seconds.
-        """
+        """Show that the center is evaluated; to be called when that begins, and while it lasts."""
         now = time.monotonic()
-        passed = f"evaluating the center: {duration(self._pace.evaluating(now))} so far"
-        if self._is_due(now):
-            self.say(passed)
+        passed = self._pace.evaluating(now)
+        self._goes_on("evaluating the center", now - passed)
         self._bar.update(self._task, visible=False)
-        self._bar.status = passed
-
-    def _is_due(self, now: float) -> bool:
-        """Whether to print a line in place of the bar."""
-        return not self._console.is_terminal and now - self._printed >= MEMBER_LINES
+        self._bar.status = f"evaluating the center, {duration(passed)} so far"
 
     def log_iteration(self, metrics: dict[str, float], tokens: int) -> str:
         """Print the line that sums up an iteration, and return it.
@@ -210,6 +238,9 @@ class Terminal:
 
     def close(self) -> None:
         """Leave only the lines."""
+        self._closed.set()
+        if self._watch.is_alive():
+            self._watch.join()
         self._bar.update(self._task, visible=False)
         self._bar.status = ""
         self._bar.stop()
@@ -219,7 +250,7 @@ def _time_left(seconds: float) -> str:
     return f"{duration(seconds)} left" if math.isfinite(seconds) else ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def slow_step(what: str, shown: bool = True) -> Iterator[None]:
     """A context of a step that may take minutes, before any bar is shown.
 
@@ -235,7 +266,7 @@ def slow_step(what: str, shown: bool = True) -> Iterator[None]:
         pause = FIRST_WAIT
         while not done.wait(pause):
             passed = duration(time.monotonic() - started)
-            print(f"{what}: {passed} so far", file=sys.stderr, flush=True)
+            print(f"{what}, {passed} so far", file=sys.stderr, flush=True)
             pause = NEXT_WAIT
 
     thread = threading.Thread(target=report, daemon=True)
@@ -247,6 +278,36 @@ def slow_step(what: str, shown: bool = True) -> Iterator[None]:
         done.set()
         if shown:
             thread.join()
+
+
+@contextlib.contextmanager
+def counting(
+    what: str, total: int, done: Callable[[], int], poll: Callable[[], None]
+) -> Iterator[Callable[[], None]]:
+    """A context of work that is counted, with a progress bar, or with a line every SILENCE seconds
+    if the output is not a terminal; yields a poll that updates it, and calls `poll`.
+
+    Args:
+        what: what is counted, in the plural.
+        done: how many are done.
+    """
+    console, began = Console(), time.monotonic()
+    interval, shown = (BAR_INTERVAL if console.is_terminal else SILENCE), began
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def watched() -> None:
+            nonlocal shown
+            poll()
+            now = time.monotonic()
+            if now - shown >= interval:
+                shown, number = now, done()
+                bar.update(task, completed=number)
+                if not console.is_terminal:
+                    passed = duration(now - began)
+                    print(f"{what}: {number} of {total}, {passed} so far", flush=True)
+
+        yield watched
 
 
 def significant(value: float) -> str:

@@ -20,6 +20,7 @@ from shardes.reporting.loggers import Loggers
 from shardes.reporting.progress import Pace, Terminal, held_out_text, significant
 from shardes.storage.journal import Record
 from shardes.storage.resume import ResumePoint
+from shardes.words import counted
 
 METRICS, SAMPLES, EXTREMES = "metrics.jsonl", "samples.jsonl", "extremes.jsonl"
 BETTER = {"best": operator.gt, "worst": operator.lt}
@@ -40,7 +41,7 @@ class Reporter:
         """Count the tokens that a member has generated."""
 
     def evaluating(self) -> None:
-        """Show that the center is evaluated; called until it is."""
+        """Show that the center is evaluated; called when that begins, and until it is."""
 
     def progress(self, iteration: int, done: int) -> None:
         """Show how many of the iteration's members have been evaluated."""
@@ -252,6 +253,21 @@ class RunReporter(Reporter):
             f"held-out {held_out_text(first)} → {held_out_text(last)}; "
             f"{seconds:.0f} s, center {digest}"
         )
+        self._tell_best(evaluations)
+
+    def _tell_best(self, evaluations: Mapping[int, dict[str, float]]) -> None:
+        """Say if an earlier center had a better held-out reward than the final one."""
+        rewards = {t: metrics["held_out_reward"] for t, metrics in evaluations.items()}
+        best = max(rewards, key=lambda t: (rewards[t], t))
+        if best == max(rewards):
+            return
+        where = "before the first iteration: what was learned does not help there"
+        if best:
+            where = (
+                f"after {counted(best, 'iteration')}: shardes export {self._directory} DIR "
+                f"--iteration {best} exports that center"
+            )
+        self.say(f"the best held-out reward was {held_out_text(evaluations[best])}, {where}")
 
     def close(self) -> None:
         self._terminal.close()

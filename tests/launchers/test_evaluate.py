@@ -144,5 +144,5 @@ def test_evaluations_beside_each_other_overwrite_none(home, tmp_path, monkeypatc
         [evaluate.prepare([str(home / "config.yaml")], job) for _ in range(2)]
     ):
         evaluation.write(prepared, {"test": {"number": number}}, 1.0)
-        assert json.loads(prepared.out.read_text())["splits"]["test"]["number"] == number
+        assert json.loads(prepared.out.path.read_text())["splits"]["test"]["number"] == number
     assert {file.name for file in tmp_path.iterdir()} == {"evaluation.json", "evaluation_2.json"}

@@ -8,6 +8,8 @@ import re
 import threading
 import time
 
+import pytest
+
 from shardes.reporting import progress
 from shardes.reporting.reporter import RunReporter
 from shardes.storage.resume import ResumePoint
@@ -78,6 +80,28 @@ def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys)
     )
 
 
+@pytest.mark.parametrize(
+    "held_out, told",
+    [
+        (
+            {0: 1.0, 2: 3.0, 4: 2.0},
+            "3.000, after 2 iterations: shardes export {} DIR --it",
+        ),
+        ({0: 1.0, 2: 0.5, 4: 0.75}, "1.000, before the first iteration: "),
+        ({0: 1.0, 2: 2.0, 4: 2.0}, None),
+    ],
+)
+def test_an_earlier_center_that_was_better_is_named(tmp_path, capsys, held_out, told):
+    reporter = RunReporter(settings_of(tmp_path), ResumePoint())
+    evaluations = {t: {"held_out_reward": r, "center_reward": r} for t, r in held_out.items()}
+    reporter.summary([0.0] * 4, evaluations, "digest", 1.0)
+    reporter.close()
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (told is not None)
+    if told:
+        assert lines[0].startswith(f"the best held-out reward was {told.format(tmp_path)}")
+
+
 def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch):
     reporter = RunReporter(settings_of(tmp_path), ResumePoint())
     reporter.member_finished(600)
@@ -88,7 +112,8 @@ def test_member_lines_if_not_a_terminal_are_seldom(tmp_path, capsys, monkeypatch
         reporter.progress(0, done)
     reporter.close()
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("members: 1 of 3 of iteration 0  ") and line.endswith(" left")
+    assert line.startswith("members of iteration 0: 1 of 3, 0:11 so far  ")
+    assert line.endswith(" left")
 
 
 def lines_at(steps, capsys, monkeypatch) -> list[str]:
@@ -116,9 +141,9 @@ def test_a_long_evaluation_is_named_and_the_last_one_is_in_the_time_left(capsys,
         (111.0, "evaluating"),
     ]
     lines = lines_at(steps, capsys, monkeypatch)
-    assert lines[0] == "evaluating the center: 0:11 so far"
+    assert lines[0] == "evaluating the center, 0:11 so far"
     assert lines[1].endswith("2 tokens/s  1:20 left") and lines[2].endswith("0:20 left")
-    assert lines[3:] == ["evaluating the center: 0:10 so far"]
+    assert lines[3:] == ["evaluating the center, 0:10 so far"]
 
 
 def test_rate_and_time_left_are_those_of_the_members_that_are_done(capsys, monkeypatch):
@@ -128,10 +153,37 @@ def test_rate_and_time_left_are_those_of_the_members_that_are_done(capsys, monke
         (30.0, "progress", 0, 2, 60),
     ]
     assert lines_at(steps, capsys, monkeypatch) == [
-        "members: 0 of 4 of iteration 0",
-        "members: 2 of 4 of iteration 0  3 tokens/s  1:00 left",
-        "members: 2 of 4 of iteration 0  3 tokens/s  0:50 left",
+        "members of iteration 0: 0 of 4, 0:10 so far",
+        "members of iteration 0: 2 of 4, 0:20 so far  3 tokens/s  1:00 left",
+        "members of iteration 0: 2 of 4, 0:30 so far  3 tokens/s  0:50 left",
     ]
+
+
+def test_the_first_iteration_counts_only_until_there_is_another():
+    """It compiles and allocates: here it takes 60 seconds, and the others take 30 each."""
+    pace = progress.Pace(5, 4, start=0, restored=0, every=0)
+    began = pace._began
+    assert pace.end_iteration(0, began + 60) == pytest.approx(4 * 60)
+    assert pace.members(1, 0, began + 60) == pytest.approx(4 * 60)
+    assert pace.end_iteration(1, began + 90) == pytest.approx(3 * 30)
+    assert pace.members(2, 2, began + 100) == pytest.approx(3 * 30 - 10)
+    assert pace.end_iteration(2, began + 120) == pytest.approx(2 * 30)
+
+
+def test_there_is_a_line_also_while_nothing_is_called(capsys, monkeypatch):
+    """A step of decoding may take long."""
+    monkeypatch.setattr(progress, "SILENCE", 1.0)
+    shown = progress.Terminal(progress.Pace(2, 4, start=0, restored=0, every=1), -math.inf)
+    shown.progress(0, 1, 0)
+    until = time.monotonic() + 10
+    lines = []
+    while len(lines) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+        lines += capsys.readouterr().out.splitlines()
+    shown.close()
+    assert len(lines) >= 2
+    for line in lines:
+        assert re.match(r"members of iteration 0: 1 of 4, 0:0\d so far", line)
 
 
 def test_a_slow_step_is_named(capsys, monkeypatch):
@@ -143,4 +195,4 @@ def test_a_slow_step_is_named(capsys, monkeypatch):
         pass
     with progress.slow_step("another rank's", shown=False):
         time.sleep(0.2)
-    assert re.fullmatch(r"loading the weights: 0:0\d so far\n", capsys.readouterr().err)
+    assert re.fullmatch(r"loading the weights, 0:0\d so far\n", capsys.readouterr().err)
