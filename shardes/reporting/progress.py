@@ -183,7 +183,7 @@ class Terminal:
         self._goes_on(what, now - self._pace.passed(now), self._rate(), left)
         self._bar.update(
             self._task,
-            description=f"iteration {iteration} of {self._pace.iterations}",
+            description=self._title(iteration),
             completed=done,
             left=left,
             visible=True,
@@ -222,9 +222,14 @@ class Terminal:
         if "held_out_reward" in metrics:
             self._figures["held-out"] = reward = metrics["held_out_reward"]
             self._figures["best held-out"] = max(self._figures.get("best held-out", reward), reward)
-        self._bar.update(self._task, completed=self._pace.population_size, left=left)
+        # A bar that was full is finished, and its spinner stands still until it is reset.
+        following = min(iteration + 1, self._pace.iterations - 1)
+        self._bar.reset(self._task, description=self._title(following), left=left)
         self._bar.status = self._status()
         return line
+
+    def _title(self, iteration: int) -> str:
+        return f"iteration {iteration} of {self._pace.iterations}"
 
     def _status(self) -> str:
         names = ("reward", "held-out", "best held-out")
