@@ -70,6 +70,8 @@ def unusable_files() -> Iterator[None]:
     """A context in which an OSError, whose text names the file, is a ConfigError."""
     try:
         yield
+    except BrokenPipeError:  # no file: whoever read the output has gone
+        raise
     except OSError as error:
         raise ConfigError(one_line(error)) from error
 

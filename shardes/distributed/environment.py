@@ -7,6 +7,7 @@ import ctypes
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -128,10 +129,19 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    except BaseException as error:
+        code = 128 + signal.SIGPIPE
+        if not (isinstance(error, BrokenPipeError) and _reader_is_gone()):
+            traceback.print_exc()
+            code = 1
     exit_process(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads this process's output any more, as with `| head`."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 @contextmanager
@@ -164,7 +174,8 @@ def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterato
 
 def exit_process(code: int) -> NoReturn:
     """Flush the output and end the process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
     # Not sys.exit: the interpreter may abort on exit while threads of a process group still run.
     os._exit(code)

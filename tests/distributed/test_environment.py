@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -53,6 +54,28 @@ def test_a_terminal_that_cannot_encode_a_character_gets_its_code():
     )
     done = run([sys.executable, "-c", program], PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout, done.stderr) == (7, "1 \\xb1 2\n", "")
+
+
+@pytest.mark.parametrize("arguments", ["configs", "--help", "train --help", "env"])
+def test_an_output_that_nobody_reads_ends_a_command_quietly(arguments):
+    """As with `shardes configs | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "shardes.commands.cli", *arguments.split()]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert not done.stderr
+    assert done.returncode in (0, 128 + signal.SIGPIPE)  # whether it had more to say
+
+
+def test_another_pipe_that_broke_is_told():
+    program = (
+        "import os\nfrom shardes.distributed import environment\n"
+        "reader, writer = os.pipe()\nos.close(reader)\n"
+        "environment.run(lambda _: os.write(writer, b'x'))"
+    )
+    done = run([sys.executable, "-c", program], PYTHONPATH=str(ROOT))
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
 
 
 @pytest.mark.parametrize(
