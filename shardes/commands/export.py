@@ -23,6 +23,7 @@ from shardes.config.limits import is_size
 from shardes.distributed import environment
 from shardes.errors import ConfigError, RunError
 from shardes.es.rule import load_rule
+from shardes.reporting.progress import slow_step
 from shardes.storage import journal
 from shardes.storage.checkpoint import PARTIAL, is_free
 from shardes.storage.export import (
@@ -93,13 +94,17 @@ def main(argv: list[str]) -> int:
         history = journal.read(options.source / journal.JOURNAL)
         if history:
             rule = load_rule(options.update)
-            source = center_of_run(options.source, history, options.base, options.iteration, rule)
+            with slow_step(f"finding the center in {options.source}"):
+                source = center_of_run(
+                    options.source, history, options.base, options.iteration, rule
+                )
         else:
             source = external_checkpoint(options.source, options.base)
         for warning in source.warnings:
             print(warning, file=sys.stderr)
         dtype = DTYPES_BY_NAME[options.dtype] if options.dtype else source.dtype
-        write_export(source, options.out, dtype, options.shard_size)
+        with slow_step(f"writing {options.out}"):
+            write_export(source, options.out, dtype, options.shard_size)
     except OSError as error:
         raise RunError(str(error)) from error
     parameters = sum(map(prod, source.shapes.values()))

@@ -19,6 +19,7 @@ from shardes.distributed import environment
 from shardes.errors import ConfigError, unusable_files
 from shardes.es.rule import load_rule
 from shardes.es.statistics import mean, std
+from shardes.reporting.progress import slow_step
 from shardes.storage import snapshots
 from shardes.storage.journal import JOURNAL, History, read
 from shardes.storage.verify import differences, replayed_digests, snapshot_problems
@@ -79,7 +80,8 @@ def verify(directory: Path, base: str | None, update: str | None, console: Conso
     history = read_history(directory)
     incomplete = f"; {history.incomplete_line}" if history.incomplete_line else ""
     console.print(f"journal: {len(history.records)} iterations, every checksum matches{incomplete}")
-    problems = snapshot_problems(directory, history)
+    with slow_step("reading the snapshots"):
+        problems = snapshot_problems(directory, history)
     for iteration, problem in problems.items():
         verdict = f"INVALID: {problem}" if problem else "every file matches its SHA-256"
         console.print(f"snapshot of iteration {iteration}: {verdict}")
@@ -90,7 +92,8 @@ def verify(directory: Path, base: str | None, update: str | None, console: Conso
             "does not record"
         )
         return valid
-    digests = replayed_digests(history, base, load_rule(update))
+    with slow_step(f"replaying {counted(len(history.records), 'iteration')}"):
+        digests = replayed_digests(history, base, load_rule(update))
     for iteration, replayed in enumerate(digests):
         recorded = history.digest(iteration)
         if recorded not in (None, replayed):

@@ -26,6 +26,7 @@ from shardes.errors import ConfigError, unusable_files
 from shardes.planning.devices import GPUS
 from shardes.planning.search import HOST_MEMORY, RATES, Found, Situation, find_plans
 from shardes.planning.workload import CHARACTERS_PER_TOKEN
+from shardes.reporting.progress import slow_step
 
 KNOWN = (  # the flags that are fields of Situation
     "gpus",
@@ -64,7 +65,8 @@ def find(options: argparse.Namespace) -> Found:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    found = find(options)
+    with slow_step("searching for the fastest settings"):
+        found = find(options)
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
         return 0 if found.fits else 1
