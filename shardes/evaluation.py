@@ -30,8 +30,15 @@ from shardes.launch import PreparedRun
 from shardes.replicas.protocol import RunStore
 from shardes.replicas.work_queue import WorkQueue
 from shardes.reporting import json_lines
-from shardes.reporting.evaluation import KINDS, differences, figures, print_comparison, summary
-from shardes.reporting.progress import counting
+from shardes.reporting.evaluation import (
+    KINDS,
+    differences,
+    figures,
+    not_scored,
+    print_comparison,
+    summary,
+)
+from shardes.reporting.progress import counting, slow_step
 from shardes.reporting.report_file import ReportFile
 from shardes.rewards.scoring import Scorer
 from shardes.sharding.model_directory import model_directory
@@ -195,28 +202,34 @@ def evaluate(job: Job, prepared: PreparedEvaluation, watcher: ShutdownWatcher) -
     if not world.is_primary:
         _answer(prepared, engine, sampler, pieces, queue, ignore_piece, watcher.poll)
     else:
-        with closing(_scorer(prepared, watcher)) as scorer:
+        scorer = Scorer(
+            prepared.config.task,
+            prepared.task,
+            prepared.out.failed,
+            lambda: queue.poll(),  # that of the context below, while it lasts
+            watcher.users_code,
+        )
+        with closing(scorer):
             ended = ResponseCount(scorer, sampler)
             what = "responses" if world.replicas == 1 else "responses of replica 0"
             total = sum(len(piece.rows) for piece in pieces) * (1 + prepared.side_by_side)
             with counting(what, total, lambda: ended.count, watcher.poll) as queue.poll:
                 _answer(prepared, engine, sampler, pieces, queue, ended, queue.poll)
                 results = [PieceResult(**json.loads(text)) for text in queue.collect()]
-            splits = {
-                split: _split_report(prepared, scorer, split, sampler, pieces, results)
-                for split in prepared.prompts
-            }
+            queue.poll = watcher.poll
+            with slow_step("scoring the responses"):
+                splits = {
+                    split: _split_report(prepared, scorer, split, sampler, pieces, results)
+                    for split in prepared.prompts
+                }
         write(prepared, splits, time.monotonic() - started)
         if prepared.side_by_side:
             print_comparison(splits)
         else:
             print(summary(splits), flush=True)
+        if lines := not_scored(splits, prepared.out.failed):
+            print(lines, flush=True)
     dist.barrier()
-
-
-def _scorer(prepared: PreparedEvaluation, watcher: ShutdownWatcher) -> Scorer:
-    settings, failed = prepared.config.task, prepared.out.path.with_suffix(".failed.json")
-    return Scorer(settings, prepared.task, failed, watcher.poll, watcher.users_code)
 
 
 def _pieces(prepared: PreparedEvaluation) -> list[Piece]:

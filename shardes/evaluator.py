@@ -168,7 +168,7 @@ class PrimaryEvaluator(Evaluator):
         self._journal = journal
 
     def start(self, iteration: Iteration) -> None:
-        self._reporter.evaluating()
+        self._reporter.evaluating(begins=True)
         super().start(iteration)
 
     def poll(self) -> None:
@@ -193,6 +193,7 @@ class PrimaryEvaluator(Evaluator):
     def _score_pending(self) -> None:
         if self._pending is None:
             return
+        self._reporter.evaluating()
         evaluation = self._score(self._pending)
         self._journal.append(evaluation)
         t, self._pending = evaluation.iteration, None

@@ -75,9 +75,9 @@ def head_lines(prepared: PreparedTraining, ranks: int, run: RunDirectory) -> lis
     if config.task.prompts_per_iteration is not None:
         counts += f"; {config.task.prompts_per_iteration} per iteration"
     done = run.resume.iteration
-    state = f"{done} are done" if done else "a new run"
+    state = f"{done} done" if done else "a new run"
     if done == es.iterations:
-        state = "all are done (a larger es.iterations goes on)"
+        state = "all done (a larger es.iterations goes on)"
     rows = {
         "model": f"{model.path}, {numel:,} parameters in {model.dtype.value}",
         "layout": f"{counted(ranks, 'rank')}: {counted(prepared.replicas, 'replica')} × shard "

@@ -83,7 +83,7 @@ def copy(source: Path, directory: Path) -> Path:
         text = text.replace(f"examples/{source.parent.name}/", f"{directory}/")
     else:
         text = re.sub(r"(?<=shardes train )configs/\S+", lambda _: str(config), text)
-    text = re.sub(r"(?m)^  dir: runs/\S+$", f"  dir: runs/{directory.name}", text)
+    text = re.sub(r"(?m)^  dir: runs/\S+$", f"  dir: runs/{directory.resolve().name}", text)
     config.write_text(text, encoding="utf-8")
     return config
 

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from shardes.distributed.hosts import slurm_hosts
-from shardes.errors import CODES, ConfigError, Stopped, one_line
+from shardes.errors import CODES, PREEMPTED, ConfigError, one_line
 
 SLURM_TASK = (  # what SLURM tells each task of a step, after SLURM_
     "JOB_ID",
@@ -132,13 +133,23 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except BaseException as error:
         code = 128 + signal.SIGPIPE
         if not (isinstance(error, BrokenPipeError) and _reader_is_gone()):
-            traceback.print_exc()
             code = 1
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+                _complain_of_output(error)
+            else:
+                traceback.print_exc()
     exit_process(code)
+
+
+def _complain_of_output(error: OSError) -> None:
+    with suppress(OSError):
+        print(f"error: the output cannot be written: {error}", file=sys.stderr, flush=True)
 
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads this process's output any more, as with `| head`."""
+    if sys.stdout is None:
+        return False
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in output.poll(0))
@@ -154,7 +165,8 @@ def ended_by_signals() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         # The main thread may be within a print.
-        os.write(1, f"{Stopped(CODES[number])}\n".encode())
+        reason = "preempted" if CODES[number] == PREEMPTED else "stopped as asked"
+        os.write(1, f"{reason}, before the work began\n".encode())
         os._exit(CODES[number])
 
     with signals_handled(end):
@@ -175,7 +187,13 @@ def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterato
 def exit_process(code: int) -> NoReturn:
     """Flush the output and end the process."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
-            stream.flush()
+        try:
+            if stream is not None:  # it was closed when the process started
+                stream.flush()
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            code = code or 1
+            _complain_of_output(error)
     # Not sys.exit: the interpreter may abort on exit while threads of a process group still run.
     os._exit(code)

@@ -237,7 +237,7 @@ def members_together(config: Config, lengths: Sequence[int], replicas: int) -> i
     if not answer_side_by_side(es):
         return 1
     if es.members_per_batch is not None:
-        return es.members_per_batch
+        return min(es.members_per_batch, es.population_size)
     tokens = max(lengths) + generation.max_new_tokens
     rows = rows_of_batch(tokens, generation.batch_tokens, generation.decode)
     most = rows * config.sharding.shard // len(lengths)

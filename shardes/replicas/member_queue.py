@@ -123,6 +123,7 @@ class PrimaryMemberQueue(MemberQueue):
     def post(self, number: int, result: MemberResult) -> None:
         super().post(number, result)
         self._journal_rewards()
+        self._observer.progress(self._iteration.index, self._queue.number_done())
 
     def results(self) -> IterationResults:
         members = list(map(MemberResult.from_json, self._queue.collect()))

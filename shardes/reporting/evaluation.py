@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -76,6 +77,20 @@ def summary(splits: Mapping[str, Mapping[str, Any]]) -> str:
                 count = values["responses"]
                 lines.append(f"{split}, {kind}: {', '.join(parts)} ({count} responses)")
     return "\n".join(lines)
+
+
+def not_scored(splits: Mapping[str, Mapping[str, Any]], file: Path) -> str:
+    """A line for each split, and model, with responses that got task.on_error; `file` has them."""
+    reports = {
+        f"{split}{of}": report
+        for split, tuned in splits.items()
+        for of, report in (("", tuned), (", base", tuned.get("base") or {}))
+    }
+    return "\n".join(
+        f"{name}: {count} not scored, and given task.on_error; the latest: {file}"
+        for name, report in reports.items()
+        if (count := report.get("scoring_failures"))
+    )
 
 
 def print_comparison(splits: Mapping[str, Mapping[str, Any]]) -> None:

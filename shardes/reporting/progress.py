@@ -16,6 +16,13 @@ BAR_INTERVAL = 1.0  # seconds between two looks at what is counted
 FIRST_WAIT, NEXT_WAIT = 10.0, 60.0  # seconds until a step is said to take long, and said again
 
 
+class _Console(Console):
+    """A console that raises BrokenPipeError as print does, instead of writing to nowhere."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 class _ProgressBar(Progress):
     """A progress bar with a status line below it, so that both fit into 80 columns."""
 
@@ -54,11 +61,15 @@ class Pace:
         self._evaluating_since: float | None = None
         self._evaluations, self._evaluation = 0.0, 0.0  # seconds of all, and of the last
 
-    def evaluating(self, now: float) -> float:
-        """The seconds that the evaluation takes so far."""
+    def evaluating(self, now: float, begins: bool = False) -> float:
+        """The seconds that the evaluation takes so far. Members may be evaluated between the
+        answers and their scores.
+        """
+        if begins:
+            self._evaluation = 0.0
         if self._evaluating_since is None:
             self._evaluating_since = now
-        return now - self._evaluating_since
+        return self._evaluation + now - self._evaluating_since
 
     def members(self, iteration: int, done: int, now: float) -> float:
         """The seconds that are left when so many members of an iteration are done; NaN if unknown.
@@ -105,8 +116,9 @@ class Pace:
     def _working(self, now: float) -> float:
         """The time without that of evaluations, of which the present one has ended."""
         if self._evaluating_since is not None:
-            self._evaluation, self._evaluating_since = now - self._evaluating_since, None
-            self._evaluations += self._evaluation
+            seconds, self._evaluating_since = now - self._evaluating_since, None
+            self._evaluation += seconds
+            self._evaluations += seconds
         return now - self._evaluations
 
     def _evaluations_after(self, iteration: int) -> float:
@@ -128,7 +140,7 @@ class Terminal:
     def __init__(self, pace: Pace, best_held_out: float):
         self._pace = pace
         self._figures = {"best held-out": best_held_out} if math.isfinite(best_held_out) else {}
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = _Console(highlight=False, soft_wrap=True)
         self._bar = _ProgressBar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -190,10 +202,10 @@ class Terminal:
         )
         self._bar.status = self._status()
 
-    def evaluating(self) -> None:
+    def evaluating(self, begins: bool = False) -> None:
         """Show that the center is evaluated; to be called when that begins, and while it lasts."""
         now = time.monotonic()
-        passed = self._pace.evaluating(now)
+        passed = self._pace.evaluating(now, begins)
         self._goes_on("evaluating the center", now - passed)
         self._bar.update(self._task, visible=False)
         self._bar.status = f"evaluating the center, {duration(passed)} so far"
@@ -296,7 +308,7 @@ def counting(
         what: what is counted, in the plural.
         done: how many are done.
     """
-    console, began = Console(), time.monotonic()
+    console, began = _Console(), time.monotonic()
     interval, shown = (BAR_INTERVAL if console.is_terminal else SILENCE), began
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=total)

@@ -40,7 +40,7 @@ class Reporter:
     def member_finished(self, tokens: int) -> None:
         """Count the tokens that a member has generated."""
 
-    def evaluating(self) -> None:
+    def evaluating(self, begins: bool = False) -> None:
         """Show that the center is evaluated; called when that begins, and until it is."""
 
     def progress(self, iteration: int, done: int) -> None:
@@ -153,8 +153,8 @@ class RunReporter(Reporter):
     def member_finished(self, tokens: int) -> None:
         self._tokens += tokens
 
-    def evaluating(self) -> None:
-        self._terminal.evaluating()
+    def evaluating(self, begins: bool = False) -> None:
+        self._terminal.evaluating(begins)
 
     def progress(self, iteration: int, done: int) -> None:
         self._terminal.progress(iteration, done, self._tokens)

@@ -1,6 +1,7 @@
 """launchers/evaluate.py: the figures are those of transformers, on any layout."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from launch import deepspeed, script
 from shardes import evaluation
-from shardes.errors import ConfigError
+from shardes.errors import ConfigError, RunError
 from shardes.es.statistics import interval, proportion_interval
 from shardes.inference.log_probs import k3, log_probs
+from shardes.reporting.report_file import ReportFile
 
 evaluate = script("launchers/evaluate.py")
 
@@ -146,3 +148,26 @@ def test_evaluations_beside_each_other_overwrite_none(home, tmp_path, monkeypatc
         evaluation.write(prepared, {"test": {"number": number}}, 1.0)
         assert json.loads(prepared.out.path.read_text())["splits"]["test"]["number"] == number
     assert {file.name for file in tmp_path.iterdir()} == {"evaluation.json", "evaluation_2.json"}
+
+
+def test_the_report_goes_where_a_path_leads(tmp_path):
+    """A link stays one; a pipe is written to if somebody reads it, and is not waited for."""
+    target, link, pipe = (tmp_path / name for name in ("target.json", "link.json", "pipe"))
+    link.symlink_to("target.json")
+    ReportFile(link).write("{}")
+    assert link.is_symlink() and target.read_text() == "{}"
+    output = tmp_path / "output"
+    with open(output, "w") as file:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        file.write("before\n")
+        file.flush()
+        stdout = ReportFile(tmp_path / "stdout")
+        stdout.write("{}")
+    assert output.read_text() == "before\n{}" and stdout.failed == Path("evaluation.failed.json")
+    os.mkfifo(pipe)
+    with pytest.raises(RunError, match="pipe: cannot be written"):
+        ReportFile(pipe).write("{}")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    ReportFile(pipe).write("{}")
+    assert os.read(reader, 10) == b"{}"
+    os.close(reader)

@@ -175,6 +175,8 @@ def test_a_model_is_judged_by_it(home, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     splits = json.loads(out.read_text())["splits"]
     assert [split["scoring_failures"] for split in splits.values()] == [2, 2]
+    told = f"2 not scored, and given task.on_error; the latest: {tmp_path}/report.failed.json"
+    assert f"test: {told}" in done.stdout and f"more: {told}" in done.stdout
     assert [row["reward"] for row in splits["more"]["responses"] if row["prompt"] == 0] == [
         -5.0,
         -5.0,

@@ -131,19 +131,28 @@ def lines_at(steps, capsys, monkeypatch) -> list[str]:
 def test_a_long_evaluation_is_named_and_the_last_one_is_in_the_time_left(capsys, monkeypatch):
     metrics = METRICS | {"iteration": 0, "seconds": 40.0}
     steps = [
-        (0.0, "evaluating"),
+        (0.0, "evaluating", True),
         (9.0, "evaluating"),
         (11.0, "evaluating"),
         (20.0, "progress", 0, 0, 0),
         (60.0, "log_iteration", metrics, 80),
         (100.0, "log_iteration", metrics | {"iteration": 1}, 80),
-        (101.0, "evaluating"),
+        (101.0, "evaluating", True),
         (111.0, "evaluating"),
     ]
     lines = lines_at(steps, capsys, monkeypatch)
     assert lines[0] == "evaluating the center, 0:11 so far"
     assert lines[1].endswith("2 tokens/s  1:20 left") and lines[2].endswith("0:20 left")
     assert lines[3:] == ["evaluating the center, 0:10 so far"]
+
+
+def test_the_scoring_of_an_evaluation_counts_to_it_and_not_to_the_iteration():
+    pace = progress.Pace(2, 4, start=0, restored=0, every=0)
+    began = pace._began
+    assert pace.evaluating(began, begins=True) == 0
+    pace.members(0, 0, began + 20)
+    assert pace.evaluating(began + 50) == pytest.approx(20)
+    assert pace.end_iteration(0, began + 60) == pytest.approx(30 + 30)  # members, and the center
 
 
 def test_rate_and_time_left_are_those_of_the_members_that_are_done(capsys, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_run_is_tracked(zygote, tmp_path, own, uneven_llama):
         "tracking": {"loggers": names},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    states = ["2 iterations; a new run", "3 iterations; 2 are done", "; all are done (a larger "]
+    states = ["2 iterations; a new run", "3 iterations; 2 done", "; all done (a larger "]
     for attempt, iterations in ((1, 2), (2, 3), (3, 3)):
         run = zygote.start(
             str(tmp_path / "config.yaml"), f"es.iterations={iterations}", log=tmp_path / "log"
