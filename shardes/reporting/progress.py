@@ -106,7 +106,9 @@ class Pace:
         return self._working(now) - self._began
 
     def _per_iteration(self, iteration: int) -> float:
-        """The mean seconds of the iterations before one that has begun last; NaN if unknown."""
+        """The mean seconds of the iterations before this one, without this start's first if there
+        are others; NaN if there is none.
+        """
         after_first = iteration - self._first - 1
         if after_first > 0:
             return (self._began - self._first_ended) / after_first
