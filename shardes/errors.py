@@ -89,12 +89,13 @@ def suggestion(name: str, known: Iterable[str], otherwise: str | None = None) ->
     return otherwise or f"there are: {', '.join(known)}"
 
 
-def nearby(path: str | Path, otherwise: str = "") -> str:
+def nearby(path: str | Path, otherwise: str = "", told: bool = False) -> str:
     """The end of a message about a file that does not exist: what may have been meant, or where a
     relative path was looked for.
 
     Args:
         otherwise: the text if its directory has no similar name.
+        told: whether the message says already where it was looked for.
     """
     names: list[str] = []
     with suppress(OSError):
@@ -102,5 +103,5 @@ def nearby(path: str | Path, otherwise: str = "") -> str:
     similar = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.75)
     if similar:
         return f"; did you mean {Path(path).with_name(similar[0])}?"
-    where = "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"
+    where = "" if told or Path(path).is_absolute() else f" (looked in {Path.cwd()})"
     return where + (f"; {otherwise}" if otherwise else "")

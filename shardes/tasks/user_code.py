@@ -210,8 +210,8 @@ def _importable(directory: Path) -> Iterator[None]:
 def _import_file(key: str, reference: str, file: str) -> ModuleType:
     source = Path(file).resolve()
     if not source.is_file():
-        path = Path(file).absolute()
-        raise ConfigError(f"{key}={reference}: there is no file {path}{nearby(path)}")
+        meant = nearby(file, told=True)
+        raise ConfigError(f"{key}={reference}: there is no file {Path(file).absolute()}{meant}")
     name = _module_name(source)
     spec = importlib.util.spec_from_file_location(name, source)
     if spec is None or spec.loader is None:
