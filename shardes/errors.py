@@ -28,12 +28,17 @@ class Stopped(Exception):
     """The run was asked to stop. `code` is the exit code; `said`: the user has been told."""
 
     def __init__(self, code: int, said: bool = False):
-        reasons = {PREEMPTED: "preempted", PRIMARY_LOST: "the primary job is gone"}
-        reason = reasons.get(code, "stopped as asked")
         super().__init__(
-            f"{reason}; all finished members are kept: start the same command again to go on"
+            f"{stop_reason(code)}; all finished members are kept: start the same command again to "
+            "go on"
         )
         self.code, self.said = code, said
+
+
+def stop_reason(code: int) -> str:
+    """Why a run stops with an exit code of `Stopped`."""
+    reasons = {PREEMPTED: "preempted", PRIMARY_LOST: "the primary job is gone"}
+    return reasons.get(code, "stopped as asked")
 
 
 def described(error: BaseException) -> str:

@@ -195,7 +195,9 @@ MISTAKES = {
     ),
     # config files and arguments
     "cli train": r"arguments are required: CONFIG\.yaml; see shardes train --help",
-    "cli train missing.yaml": r"missing\.yaml: no such config file \(looked in /.*; shardes config",
+    "cli train missing.yaml": (
+        r"missing\.yaml: no such config file \(looked in /.*\); shardes configs lists"
+    ),
     "cli train confg.yaml": r"confg\.yaml: no such config file; did you mean config\.yaml\?",
     "cli train nothing": r"nothing: a directory; name the config file in it",
     "cli train bad.yaml": r"bad\.yaml: not readable as YAML: .*line 2",

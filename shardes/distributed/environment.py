@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from shardes.distributed.hosts import slurm_hosts
-from shardes.errors import CODES, PREEMPTED, ConfigError, one_line
+from shardes.errors import CODES, ConfigError, one_line, stop_reason
 
 SLURM_TASK = (  # what SLURM tells each task of a step, after SLURM_
     "JOB_ID",
@@ -131,13 +131,13 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     except BaseException as error:
-        code = 128 + signal.SIGPIPE
-        if not (isinstance(error, BrokenPipeError) and _reader_is_gone()):
-            code = 1
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-                _complain_of_output(error)
-            else:
-                traceback.print_exc()
+        code = 1
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            code = 128 + signal.SIGPIPE
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            _complain_of_output(error)
+        else:
+            traceback.print_exc()
     exit_process(code)
 
 
@@ -165,8 +165,7 @@ def ended_by_signals() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         # The main thread may be within a print.
-        reason = "preempted" if CODES[number] == PREEMPTED else "stopped as asked"
-        os.write(1, f"{reason}, before the work began\n".encode())
+        os.write(1, f"{stop_reason(CODES[number])}, before the work began\n".encode())
         os._exit(CODES[number])
 
     with signals_handled(end):

@@ -117,18 +117,20 @@ class PrimaryMemberQueue(MemberQueue):
         super().poll()
         if time.monotonic() - self._reported > REPORT_INTERVAL:
             self._reported = time.monotonic()
-            self._journal_rewards()
-            self._observer.progress(self._iteration.index, self._queue.number_done())
+            self._report()
 
     def post(self, number: int, result: MemberResult) -> None:
         super().post(number, result)
-        self._journal_rewards()
-        self._observer.progress(self._iteration.index, self._queue.number_done())
+        self._report()
 
     def results(self) -> IterationResults:
         members = list(map(MemberResult.from_json, self._queue.collect()))
         self._journal_rewards()
         return IterationResults(members, self._queue.bytes)
+
+    def _report(self) -> None:
+        self._journal_rewards()
+        self._observer.progress(self._iteration.index, self._queue.number_done())
 
     def _journal_rewards(self) -> None:
         index, digest = self._iteration.index, self._iteration.digest

@@ -8,7 +8,7 @@ from shardes.errors import ConfigError, RunError
 from shardes.storage.files import write_whole
 
 OUT = "evaluation.json"
-SYSTEM = ("dev", "proc")
+SYSTEM = ("dev", "proc")  # top folders whose links lead to open files
 
 
 class ReportFile:

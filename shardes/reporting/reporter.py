@@ -18,7 +18,7 @@ from shardes.reporting.attempts import Attempt
 from shardes.reporting.learning import LearningWatch
 from shardes.reporting.loggers import Loggers
 from shardes.reporting.progress import Pace, Terminal, held_out_text, significant
-from shardes.storage.journal import Record
+from shardes.storage.journal import Record, is_better
 from shardes.storage.resume import ResumePoint
 from shardes.words import counted
 
@@ -162,10 +162,10 @@ class RunReporter(Reporter):
     def responses(
         self, member: int, prompts: Sequence, responses: Sequence[str], rewards: Sequence[float]
     ) -> None:
-        for kind, is_better in BETTER.items():
+        for kind, beats in BETTER.items():
             reward = max(rewards) if kind == "best" else min(rewards)
             kept = self._best_and_worst.get(kind)
-            if kept is None or is_better(reward, kept["reward"]):
+            if kept is None or beats(reward, kept["reward"]):
                 number = list(rewards).index(reward)
                 self._best_and_worst[kind] = dict(
                     kind=kind, member=member, prompt=prompts[number], response=responses[number],
@@ -257,9 +257,8 @@ class RunReporter(Reporter):
 
     def _tell_best(self, evaluations: Mapping[int, dict[str, float]]) -> None:
         """Say if an earlier center had a better held-out reward than the final one."""
-        rewards = {t: metrics["held_out_reward"] for t, metrics in evaluations.items()}
-        best = max(rewards, key=lambda t: (rewards[t], t))
-        if best == max(rewards):
+        best = max(sorted(evaluations), key=lambda t: evaluations[t]["held_out_reward"])
+        if not is_better(evaluations[best], evaluations[max(evaluations)]):
             return
         where = "before the first iteration: what was learned does not help there"
         if best:

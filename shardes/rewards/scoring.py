@@ -62,6 +62,7 @@ class Scorer:
         is_batch: whether all responses of a model are scored in one call there.
         parts: of the responses that were scored last, the mean of each named part of their rewards;
             {} if rewards are plain numbers, or if none of the responses could be scored.
+        is_tried: whether `try_out` was called, or would be of no use for this task.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class Scorer:
         Raises:
             ConfigError: see `start`.
         """
-        if not self.is_tried:
-            self.is_tried = True
-            self(split, [response], [number])
+        assert not self.is_tried
+        self.is_tried = True
+        self(split, [response], [number])
 
     def start(
         self,

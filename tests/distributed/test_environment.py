@@ -63,7 +63,9 @@ def test_an_output_that_nobody_reads_ends_a_command_quietly(arguments):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "shardes.commands.cli", *arguments.split()]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+    )
     os.close(writer)
     assert not done.stderr
     assert done.returncode in (0, 128 + signal.SIGPIPE)  # whether it had more to say
@@ -72,7 +74,9 @@ def test_an_output_that_nobody_reads_ends_a_command_quietly(arguments):
 def test_an_output_that_cannot_be_written_is_named():
     command = [sys.executable, "-m", "shardes.commands.cli", "--help"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+        )
     assert done.returncode == 1
     assert done.stderr == f"error: the output cannot be written: {NO_SPACE}\n"
 

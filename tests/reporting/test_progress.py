@@ -85,7 +85,7 @@ def test_rewards_have_four_significant_digits_and_the_accuracy(tmp_path, capsys)
     [
         (
             {0: 1.0, 2: 3.0, 4: 2.0},
-            "3.000, after 2 iterations: shardes export {} DIR --it",
+            "3.000, after 2 iterations: shardes export {} DIR --iteration 2 exports that center",
         ),
         ({0: 1.0, 2: 0.5, 4: 0.75}, "1.000, before the first iteration: "),
         ({0: 1.0, 2: 2.0, 4: 2.0}, None),
